@@ -1,0 +1,31 @@
+# make demo: set up and run the main job.  make test: all tests.  make check: lint, format, types.
+PYTHON ?= python3
+BIN := .venv/bin
+# Set-up is done once per change of the pinned versions or of pyproject.toml.
+READY := .venv/.ready
+
+.PHONY: demo test check figures clean
+
+demo: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/mera demo
+
+test: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+figures: $(READY)
+	$(BIN)/python -m figures
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mera_tl needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info

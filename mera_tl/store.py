@@ -1,0 +1,205 @@
+"""Files that are whole or absent: JSON, JSONL records, tensors.
+
+Everything is written to a temporary name beside its target and renamed, so a reader never sees
+half a file and a killed run leaves nothing but a stray `*.tmp`. Tensors are safetensors; nothing
+here pickles. `TensorFile` writes a safetensors file row by row, for arrays larger than memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Json = Any
+"""What `json` can write: dict, list, str, int, float, bool or None."""
+
+
+def fingerprint(value: Json) -> str:
+    """Return 16 hex digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """Return 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; rename it to `path` on success, remove it on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Json) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
+
+
+def read_json(path: str | Path) -> Json:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: if the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); delete it and run the step again."
+        ) from None
+
+
+def _plain(value: object) -> Json:
+    """Turn NumPy scalars and arrays into what `json` knows."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value)
+
+
+def read_records(path: str | Path) -> list[dict[str, Json]]:
+    """Read a JSONL file of records; an absent file holds none."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def write_records(path: str | Path, records: Sequence[Mapping[str, Json]]) -> None:
+    """Write a JSONL file of records whole or not at all."""
+    write_text(path, "".join(json.dumps(record, default=_plain) + "\n" for record in records))
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for one process; the operating system releases it if the process dies.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by process {file.read().strip() or '?'}; "
+                "wait for it to end, or choose another --out."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write torch tensors to a safetensors file whole or not at all."""
+    from safetensors.torch import save_file
+
+    with _replacing(Path(path)) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: str | Path) -> dict[str, Any]:
+    """Read a safetensors file into torch tensors.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); delete it and run the step again."
+        ) from None
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file without its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return dict(file.metadata() or {})
+
+
+class TensorFile:
+    """A safetensors file of known shapes, written row by row; it appears when complete.
+
+    Rows go straight to the file (`pwrite`), so memory does not grow with their number. Use as a
+    context manager; leaving it normally renames the file into place, an exception removes it.
+    """
+
+    def __init__(self, path: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path = Path(path)
+        self._shapes = dict(shapes)
+        header: dict[str, Json] = {}
+        start = 0
+        for name, shape in shapes.items():
+            size = 4 * int(np.prod(shape))
+            header[name] = {
+                "dtype": "F32",
+                "shape": list(shape),
+                "data_offsets": [start, start + size],
+            }
+            start += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = struct.pack("<Q", len(text)) + text
+        self._starts = {n: len(self._head) + header[n]["data_offsets"][0] for n in shapes}
+        self._size = len(self._head) + start
+
+    def __enter__(self) -> "TensorFile":
+        self._context = _replacing(self.path)
+        self._file = open(self._context.__enter__(), "w+b")  # noqa: SIM115  closed in __exit__
+        self._file.write(self._head)
+        self._file.truncate(self._size)
+        self._file.flush()
+        return self
+
+    def write(self, name: str, row: int, values: np.ndarray) -> None:
+        """Write one float32 row: the values at index `row` of the first axis of `name`."""
+        shape = self._shapes[name]
+        if values.dtype != np.float32 or values.shape != shape[1:]:
+            raise ValueError(
+                f"A row of {name!r} is float32 of shape {shape[1:]}, "
+                f"got {values.dtype} of shape {values.shape}."
+            )
+        offset = self._starts[name] + row * values.nbytes
+        os.pwrite(self._file.fileno(), np.ascontiguousarray(values).tobytes(), offset)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._file.close()
+        self._context.__exit__(*exception)
