@@ -111,19 +111,19 @@ def unconditional(recoveries: int, regressions: int, n: int, level: float) -> PV
     spent = CHURN_SHARE * level
     limit, critical = _score_limit(recoveries, regressions, n, level)
     churn, changed = _churn_grid(recoveries + regressions, n, spent)
-    least = _least_recoveries(changed, n, limit, critical)
-    chances = _chance_of_changed(changed, n, churn)
+    least = least_recoveries(changed, n, limit, critical)
+    chances = chance_of_changed(changed, n, churn)
 
     def p_value(min_gain: float) -> float:
         # A churn below |min_gain| cannot lose that much, so it is no part of the null.
         possible = churn >= -min_gain
         worst = 0.0
         if possible.any():
-            worst = _exceedance(churn[possible], chances[possible], changed, least, min_gain)
+            worst = exceedance(churn[possible], chances[possible], changed, least, min_gain)
         if churn[0] < abs(min_gain) < churn[-1]:  # the kink, or the edge of what is possible
             edge = np.array([abs(min_gain)])
-            chance = _chance_of_changed(changed, n, edge)
-            worst = max(worst, _exceedance(edge, chance, changed, least, min_gain))
+            chance = chance_of_changed(changed, n, edge)
+            worst = max(worst, exceedance(edge, chance, changed, least, min_gain))
         return min(1.0, spent + worst)
 
     return p_value
@@ -226,7 +226,7 @@ def _score_limit(recoveries: int, regressions: int, n: int, level: float) -> tup
     return low, float(score(a, b, n, low))
 
 
-def _least_recoveries(
+def least_recoveries(
     changed: Int[np.ndarray, " changed"], n: int, limit: float, critical: float
 ) -> Int[np.ndarray, " changed"]:
     """Find, for each number of changed answers, the fewest recoveries with a critical score."""
@@ -265,15 +265,16 @@ def _clopper_pearson(changed: int, n: int, miss: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _chance_of_changed(
+def chance_of_changed(
     changed: Int[np.ndarray, " changed"], n: int, churn: Float[np.ndarray, " churn"]
 ) -> Float[np.ndarray, "churn changed"]:
+    """Return the binomial probability of each number of changed answers, at each churn."""
     ways = special.gammaln(n + 1) - special.gammaln(changed + 1) - special.gammaln(n - changed + 1)
     rate = churn[:, None]
     return np.exp(ways + special.xlogy(changed, rate) + special.xlog1py(n - changed, -rate))
 
 
-def _exceedance(
+def exceedance(
     churn: Float[np.ndarray, " churn"],
     chances: Float[np.ndarray, "churn changed"],
     changed: Int[np.ndarray, " changed"],
