@@ -6,7 +6,6 @@ for a type checker, so what is searched freely and what certifies cannot be exch
 """
 
 import logging
-import random
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
+from mera_tl import catalogue, sources, splits
+from mera_tl.organism import prompts as organism
 from mera_tl.store import file_hash, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ RoleT = TypeVar("RoleT", bound=Role, covariant=True)
 NewRoleT = TypeVar("NewRoleT", bound=Role)
 
 _ANSWER = re.compile(r"answer\s*:", re.IGNORECASE)
-_SHARES: dict[str, int] = {"train": 3, "calibration": 1, "test": 1}
 
 
 @dataclass(frozen=True)
@@ -174,29 +174,17 @@ class Task(Generic[RoleT]):
                 f"{self._title} is a split already; split the whole task, or take a `subset`."
             )
         wanted = {"train": train, "calibration": calibration, "test": test}
-        wanted = {role: _count_or_ranges(role, value) for role, value in wanted.items()}
-        ranges = {role: value for role, value in wanted.items() if isinstance(value, str)}
-        if ranges and len(ranges) < len(wanted):
-            raise ValueError(
-                f"Row ranges are given for {' and '.join(ranges)} only; "
-                "give ranges for train, calibration and test, or for none of them."
-            )
-        if ranges:
-            hands, how = _by_ranges(self, ranges)
-        else:
-            sizes = {role: v for role, v in wanted.items() if isinstance(v, int)}
-            hands, how = _by_number(self, sizes, seed)
+        rows = [example.row for example in self.examples]
+        keys = [example.key for example in self.examples]
+        dealt, how = splits.deal(rows, keys, wanted, seed=seed, title=self._title)
+        logger.info("%s split: %s", self.name, how)
+        source = {**self.source, "split": how}
+        part = replace(self, source=source)
         return Splits(
-            self._hand(hands, "train", how),
-            self._hand(hands, "calibration", how),
-            self._hand(hands, "test", how),
+            part.subset(dealt["train"], role="train"),
+            part.subset(dealt["calibration"], role="calibration"),
+            part.subset(dealt["test"], role="test"),
         )
-
-    def _hand(
-        self, hands: Mapping[str, list[Example]], role: NewRoleT, how: Mapping[str, Any]
-    ) -> "Task[NewRoleT]":
-        """Make one split of the examples dealt to it."""
-        return Task(self.name, tuple(hands[role]), role, {**self.source, "split": how})
 
 
 class Splits(NamedTuple):
@@ -207,116 +195,103 @@ class Splits(NamedTuple):
     test: Task[Test]
 
 
-def _count_or_ranges(role: str, value: int | str | None) -> int | str | None:
-    """Read a count written as text, and refuse what is neither a count nor ranges."""
-    if isinstance(value, str) and value.strip().isdigit():
-        value = int(value)
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"`{role}={value}`; each split needs at least one example.")
-    return value
-
-
-def _by_number(
-    task: Task[Any], sizes: dict[str, int], seed: int
-) -> tuple[dict[str, list[Example]], dict[str, Any]]:
-    """Deal shuffled groups of equal texts."""
-    groups: dict[str, list[Example]] = {}
-    for example in task.examples:
-        groups.setdefault(example.key, []).append(example)
-    shuffled = list(groups.values())
-    random.Random(seed).shuffle(shuffled)
-
-    asked = " + ".join(f"{size} {role}" for role, size in sizes.items())
-    rest = len(task) - sum(sizes.values())
-    open_roles = {role: share for role, share in _SHARES.items() if role not in sizes}
-    sizes = sizes | {r: rest * s // sum(open_roles.values()) for r, s in open_roles.items()}
-    if "train" in open_roles:  # what rounding and cut groups leave over is good for training
-        sizes["train"] = max(sizes["train"], len(task) - sum(sizes.values()) + sizes["train"])
-    hands: dict[str, list[Example]] = {}
-    queue = iter(shuffled)
-    for role in ("test", "calibration", "train"):
-        hand: list[Example] = []
-        while len(hand) < sizes[role] and (group := next(queue, None)) is not None:
-            hand.extend(group)
-        hands[role] = hand[: sizes[role]]
-        short = len(hand) < sizes[role] and role not in open_roles
-        if short or not hand or rest < 0:
-            raise ValueError(
-                f"{task.name} has {len(task)} examples ({len(groups)} different texts), too few "
-                f"for {asked or 'three splits'}; ask for fewer, or load more data."
-            )
-    unused = len(task) - sum(map(len, hands.values()))
-    return hands, {"seed": seed, "sizes": {r: len(h) for r, h in hands.items()}, "unused": unused}
-
-
-def _by_ranges(
-    task: Task[Any], ranges: dict[str, str]
-) -> tuple[dict[str, list[Example]], dict[str, Any]]:
-    """Take rows as given; the earlier the use, the more it gives way to a recurring text."""
-    by_row = {example.row: example for example in task.examples}
-    rows = {role: _rows(text, role, task.name, max(by_row)) for role, text in ranges.items()}
-    for one, other in (("train", "calibration"), ("train", "test"), ("calibration", "test")):
-        if shared := set(rows[one]) & set(rows[other]):
-            raise ValueError(
-                f"Row {min(shared)} is in {one} ({ranges[one]}) and in {other} ({ranges[other]}); "
-                "give ranges that do not overlap."
-            )
-    hands: dict[str, list[Example]] = {}
-    dropped: dict[str, int] = {}
-    taken: set[str] = set()
-    for role in ("test", "calibration", "train"):
-        found = [by_row[row] for row in rows[role] if row in by_row]
-        hands[role] = [example for example in found if example.key not in taken]
-        dropped[role] = len(found) - len(hands[role])
-        taken |= {example.key for example in found}
-        if dropped[role]:
-            logger.info("%s: %s rows of %s recur later", task.name, dropped[role], role)
-    return hands, {"rows": ranges, "dropped": dropped}
-
-
-def _rows(text: str, role: str, name: str, last_row: int) -> list[int]:
-    """Read "0-599,700-799"."""
-    rows: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", part)
-        first, last = map(int, match.groups()) if match else (1, 0)
-        if first > last:
-            raise ValueError(
-                f"`{role}={text!r}` is not a number of examples and not row ranges; "
-                'write ranges as "0-599" or "0-599,700-799".'
-            )
-        if last > last_row:
-            raise ValueError(
-                f"`{role}={text!r}`, but the rows of {name} are numbered 0 to {last_row}; "
-                "give rows that exist."
-            )
-        rows.extend(range(first, last + 1))
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"`{role}={text!r}` names a row twice; give ranges that do not overlap.")
-    return rows
-
-
 def load_task(
     name: str, *, data_dir: str | Path | None = None, template: str | Path | None = None
 ) -> Task[All]:
-    """Load a task by its name, with prompts in our wording or in that of a template file."""
-    if name != "sms_spam" or data_dir is None:
-        raise ValueError(f"Only sms_spam from a data folder can be loaded so far, not {name!r}.")
-    path = Path(data_dir) / "sms_spam" / "SMSSpamCollection"
-    wording = (
-        Path(template).read_bytes().decode()
-        if template
-        else "Is the following text message spam or ham?\nMessage: {text}\nAnswer:"
+    """Load a task by its name, or a user's own by the path of its TOML or YAML file.
+
+    Without `data_dir` rows come from the Hugging Face hub (a user's task: from beside its file).
+    With it they come from plain files or a `save_to_disk` folder: `data_dir` is the data set's own
+    folder or the one around it. Organism tasks are generated. `template` is a file with another
+    wording: columns in braces, taken byte for byte.
+
+    Raises:
+        ValueError: if the task is unknown, or its data or template are missing or do not fit.
+    """
+    if name in organism.TASKS:
+        if template:
+            raise ValueError(f"{name} is generated with its prompts; leave the template out.")
+        return _organism_task(name)
+    base = Path(data_dir) if data_dir is not None else None
+    if Path(name).suffix in (".toml", ".yaml", ".yml"):
+        path = Path(name)
+        dataset = catalogue.definition(sources.read_keys(path), str(path))
+        name, base = path.stem, base or path.parent
+    elif name in catalogue.DATASETS:
+        dataset = catalogue.DATASETS[name]
+    else:
+        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}.")
+    table, form = _find(name, dataset, base)
+    if template:
+        form = replace(form, template=sources.read_template(Path(template)))
+    asked, left_out = catalogue.questions(table.rows, table.title, form, dataset.options)
+    if left_out:
+        logger.info("%s: rows left out: %s", name, left_out)
+    examples = tuple(Example(q.row, q.prompt, dataset.options, q.label, q.text) for q in asked)
+    source = {
+        "from": table.title if not table.files else "files",
+        "files": {path.name: file_hash(path) for path in table.files},
+        "rows": len(examples),
+        "left_out": left_out,
+        "template": fingerprint(form.template),
+    }
+    return Task(name, examples, "all", source)
+
+
+def _find(
+    name: str, dataset: catalogue.Dataset, folder: Path | None
+) -> tuple[sources.Table, catalogue.Form]:
+    """Find the rows: plain files first, then a `save_to_disk` folder; without a folder, the hub."""
+    plain, hub = dataset.plain, dataset.hub
+    if folder is None:
+        assert hub is not None  # only a user's task has none, and its folder is known
+        return sources.read_hub(hub.id, hub.config, hub.split), hub.form
+    if not folder.is_dir():
+        raise ValueError(f"There is no data folder {folder}; check the path.")
+    looked_for: list[str] = []
+    if plain:
+        looked_for.append(f"{plain.folder}/{plain.pattern}")
+        for base in (folder / plain.folder, folder):
+            # A user's path may be absolute, which no glob takes.
+            paths = sorted(base.glob(plain.pattern)) if plain.folder else [base / plain.pattern]
+            if paths:
+                table = sources.read_files(paths, line=plain.line, encoding=plain.encoding)
+                return table, plain.form
+    if hub:
+        names = (name, hub.id.replace("/", "__"))
+        looked_for.append(f"a save_to_disk folder {' or '.join(names)}")
+        for base in (*(folder / each for each in names), folder):
+            if sources.is_saved(base):
+                return sources.read_saved(base, hub.split), hub.form
+    raise ValueError(
+        f"{folder} holds no data for {name}; put {' or '.join(looked_for)} there, "
+        "or point to the folder that has it."
     )
-    options = ("ham", "spam")
-    examples: list[Example] = []
-    for row, line in enumerate(path.read_bytes().decode().rstrip("\n").split("\n")):
-        label, text = line.split("\t", 1)
-        prompt = wording.replace("{text}", text)
-        examples.append(Example(row, prompt, options, options.index(label), text))
-    return Task(name, tuple(examples), "all", {"files": {path.name: file_hash(path)}})
+
+
+def _organism_task(name: str) -> Task[All]:
+    """Generate the questions of an organism task, always the same ones."""
+    n, seed = 4000, 0
+    options = organism.TASKS[name].options
+    examples = tuple(
+        Example(row, prompt, options, label)
+        for row, (prompt, label) in enumerate(organism.generate(name, n, seed))
+    )
+    return Task(name, examples, "all", {"from": "organism", "rows": n, "seed": seed})
 
 
 def task_names() -> list[str]:
-    """List the tasks that `load_task` knows."""
-    return ["sms_spam"]
+    """List the tasks that `load_task` knows by name."""
+    return [*catalogue.DATASETS, *organism.TASKS]
+
+
+def describe_tasks() -> list[dict[str, Any]]:
+    """Say of each task its options and where its rows can come from."""
+    rows: list[dict[str, Any]] = []
+    for name, dataset in catalogue.DATASETS.items():
+        plain = f"{dataset.plain.folder}/{dataset.plain.pattern}" if dataset.plain else ""
+        hub = dataset.hub.id if dataset.hub else ""
+        rows.append({"name": name, "options": dataset.options, "plain": plain, "hub": hub})
+    for name, task in organism.TASKS.items():
+        rows.append({"name": name, "options": task.options, "plain": "generated", "hub": ""})
+    return [row | {"n_classes": len(row["options"])} for row in rows]

@@ -1,0 +1,324 @@
+"""What each data set is: its options, where its rows lie, and how a row becomes a question.
+
+`DATASETS` is the whole list; a new data set is one entry. A user's own data set is the same entry,
+read from a TOML or YAML file. Wordings are templates: `{name}` stands for a column, every other
+brace for itself, and nothing in the data is ever taken for a field.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+_FIELD = re.compile(r"\{([^\W\d]\w*)\}")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a row becomes a question."""
+
+    template: str
+    label: str = "label"
+    """The column that holds the true option."""
+    text: str = ""
+    """The field that may be shortened to fit a context; none if empty."""
+    columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    """Names of fields for columns; several columns, or a column of lists, are lettered choices."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Options for the values of `label` that are not an option's own text; case does not count."""
+    keep: Mapping[str, str] = field(default_factory=dict)
+    """A pattern for each column that says which rows belong to the task; case does not count."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Plain files: all that fit `pattern` in `folder`, in the order of their names."""
+
+    folder: str
+    pattern: str
+    form: Form
+    line: str = ""
+    """A pattern with a named group for each column, for files without a header."""
+    encoding: str = "utf-8"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One split of a data set on the Hugging Face hub, or of a `save_to_disk` copy of it."""
+
+    id: str
+    split: str
+    form: Form
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Options, and the sources that have rows for them."""
+
+    options: tuple[str, ...]
+    plain: Plain | None = None
+    hub: Hub | None = None
+
+
+_FORM_KEYS = tuple(each.name for each in fields(Form))
+
+
+class Question(NamedTuple):
+    """A row asked as a prompt."""
+
+    row: int
+    prompt: str
+    label: int
+    text: str
+
+
+_SPAM = """Someone received this text message:
+{text}
+
+Is the message spam or ham? Reply with one word.
+Answer:"""
+_NEWS = """A sentence from the financial news:
+{text}
+
+Does an investor read it as positive, neutral or negative? Reply with one word.
+Answer:"""
+_PASSAGE = """Passage: {passage}
+
+Going by the passage alone, {question}? Reply with yes or no.
+Answer:"""
+_YES_NO = """{text}
+
+Reply to the question with yes or no.
+Answer:"""
+_CHOICES = """{question}
+
+{choices}
+
+Exactly one of these choices is right. Reply with its letter.
+Answer:"""
+_FILM = """A viewer wrote about a film:
+{text}
+
+Is this review positive or negative? Reply with one word.
+Answer:"""
+
+
+def _mmlu(subjects: str) -> Dataset:
+    """Describe the MMLU subjects whose name begins with a word."""
+    choices = tuple(f"choice{number}" for number in range(4))
+    numbered = {str(number): letter for number, letter in enumerate("ABCD")}
+    plain = Form(_CHOICES, "answer", columns={"choices": choices}, labels=numbered)
+    hub = Form(_CHOICES, "answer", keep={"subject": f"{subjects}_.*"})
+    return Dataset(
+        tuple("ABCD"),
+        Plain("mmlu", f"test/{subjects}_*.csv", plain),
+        Hub("cais/mmlu", "test", hub, config="all"),
+    )
+
+
+def _sujet(template: str, task_type: str, options: tuple[str, ...]) -> Hub:
+    """Describe a part of Sujet-Finance: rows of one type whose answer is one of the options."""
+    keep = {"task_type": task_type, "answer": "|".join(options)}
+    form = Form(template, "answer", "text", columns={"text": "inputs"}, keep=keep)
+    return Hub("sujet-ai/Sujet-Finance-Instruct-177k", "train", form)
+
+
+_SENTIMENTS = ("positive", "neutral", "negative")
+DATASETS: dict[str, Dataset] = {
+    "sms_spam": Dataset(
+        ("ham", "spam"),
+        Plain(
+            "sms_spam",
+            "SMSSpamCollection",
+            Form(_SPAM, text="text"),
+            line=r"(?P<label>[^\t]*)\t(?P<text>.*)",
+        ),
+        Hub("ucirvine/sms_spam", "train", Form(_SPAM, text="text", columns={"text": "sms"})),
+    ),
+    "sentiment_analysis": Dataset(
+        _SENTIMENTS,
+        Plain(
+            "financial_phrasebank",
+            "Sentences_75Agree.txt",
+            Form(_NEWS, text="text"),
+            line="(?P<text>.*)@(?P<label>[^@]*)",
+            encoding="iso-8859-1",
+        ),
+        _sujet(_NEWS, "sentiment_analysis", _SENTIMENTS),
+    ),
+    "yes_no_question": Dataset(
+        ("yes", "no"),
+        Plain(
+            "boolq",
+            "dev.jsonl",
+            Form(_PASSAGE, "answer", "passage", labels={"true": "yes", "false": "no"}),
+        ),
+        _sujet(_YES_NO, "yes_no_question", ("yes", "no")),
+    ),
+    "mmlu_high_school": _mmlu("high_school"),
+    "mmlu_professional": _mmlu("professional"),
+    "imdb": Dataset(
+        ("positive", "negative"),
+        hub=Hub(
+            "stanfordnlp/imdb",
+            "test",
+            Form(_FILM, text="text", labels={"pos": "positive", "neg": "negative"}),
+        ),
+    ),
+    # Only questions with all ten choices: with fewer, some options would be no choice at all.
+    "mmlu_pro_natural_science": Dataset(
+        tuple("ABCDEFGHIJ"),
+        hub=Hub(
+            "TIGER-Lab/MMLU-Pro",
+            "test",
+            Form(
+                _CHOICES,
+                "answer",
+                columns={"choices": "options"},
+                keep={"category": "biology|chemistry|physics"},
+            ),
+        ),
+    ),
+}
+
+
+def questions(
+    rows: Iterable[Mapping[str, Any]], title: str, form: Form, options: tuple[str, ...]
+) -> tuple[list[Question], dict[str, int]]:
+    """Ask every row that belongs to the task; also count, by reason, the rows left out.
+
+    Left out are rows that `keep` does not want, rows with a blank field in the prompt, and rows
+    whose lettered choices are more or fewer than the options.
+
+    Raises:
+        ValueError: if a column is missing, a label is no option, or no row remains.
+    """
+    if not _FIELD.search(form.template):
+        raise ValueError(
+            "The template names no column, so every prompt would be the same; write {text}, "
+            "or another column's name in braces, where the row's text belongs."
+        )
+    asked: list[Question] = []
+    left_out: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        question = _ask(row, number, title, form, options)
+        if isinstance(question, str):
+            left_out[question] = left_out.get(question, 0) + 1
+        else:
+            asked.append(question)
+    if not asked:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise ValueError(f"{title} has no row to ask ({reasons or 'it is empty'}); check the data.")
+    return asked, left_out
+
+
+def _ask(
+    row: Mapping[str, Any], number: int, title: str, form: Form, options: tuple[str, ...]
+) -> Question | str:
+    """Ask one row, or name the reason to leave it out."""
+    for column, pattern in form.keep.items():
+        value = str(_column(row, column, number, title)).strip()
+        if not re.fullmatch(pattern, value, re.IGNORECASE):
+            return "not of this task"
+    texts: dict[str, str] = {}
+    for name in _FIELD.findall(form.template):
+        value = _field(row, name, number, title, form)
+        if isinstance(value, list | tuple):
+            if len(value) != len(options):
+                return "without a choice for every option"
+            value = "\n".join(f"{letter}. {v}" for letter, v in zip(_LETTERS, value, strict=False))
+        texts[name] = "" if value is None else str(value)
+        if not texts[name].strip():
+            return f"with a blank {name}"
+    label = _label(_column(row, form.label, number, title), form.labels, options)
+    if label is None:
+        raise ValueError(
+            f"Row {number} of {title} has the label {row[form.label]!r}, but the options are "
+            f"{', '.join(options)}; map this label to an option, or correct the row."
+        )
+    # One pass over the template: braces inside the data are never looked at.
+    prompt = _FIELD.sub(lambda match: texts[match[1]], form.template)
+    return Question(number, prompt, label, texts.get(form.text, ""))
+
+
+def _column(row: Mapping[str, Any], column: str, number: int, title: str) -> Any:
+    if column not in row:
+        raise ValueError(
+            f"Row {number} of {title} has no column {column!r}; its columns are "
+            f"{', '.join(row)}; name the right one, or use data that has it."
+        )
+    return row[column]
+
+
+def _field(row: Mapping[str, Any], name: str, number: int, title: str, form: Form) -> Any:
+    """Find what a template's field stands for; the true answer is not among it."""
+    columns = form.columns.get(name, name)
+    if not isinstance(columns, str):
+        return [_column(row, column, number, title) for column in columns]
+    if name in form.columns:
+        return _column(row, columns, number, title)
+    if name not in row or name == form.label:
+        there = dict.fromkeys([*form.columns, *row])
+        raise ValueError(
+            f"The template asks for {{{name}}}, but the fields of {title} are "
+            f"{', '.join(other for other in there if other != form.label)}; "
+            "correct the name in braces."
+        )
+    return row[name]
+
+
+def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> int | None:
+    """Find the option that a label names, by `labels` first, by the option's own text second."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    key = str(whole).strip().casefold()
+    mapped = {str(given).casefold(): option for given, option in labels.items()}
+    places = {option.casefold(): place for place, option in enumerate(options)}
+    return places.get(mapped.get(key, key).casefold())
+
+
+def definition(keys: Mapping[str, Any], title: str) -> Dataset:
+    """Make a data set of the keys in a user's file.
+
+    Keys: `options`, `template` and `data` (the path of a csv, tsv, jsonl or parquet file); and
+    where they differ from the defaults, `encoding` and the fields of `Form`.
+
+    Raises:
+        ValueError: if a key is missing, unknown or ill-typed, or options and labels do not fit.
+    """
+    kinds = {"options": list, "data": str, "encoding": str}
+    kinds |= {key: dict if key in ("columns", "labels", "keep") else str for key in _FORM_KEYS}
+    for key, value in keys.items():
+        if key not in kinds:
+            raise ValueError(f"{title} has an unknown key {key!r}{nearest(key, kinds)}.")
+        if not isinstance(value, kinds[key]):
+            kind = {list: "a list", dict: "a table", str: "text"}[kinds[key]]
+            raise ValueError(f"{title} has {key} = {value!r}; write {kind} there.")
+    for key in ("options", "template", "data"):
+        if not keys.get(key):
+            raise ValueError(f"{title} has no {key!r}; a task needs options, template and data.")
+    options, labels = tuple(keys["options"]), keys.get("labels", {})
+    for word in (*options, *labels.values()):
+        if not isinstance(word, str):
+            raise ValueError(
+                f"{title} has the option {word!r}, which is not text; put it in quotes "
+                '(YAML reads a bare yes or no as true or false: write "yes").'
+            )
+    if len({option.casefold() for option in options}) < max(2, len(options)):
+        raise ValueError(f"{title} has options {options}; give two or more different ones.")
+    if unknown := set(labels.values()) - set(options):
+        raise ValueError(
+            f"{title} maps labels to {', '.join(sorted(unknown))}, but the options are "
+            f"{', '.join(options)}; map every label to an option."
+        )
+    form = Form(**{key: keys[key] for key in _FORM_KEYS if key in keys})
+    return Dataset(options, Plain("", keys["data"], form, encoding=keys.get("encoding", "utf-8")))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known names come nearest: the end of a sentence about an unknown one."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(names)}"
