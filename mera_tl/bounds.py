@@ -152,7 +152,11 @@ def mcnemar(recoveries: int, regressions: int, n: int, level: float) -> PValue:
 
 def hoeffding(gains: Real[np.ndarray, " example"], level: float) -> PValue:  # noqa: ARG001
     """Bound by range alone (Hoeffding 1963), as the paper does: valid, and far too wide."""
-    mean, n = float(np.mean(gains)), len(gains)
+    return hoeffding_curve(float(np.mean(gains)), len(gains))
+
+
+def hoeffding_curve(mean: float, n: int) -> PValue:
+    """Return Hoeffding's bound from the mean gain of n examples."""
     return lambda min_gain: math.exp(-n * max(0.0, mean - min_gain) ** 2 / 2)
 
 

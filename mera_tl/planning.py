@@ -74,7 +74,7 @@ class Effect:
             effect.recovery <= 1 - base + 1e-9 and effect.regression <= base + 1e-9
         ):
             raise ValueError(
-                f"Base accuracy {base:g} leaves no room for recoveries on {effect.recovery:.3f} and "
+                f"Base accuracy {base:g} leaves no room for recoveries on {effect.recovery:.3f}, "
                 f"regressions on {effect.regression:.3f} of examples; expect less gain or churn."
             )
         return effect
@@ -123,6 +123,26 @@ def sample_size(
     return n
 
 
+def continuous_sample_size(
+    excess: float,
+    spread: float,
+    *,
+    level: float = 0.005,
+    target: float = 0.8,
+    by_range: bool = False,
+) -> int | None:
+    """Return about how many examples certify a mean that exceeds `min_gain` by `excess`.
+
+    For the betting bound, where gains have standard deviation `spread`; `by_range` for Hoeffding's,
+    which pays for the range [-1, 1] whatever the spread.
+    """
+    if excess <= 0:
+        return None
+    paid = 1.0 if by_range else spread
+    reach = math.sqrt(2 * math.log(1 / level)) * paid + float(special.ndtri(target)) * spread
+    return math.ceil((reach / excess) ** 2)
+
+
 def likely_effects(
     gains: Sequence[float] = (0.02, 0.03, 0.04, 0.06, 0.1, 0.2), *, base: float | None = None
 ) -> list[Effect]:
@@ -151,6 +171,7 @@ def sample_size_table(
     rows = []
     for effect in effects:
         n = sample_size(effect, min_gain=min_gain, level=level, target=target)
+        spread = math.sqrt(max(0.0, effect.churn - effect.gain**2))
         rows.append(
             {
                 "gain": round(effect.gain, 6),
@@ -159,7 +180,9 @@ def sample_size_table(
                 "delta": delta,
                 "n_thresholds": n_thresholds,
                 "n": n,
-                "n_hoeffding": _hoeffding_size(effect, min_gain, level, target),
+                "n_hoeffding": continuous_sample_size(
+                    effect.gain - min_gain, spread, level=level, target=target, by_range=True
+                ),
             }
         )
     return rows
@@ -186,14 +209,6 @@ def _level(delta: float, n_thresholds: int, min_gain: float, target: float) -> f
             "pass a gain between -1 and 1 and at least one threshold."
         )
     return delta / n_thresholds
-
-
-def _hoeffding_size(effect: Effect, min_gain: float, level: float, target: float) -> int | None:
-    if effect.gain <= min_gain:
-        return None
-    spread = math.sqrt(max(0.0, effect.churn - effect.gain**2))
-    reach = math.sqrt(2 * math.log(1 / level)) + float(special.ndtri(target)) * spread
-    return math.ceil((reach / (effect.gain - min_gain)) ** 2)
 
 
 def _likely_counts(churn: float, n: int, spread: float) -> np.ndarray:
