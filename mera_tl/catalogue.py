@@ -282,7 +282,7 @@ def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> i
 def definition(keys: Mapping[str, Any], title: str) -> Dataset:
     """Make a data set of the keys in a user's file.
 
-    Keys: `options`, `template` and `data` (the path of a csv, tsv, jsonl or parquet file); and
+    Keys: `options`, `template` and `data` (the path of a csv, tsv, jsonl or parquet file); and,
     where they differ from the defaults, `encoding` and the fields of `Form`.
 
     Raises:

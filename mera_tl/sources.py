@@ -1,8 +1,8 @@
 """Rows as they stand at their source: plain files, `save_to_disk` folders, the Hugging Face hub.
 
 Nothing is renamed, sorted or left out here, so a row's place in `Table.rows` is its row number for
-good. Text is cut into lines at line feeds only: messages hold other characters that Python counts
-as line ends, and quotes that are no CSV quotes.
+good. Text is cut into lines at line feeds only: messages may hold other characters that Python
+counts as line ends, and quotes that are no CSV quotes.
 """
 
 import csv

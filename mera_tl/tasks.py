@@ -27,6 +27,8 @@ Role = Literal["all", "train", "calibration", "test"]
 RoleT = TypeVar("RoleT", bound=Role, covariant=True)
 NewRoleT = TypeVar("NewRoleT", bound=Role)
 
+ORGANISM_ROWS = 4000
+"""How many questions an organism task has."""
 _ANSWER = re.compile(r"answer\s*:", re.IGNORECASE)
 
 
@@ -215,7 +217,11 @@ def load_task(
     base = Path(data_dir) if data_dir is not None else None
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)
-        dataset = catalogue.definition(sources.read_keys(path), str(path))
+        keys = sources.read_keys(path)
+        if "template_file" in keys:
+            wording = sources.read_template(path.parent / str(keys.pop("template_file")))
+            keys["template"] = wording
+        dataset = catalogue.definition(keys, str(path))
         name, base = path.stem, base or path.parent
     elif name in catalogue.DATASETS:
         dataset = catalogue.DATASETS[name]
@@ -271,13 +277,12 @@ def _find(
 
 def _organism_task(name: str) -> Task[All]:
     """Generate the questions of an organism task, always the same ones."""
-    n, seed = 4000, 0
     options = organism.TASKS[name].options
     examples = tuple(
         Example(row, prompt, options, label)
-        for row, (prompt, label) in enumerate(organism.generate(name, n, seed))
+        for row, (prompt, label) in enumerate(organism.generate(name, ORGANISM_ROWS, seed=0))
     )
-    return Task(name, examples, "all", {"from": "organism", "rows": n, "seed": seed})
+    return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
 
 
 def task_names() -> list[str]:
