@@ -1,0 +1,198 @@
+"""Collect `resid_post` of all layers and the model's errors, in the pass that produces the answer.
+
+Rows are gathered inside the hooks: per layer one vector an example at the final prompt token
+(`last`) and one at the answer token (`exact`). They go to a file as they come, so memory grows
+with the batch and not with the number of examples.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mera_tl import store
+from mera_tl.evaluation import gather, run_batches, tokenize_task
+from mera_tl.models import Model, resid_post
+from mera_tl.outcomes import Outcomes
+from mera_tl.readout import Reading, ReadSettings, option_tokens, read_batch
+from mera_tl.tasks import Task
+
+Position = Literal["last", "exact"]
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """`resid_post` of every layer, at the positions that were collected, with the outcomes."""
+
+    by_position: Mapping[str, Float[Tensor, "example layer d_model"]] = field(repr=False)
+    outcomes: Outcomes = field(repr=False)
+    """Of the unsteered run that produced the activations."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Model, data, template, positions: what a probe fitted on this is good for."""
+
+    def resid(self, position: Position = "last") -> Float[Tensor, "layer example d_model"]:
+        """Return the activations at a position, all layers; `exact` is zero where unanswered.
+
+        Raises:
+            ValueError: if that position was not collected, or holds a value that is not finite.
+        """
+        if position not in self.by_position:
+            raise ValueError(
+                f"Position {position!r} was not collected, only {', '.join(self.by_position)}; "
+                "`exact` needs readout='exact'."
+            )
+        resid = self.by_position[position].transpose(0, 1)
+        if not torch.isfinite(resid).all():
+            bad = (~torch.isfinite(resid).all(-1)).nonzero()[0].tolist()
+            raise ValueError(
+                f"Activations hold NaN or infinity (first in layer {bad[0]}, example {bad[1]}); "
+                "collect with dtype float32 or bfloat16, or leave that example out."
+            )
+        return resid
+
+    @property
+    def error(self) -> Float[Tensor, " example"]:
+        """The unsteered error, 1 - P(true option)."""
+        return self.outcomes.error
+
+    @property
+    def correct(self) -> Bool[Tensor, " example"]:
+        """Whether the unsteered answer was the true option."""
+        return self.outcomes.correct
+
+    @property
+    def labels(self) -> Int[Tensor, " example"]:
+        """The true options' indices."""
+        return self.outcomes.labels
+
+    def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
+        """Return the activations of some examples."""
+        kept = {name: resid[indices] for name, resid in self.by_position.items()}
+        return Activations(kept, self.outcomes.subset(indices), self.manifest)
+
+    def save(self, folder: str | Path) -> None:
+        """Write activations.safetensors, outcomes.jsonl and manifest.json into a folder."""
+        store.save_tensors(Path(folder) / "activations.safetensors", self.by_position)
+        _save_rest(Path(folder), self.outcomes, self.manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Activations":
+        """Read what `save`, or `collect` with a folder, has written.
+
+        Raises:
+            ValueError: if a file is missing or damaged.
+        """
+        manifest = store.read_json(Path(folder) / "manifest.json")
+        records = store.read_records(Path(folder) / "outcomes.jsonl")
+        tensors = store.load_tensors(Path(folder) / "activations.safetensors")
+        return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
+
+    def _repr_html_(self) -> str:
+        shapes = ", ".join(f"{p}: {tuple(t.shape)}" for p, t in self.by_position.items())
+        model, task = self.manifest.get("model"), self.manifest.get("task")
+        return f"<b>resid_post</b> of {model} on {task} ({shapes})<br>{self.outcomes._repr_html_()}"
+
+
+def collect(
+    model: Model,
+    task: Task[Any],
+    *,
+    settings: ReadSettings | None = None,
+    out: str | Path | None = None,
+) -> Activations:
+    """Answer a task unsteered, gathering `resid_post` at `last` and, with readout exact, `exact`.
+
+    With a folder `out`, activations are written there as they come and read back lazily by the
+    operating system; without, they are kept in memory.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    settings = settings or ReadSettings()
+    options = option_tokens(model, task.options)
+    prompts = tokenize_task(model, task, settings)
+    positions = ("last", "exact") if settings.readout == "exact" else ("last",)
+    shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions}
+    with ExitStack() as stack:
+        sink: _Sink = _Memory(shapes)
+        if out is not None:
+            path = Path(out) / "activations.safetensors"
+            sink = stack.enter_context(store.TensorFile(path, shapes))
+
+        def run(batch: list[int]) -> Reading:
+            capture = _Capture(model, batch, sink)
+            return read_batch(
+                model,
+                [prompts[i] for i in batch],
+                options,
+                settings,
+                capture.fwd_hooks,
+                on_prompt=lambda rows: capture.write("last", rows),
+                on_answer=lambda rows: capture.write("exact", rows),
+            )
+
+        outcomes = gather(task, options, run_batches(prompts, run, settings, "collect"))
+    manifest = {
+        **model.manifest,
+        "task": task.name,
+        "role": task.role,
+        "options": list(task.options),
+        "data_hash": task.data_hash,
+        "source": dict(task.source),
+        "hook": "blocks.{layer}.hook_resid_post",
+        "readout": settings.readout,
+        "n": len(task),
+    }
+    if out is None:
+        assert isinstance(sink, _Memory)
+        return Activations(sink.tensors, outcomes, manifest)
+    _save_rest(Path(out), outcomes, manifest)
+    return Activations.load(out)
+
+
+def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) -> None:
+    store.write_records(folder / "outcomes.jsonl", outcomes.to_records())
+    store.write_json(folder / "manifest.json", dict(manifest))
+
+
+class _Sink(Protocol):
+    def write(self, name: str, row: int, values: np.ndarray) -> None: ...
+
+
+class _Memory:
+    """Rows kept in memory, under the interface of `store.TensorFile`."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    def write(self, name: str, row: int, values: np.ndarray) -> None:
+        self.tensors[name][row] = torch.from_numpy(values)
+
+
+class _Capture:
+    """Hooks that keep the final column of the latest pass, and its way into the sink."""
+
+    def __init__(self, model: Model, batch: list[int], sink: _Sink) -> None:
+        self._batch, self._sink = batch, sink
+        self._latest: list[Tensor] = [torch.empty(0)] * model.n_layers
+        self.fwd_hooks = [(resid_post(layer), self._keep(layer)) for layer in range(model.n_layers)]
+
+    def _keep(self, layer: int) -> Any:
+        def keep(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:  # noqa: ARG001
+            # Prompts are padded on the left: the last column is every row's newest token.
+            self._latest[layer] = resid[:, -1].float()
+
+        return keep
+
+    def write(self, position: str, rows: Int[Tensor, " column_rows"]) -> None:
+        """Write the latest columns of the rows that are not -1."""
+        values = torch.stack([column.cpu() for column in self._latest], dim=1).numpy()
+        for column, row in enumerate(rows.tolist()):
+            if row >= 0:
+                self._sink.write(position, self._batch[row], values[column])

@@ -1,0 +1,130 @@
+"""Tokens through a model under hooks: a left-padded prompt once, then token by token on its cache.
+
+Before every pass the columns of that pass are described to the hooks through TransformerLens's own
+per-hook store, `hook.ctx["window"]`: which columns are padding and how many belong to the prompt.
+A hook thus knows where it is, with or without a cache, in a batch or alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mera_tl.models import FwdHooks, Model
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The columns of one forward pass."""
+
+    real: Bool[Tensor, "batch pos"]
+    """False where a column is padding."""
+    n_prompt: int
+    """How many of the columns, counted from the left, belong to the prompt."""
+    answers: Int[Tensor, " batch"] | None = None
+    """The option each row is about to answer unsteered, once that is known."""
+
+
+@contextmanager
+def hooked_pass(model: Model, fwd_hooks: FwdHooks) -> Iterator[None]:
+    """Put hooks on for the length of a `with` block; they are gone afterwards, also on exceptions.
+
+    Raises:
+        ValueError: if a hook names no hook point of the model, and so would never fire.
+    """
+    points = model.hooked.hook_dict
+    for name, _ in fwd_hooks:
+        if name not in points:
+            raise ValueError(
+                f"Hook {name!r} matches no hook point of {model.name}, which has layers 0 to "
+                f"{model.n_layers - 1}; steering hooks are named blocks.{{layer}}.hook_resid_post."
+            )
+    try:
+        with model.hooked.hooks(fwd_hooks=list(fwd_hooks)):
+            yield
+    finally:
+        for name, _ in fwd_hooks:
+            points[name].ctx.clear()
+
+
+class Decoding:
+    """A batch of prompts on its way through a model. Use inside `hooked_pass`.
+
+    `rows` are the batch rows still on their way; `n_steered` and `n_steerable` count, per batch
+    row, the (layer, token) pairs that steering hooks moved or could have moved.
+    """
+
+    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks) -> None:
+        self._model = model
+        self._points = [model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
+        self._tokens, self._mask = left_pad(prompts, model.device)
+        self._cache = model.new_cache(len(prompts))
+        self._eos = torch.tensor(model.eos_ids, dtype=torch.long, device=model.device)
+        self._answers: Int[Tensor, " batch"] | None = None
+        self.rows = torch.arange(len(prompts), device=model.device)
+        self.n_steered = torch.zeros_like(self.rows)
+        self.n_steerable = torch.zeros_like(self.rows)
+
+    def prompt(self) -> Float[Tensor, "batch d_vocab"]:
+        """Run the prompts; return the logits at their final tokens."""
+        return self._forward(self._tokens, self._mask, n_prompt=self._tokens.shape[1])
+
+    def last_token_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        """Run the final prompt token once more on the same cache, the unsteered answers known."""
+        for entry in self._cache.entries:
+            entry.past_keys = entry.past_keys[:, :-1]
+            entry.past_values = entry.past_values[:, :-1]
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, :-1]
+        self._answers = answers
+        return self._forward(self._tokens[:, -1:], self._mask[:, -1:], n_prompt=1)
+
+    def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        """Feed one token to every remaining row; return the logits that follow it."""
+        columns = tokens[:, None]
+        return self._forward(columns, torch.ones_like(columns), n_prompt=0)
+
+    def keep(self, rows: Bool[Tensor, " batch"]) -> None:
+        """Go on with some of the remaining rows only."""
+        if rows.all():
+            return
+        for entry in self._cache.entries:
+            here = rows.to(entry.past_keys.device)
+            entry.past_keys = entry.past_keys[here]
+            entry.past_values = entry.past_values[here]
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask[rows]
+        self._answers = None if self._answers is None else self._answers[rows]
+        self.rows = self.rows[rows]
+
+    def is_end(self, tokens: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+        """Return where a token ends the reply."""
+        return torch.isin(tokens, self._eos)
+
+    def _forward(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], n_prompt: int
+    ) -> Float[Tensor, "batch d_vocab"]:
+        window = Window(mask.bool(), n_prompt, self._answers)
+        for point in self._points:
+            point.ctx["window"] = window
+        logits = self._model.next_token_logits(tokens, mask, self._cache)
+        for point in self._points:
+            if "steered" in point.ctx:  # counts left by a steering hook
+                self.n_steered[self.rows] += point.ctx.pop("steered").to(self.rows.device)
+                self.n_steerable[self.rows] += point.ctx.pop("steerable").to(self.rows.device)
+        return logits
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Stack prompts of unequal length, padded on the left; return tokens and attention mask."""
+    # At least two columns: without a window a hook takes a pass of one column for a decode step.
+    width = max(2, *(len(prompt) for prompt in prompts))
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return tokens.to(device), mask.to(device)

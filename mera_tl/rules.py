@@ -1,0 +1,90 @@
+"""How far to move an activation: a score and a direction in, a shift out.
+
+MERA's rule is the projection onto the half-space where the probe predicts at most `limit`. Where
+the probe reads `score = w.h + b` and the movement is along `d`,
+
+    shift(h) = -max(0, w.h + b - limit) * d / (w.d),
+
+after which the score is exactly `limit`. With `d = w` it is the shortest such shift (the paper's
+closed form). A shift factors into an *amount*, one number a token, and a *step*, one vector a
+layer; hooks compute the second once.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Rule(ABC):
+    """How far to move along a direction, given the probe's score."""
+
+    @abstractmethod
+    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+        """Return how many steps each token moves; zero leaves it untouched."""
+
+    @abstractmethod
+    def step(
+        self,
+        weights: Float[Tensor, "*option d"],
+        direction: Float[Tensor, "*option d"],
+        resid_norm: Float[Tensor, ""],
+    ) -> Float[Tensor, "*option d"]:
+        """Return the shift of amount one, in a layer with this typical residual norm."""
+
+
+@final
+@dataclass(frozen=True)
+class Adaptive(Rule):
+    """MERA: move only where the score exceeds `limit`, and exactly as far as needed."""
+
+    limit: float = math.inf
+    """On the score scale: the logit of `threshold`. Infinity never moves anything."""
+
+    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+        """Return the excess of the score over the limit."""
+        return (score - self.limit).clamp(min=0)
+
+    def step(
+        self,
+        weights: Float[Tensor, "*option d"],
+        direction: Float[Tensor, "*option d"],
+        resid_norm: Float[Tensor, ""],  # noqa: ARG002  how far follows from the score alone
+    ) -> Float[Tensor, "*option d"]:
+        """Return `-d / (w.d)`: it lowers the score by one.
+
+        Zero where `w.d` is not positive, which includes an all-zero probe or direction: there no
+        finite amount along `d` lowers the score.
+        """
+        slope = (weights * direction).sum(-1, keepdim=True)
+        return torch.where(
+            slope > 0, -direction / slope.clamp(min=torch.finfo(slope.dtype).tiny), 0
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Additive(Rule):
+    """Fixed-strength steering: every token, whatever its score."""
+
+    strength: float
+    """Length of the shift, in units of the layer's typical residual norm."""
+
+    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+        """Return the strength for every token."""
+        return torch.full_like(score, self.strength)
+
+    def step(
+        self,
+        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe has no say here
+        direction: Float[Tensor, "*option d"],
+        resid_norm: Float[Tensor, ""],
+    ) -> Float[Tensor, "*option d"]:
+        """Return `-resid_norm * d / ||d||`; zero for a zero direction."""
+        norm = direction.norm(dim=-1, keepdim=True)
+        unit = direction / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return torch.where(norm > 0, -resid_norm * unit, 0.0)
