@@ -51,7 +51,16 @@ class Example:
         return " ".join(self.prompt.casefold().split())
 
     def with_text(self, text: str) -> "Example":
-        """Put another text in the place of `text`; the question around it stays."""
+        """Put another text in the place of `text`; the question around it stays.
+
+        Raises:
+            ValueError: if no part of the prompt may be shortened.
+        """
+        if not self.text:
+            raise ValueError(
+                f"Row {self.row} has no text that may be shortened; leave the row out, or take a "
+                "model with a longer context."
+            )
         return replace(self, prompt=self.prompt.replace(self.text, text, 1), text=text)
 
     def with_instruction(self, instruction: str) -> "Example":

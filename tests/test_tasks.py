@@ -195,6 +195,8 @@ def test_instruction_goes_before_the_last_cue(prompt: str, text: str, expected: 
 def test_shortening_changes_the_text_alone() -> None:
     example = make_task(["a long message"]).examples[0]
     assert example.with_text("a long").prompt == "Message: a long\nAnswer:"
+    with pytest.raises(ValueError, match="Row 7 has no text"):
+        Example(7, "Q? Answer:", ("a", "b"), 0).with_text("shorter")
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -220,6 +222,14 @@ def test_braces_and_quotes_in_data_are_data() -> None:
     row = {"text": text, "label": "ham", "id": "{text}"}
     asked, _ = catalogue.questions([row], "toy", form, ("ham", "spam"))
     assert asked[0].prompt == f'{{"text": "{text}", "n": {{1}}}} {{text}}\nAnswer:'
+
+
+@pytest.mark.parametrize("label", ["Yes", " yes ", 1, 1.0, "1", True, "TRUE"])
+def test_labels_are_read_whatever_their_type(label: object) -> None:
+    labels = {"1": "yes", "0": "no", "true": "yes", "false": "no"}
+    form = catalogue.Form("{text} Answer:", labels=labels)
+    asked, _ = catalogue.questions([{"text": "a", "label": label}], "toy", form, ("no", "yes"))
+    assert asked[0].label == 1
 
 
 @pytest.mark.parametrize(
@@ -480,6 +490,7 @@ def test_wrong_task_files_are_refused(
         ("r.csv", b"review,stars\n", "holds no row"),
         ("r.csv", b"review,stars\nfine\n", "row 0 has not as many fields"),
         ("r.csv", b'review,stars\n"fine,1\n', "is damaged"),
+        ("r.csv", b'stars,review\n1,"fine\n0,bad\n', "is damaged"),  # not one long review
         ("r.csv", b"review,stars\n\xe9t\xe9,1\n", "is not utf-8 .byte 13"),
         ("r.csv", b"review,stars\n ,1\n", "has no row to ask .1 with a blank text"),
         ("r.jsonl", b'{"review": 1\n', "line 1 is not JSON"),
