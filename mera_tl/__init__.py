@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mera_tl.activations import Activations as Activations
     from mera_tl.activations import collect as collect
-    from mera_tl.calibration import Calibration as Calibration
-    from mera_tl.calibration import calibrate as calibrate
+    from mera_tl.certificate import Calibration as Calibration
     from mera_tl.evaluation import evaluate as evaluate
+    from mera_tl.gains import calibrate as calibrate
     from mera_tl.models import Model as Model
     from mera_tl.models import load_model as load_model
+    from mera_tl.outcomes import Outcomes as Outcomes
     from mera_tl.probes import LinearProbe as LinearProbe
     from mera_tl.probes import fit_error_probe as fit_error_probe
-    from mera_tl.readout import Outcomes as Outcomes
     from mera_tl.rules import Adaptive as Adaptive
     from mera_tl.rules import Additive as Additive
     from mera_tl.steering import Steering as Steering
@@ -36,13 +36,13 @@ _HOME = {
     "Activations": "activations",
     "Adaptive": "rules",
     "Additive": "rules",
-    "Calibration": "calibration",
+    "Calibration": "certificate",
     "LinearProbe": "probes",
     "Model": "models",
-    "Outcomes": "readout",
+    "Outcomes": "outcomes",
     "Steering": "steering",
     "Task": "tasks",
-    "calibrate": "calibration",
+    "calibrate": "gains",
     "collect": "activations",
     "evaluate": "evaluation",
     "fit_error_probe": "probes",

@@ -54,7 +54,8 @@ class Decoding:
     """A batch of prompts on its way through a model. Use inside `hooked_pass`.
 
     `rows` are the batch rows still on their way; `n_steered` and `n_steerable` count, per batch
-    row, the (layer, token) pairs that steering hooks moved or could have moved.
+    row, the (layer, token) pairs that steering hooks moved or could have moved; `peak` is the
+    highest score that they saw.
     """
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks) -> None:
@@ -67,6 +68,7 @@ class Decoding:
         self.rows = torch.arange(len(prompts), device=model.device)
         self.n_steered = torch.zeros_like(self.rows)
         self.n_steerable = torch.zeros_like(self.rows)
+        self.peak = torch.full((len(prompts),), -torch.inf, device=model.device)
 
     def prompt(self) -> Float[Tensor, "batch d_vocab"]:
         """Run the prompts; return the logits at their final tokens."""
@@ -110,9 +112,12 @@ class Decoding:
             point.ctx["window"] = window
         logits = self._model.next_token_logits(tokens, mask, self._cache)
         for point in self._points:
-            if "steered" in point.ctx:  # counts left by a steering hook
-                self.n_steered[self.rows] += point.ctx.pop("steered").to(self.rows.device)
-                self.n_steerable[self.rows] += point.ctx.pop("steerable").to(self.rows.device)
+            if "steered" in point.ctx:  # left by a steering hook
+                here, left = self.rows.device, point.ctx
+                self.n_steered[self.rows] += left.pop("steered").to(here)
+                self.n_steerable[self.rows] += left.pop("steerable").to(here)
+                peak = left.pop("peak").to(here)
+                self.peak[self.rows] = self.peak[self.rows].maximum(peak)
         return logits
 
 

@@ -108,6 +108,7 @@ def gather(
         probs=column("probs").float(),
         n_steered=column("n_steered"),
         n_steerable=column("n_steerable"),
+        peak=column("peak"),
     )
 
 
@@ -122,8 +123,8 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     long = [i for i, tokens in enumerate(prompts) if len(tokens) > room]
     if not settings.truncate and long:
         raise ValueError(
-            f"{_rows(task, long)} of {task.name} exceed the {room} tokens that {model.name} has for a "
-            f"prompt (longest: {max(len(prompts[i]) for i in long)}); "
+            f"{_rows(task, long)} of {task.name} exceed the {room} tokens that {model.name} "
+            f"has for a prompt (longest: {max(len(prompts[i]) for i in long)}); "
             "pass truncate (--truncate) to shorten their text, or leave them out."
         )
     for i in long:

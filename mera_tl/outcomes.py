@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Metric = Literal["correct", "error"]
+_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", "n_steered", "n_steerable", "peak")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,9 @@ class Outcomes:
     """Steered (layer, token) pairs."""
     n_steerable: Int[Tensor, " example"]
     """(layer, token) pairs that were in the scope of a steering hook."""
+    peak: Float[Tensor, " example"]
+    """Highest probe score in that scope, before any shift; -inf without hooks. An example whose
+    unsteered peak does not exceed a limit cannot be steered at it."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,8 +71,16 @@ class Outcomes:
 
     def subset(self, indices: Int[Tensor, " kept"]) -> "Outcomes":
         """Return the outcomes of some examples."""
-        names = ("rows", "labels", "predictions", "probs", "n_steered", "n_steerable")
-        return replace(self, **{name: getattr(self, name)[indices] for name in names})
+        kept = {name: getattr(self, name)[indices] for name in _PER_EXAMPLE}
+        return replace(self, **kept)
+
+    def with_rows(self, indices: Int[Tensor, " kept"], other: "Outcomes") -> "Outcomes":
+        """Return these outcomes with some examples taken from another run."""
+        changed = {}
+        for name in _PER_EXAMPLE:
+            changed[name] = getattr(self, name).clone()
+            changed[name][indices] = getattr(other, name)
+        return replace(self, **changed)
 
     def gain(self, base: "Outcomes", metric: Metric = "correct") -> Float[Tensor, " example"]:
         """Return the paired gain per example: steered minus unsteered, positive is better.
@@ -113,6 +125,7 @@ class Outcomes:
             "probs": self.probs.tolist(),
             "n_steered": self.n_steered.tolist(),
             "n_steerable": self.n_steerable.tolist(),
+            "peak": [value if value > -torch.inf else None for value in self.peak.tolist()],
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -134,6 +147,7 @@ class Outcomes:
             probs=column("probs").float(),
             n_steered=column("n_steered"),
             n_steerable=column("n_steerable"),
+            peak=torch.tensor([-torch.inf if r["peak"] is None else r["peak"] for r in records]),
         )
 
     def _repr_html_(self) -> str:

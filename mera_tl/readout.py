@@ -108,6 +108,7 @@ class Reading:
     probs: Float[Tensor, "batch option"]
     n_steered: Int[Tensor, " batch"]
     n_steerable: Int[Tensor, " batch"]
+    peak: Float[Tensor, " batch"]
 
 
 def read_batch(
@@ -137,9 +138,8 @@ def read_batch(
         if settings.readout == "exact":
             n_new = settings.max_new_tokens
             predictions, probs = _decode(decoding, logits, options, n_new, on_answer)
-        return Reading(
-            predictions.cpu(), probs.cpu(), decoding.n_steered.cpu(), decoding.n_steerable.cpu()
-        )
+        counts = (decoding.n_steered, decoding.n_steerable, decoding.peak)
+        return Reading(predictions.cpu(), probs.cpu(), *(count.cpu() for count in counts))
 
 
 def _decode(

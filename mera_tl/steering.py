@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.decoding import Window
@@ -127,9 +127,10 @@ class SteerHook:
             return resid
         steered = self._steer(resid[:, start:], None if window is None else window.answers)
         if window is not None:
-            moved, real = steered.moved, window.real[:, start:]
-            hook.ctx["steered"] = (moved & real).sum(-1)
+            real = window.real[:, start:].to(resid.device)
+            hook.ctx["steered"] = (steered.moved & real).sum(-1)
             hook.ctx["steerable"] = real.sum(-1)
+            hook.ctx["peak"] = steered.score.masked_fill(~real, -torch.inf).amax(-1)
         if start == 0:
             return steered.resid
         return torch.cat([resid[:, :start], steered.resid], dim=1)
@@ -144,7 +145,8 @@ class SteerHook:
         here = resid.device
         features = self.space.read(resid, self.layer)
         score = einsum(features, self.weights.to(here), "batch pos d, d -> batch pos")
-        amount = self.rule.amount(score + self.bias.to(here))
+        score = score + self.bias.to(here)
+        amount = self.rule.amount(score)
         step = self.step.to(here)
         if self.per_answer:
             step = step[answers][:, None, :]
@@ -152,10 +154,11 @@ class SteerHook:
         moved = (shift != 0).any(-1)
         written = self.space.write(resid, features, shift, self.layer)
         # Untouched tokens stay bit-equal, whatever reading and writing do to them.
-        return _Steered(torch.where(moved[..., None], written, resid), moved)
+        return _Steered(torch.where(moved[..., None], written, resid), moved, score)
 
 
 @dataclass(frozen=True, eq=False)
 class _Steered:
     resid: Float[Tensor, "batch pos d_model"]
-    moved: Tensor
+    moved: Bool[Tensor, "batch pos"]
+    score: Float[Tensor, "batch pos"]

@@ -1,0 +1,87 @@
+"""Paired gains of a steering over a grid of thresholds, and the calibration that rests on them.
+
+The grid is cheap and exact: one unsteered pass reads every example's highest score; an example
+whose score never exceeds a limit cannot be moved at it, so its outcome is known.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from mera_tl.calibration import certify
+from mera_tl.certificate import Calibration
+from mera_tl.evaluation import evaluate
+from mera_tl.models import Model
+from mera_tl.outcomes import Outcomes
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings
+from mera_tl.rules import Adaptive
+from mera_tl.steering import Steering
+from mera_tl.tasks import Calibration as CalibrationRole
+from mera_tl.tasks import Task
+
+
+def calibrate(
+    model: Model,
+    task: Task[CalibrationRole],
+    steering: Steering,
+    *,
+    min_gain: float = 0.0,
+    protocol: Protocol | None = None,
+    settings: ReadSettings | None = None,
+) -> Calibration:
+    """Steer held-out examples at every threshold, and certify one of them or abstain.
+
+    Raises:
+        ValueError: if the task is not a calibration split, or as `evaluate` and `certify`.
+    """
+    if task.role != "calibration":
+        raise ValueError(
+            f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
+            "pass task.split(...).calibration."
+        )
+    protocol = protocol or Protocol()
+    base, runs = threshold_grid(model, task, steering, protocol.thresholds, settings=settings)
+    gains = np.stack([run.gain(base, protocol.metric).numpy() for run in runs])
+    decision = certify(
+        gains,
+        protocol.thresholds,
+        protocol=protocol,
+        min_gain=min_gain,
+        examples=[example.row for example in task.examples],
+    )
+    unsteered = base.accuracy if protocol.metric == "correct" else base.mean_error
+    return replace(decision, base=unsteered)
+
+
+def threshold_grid(
+    model: Model,
+    task: Task[Any],
+    steering: Steering,
+    thresholds: Sequence[float],
+    *,
+    settings: ReadSettings | None = None,
+) -> tuple[Outcomes, list[Outcomes]]:
+    """Return the unsteered outcomes and those at every threshold, in the order given."""
+    settings = settings or ReadSettings()
+    # An infinite limit moves nothing, bit for bit, while its hooks read every score.
+    reading = replace(steering, rule=Adaptive())
+    base = evaluate(model, task, reading.fwd_hooks(), settings=settings, title="unsteered")
+    quiet = replace(settings, progress=False)
+    runs = []
+    for threshold in tqdm(
+        thresholds, desc="thresholds", disable=None if settings.progress else True
+    ):
+        steered = steering.at(threshold)
+        assert isinstance(steered.rule, Adaptive)
+        reached = (base.peak > steered.rule.limit).nonzero()[:, 0]
+        if not len(reached):
+            runs.append(base)
+            continue
+        subset = task.subset(reached.tolist())
+        run = evaluate(model, subset, steered.fwd_hooks(), settings=quiet)
+        runs.append(base.with_rows(reached, run))
+    return base, runs
