@@ -126,6 +126,8 @@ def _delta_of_look(
     protocol: Protocol, ids: tuple[ExampleId, ...], n: int, after: Calibration | None
 ) -> float:
     """Return what this look may spend of delta; refuse one that would cost more than is left."""
+    if after is not None:
+        _check_second_look(protocol, ids, after)
     look, spent = (after.look + 1, after.spent) if after else (1, 0.0)
     planned = protocol.sizes
     if planned and (look > len(planned) or planned[look - 1] != n):
@@ -135,7 +137,6 @@ def _delta_of_look(
         )
     if after is None:
         return protocol.delta / max(1, len(planned))
-    _check_second_look(protocol, ids, after)
     delta = protocol.delta / len(planned) if planned else protocol.delta - spent
     if delta <= 0 or spent + delta > protocol.delta * (1 + 1e-9):
         raise ValueError(
