@@ -45,7 +45,9 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, tup
             f"{folder} holds no config.json; pass the folder of a Hugging Face checkpoint "
             "(config.json, *.safetensors, tokenizer.json)."
         )
-    architecture = (store.read_json(folder / "config.json").get("architectures") or ["none"])[0]
+    config = store.read_json(folder / "config.json")
+    # Folders like the organism's hold a HookedTransformerConfig, which has this field instead.
+    architecture = (config.get("architectures") or [config.get("original_architecture", "none")])[0]
     if architecture == "HookedTransformer":
         return load_embedded(folder, dtype, device), ()
     if architecture not in FAMILIES:
