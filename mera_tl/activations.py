@@ -5,11 +5,11 @@ Rows are gathered inside the hooks: per layer one vector an example at the final
 with the batch and not with the number of examples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from mera_tl.readout import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.tasks import Task
 
 Position = Literal["last", "exact"]
+WriteRow = Callable[[str, int, np.ndarray], None]
+"""Keeps "layer d_model" of one example at one position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +121,19 @@ def collect(
     prompts = tokenize_task(model, task, settings)
     positions = ("last", "exact") if settings.readout == "exact" else ("last",)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions}
+    kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
+
+    def keep(position: str, row: int, values: np.ndarray) -> None:
+        kept[position][row] = torch.from_numpy(values)
+
     with ExitStack() as stack:
-        sink: _Sink = _Memory(shapes)
+        write_row: WriteRow = keep
         if out is not None:
             path = Path(out) / "activations.safetensors"
-            sink = stack.enter_context(store.TensorFile(path, shapes))
+            write_row = stack.enter_context(store.TensorFile(path, shapes)).write
 
         def run(batch: list[int]) -> Reading:
-            capture = _Capture(model, batch, sink)
+            capture = _Capture(model, batch, write_row)
             return read_batch(
                 model,
                 [prompts[i] for i in batch],
@@ -150,8 +157,7 @@ def collect(
         "n": len(task),
     }
     if out is None:
-        assert isinstance(sink, _Memory)
-        return Activations(sink.tensors, outcomes, manifest)
+        return Activations(kept, outcomes, manifest)
     _save_rest(Path(out), outcomes, manifest)
     return Activations.load(out)
 
@@ -161,25 +167,11 @@ def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) ->
     store.write_json(folder / "manifest.json", dict(manifest))
 
 
-class _Sink(Protocol):
-    def write(self, name: str, row: int, values: np.ndarray) -> None: ...
-
-
-class _Memory:
-    """Rows kept in memory, under the interface of `store.TensorFile`."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
-
-    def write(self, name: str, row: int, values: np.ndarray) -> None:
-        self.tensors[name][row] = torch.from_numpy(values)
-
-
 class _Capture:
-    """Hooks that keep the final column of the latest pass, and its way into the sink."""
+    """Hooks that keep the final column of the latest pass, and their way out."""
 
-    def __init__(self, model: Model, batch: list[int], sink: _Sink) -> None:
-        self._batch, self._sink = batch, sink
+    def __init__(self, model: Model, batch: list[int], write_row: WriteRow) -> None:
+        self._batch, self._write_row = batch, write_row
         self._latest: list[Tensor] = [torch.empty(0)] * model.n_layers
         self.fwd_hooks = [(resid_post(layer), self._keep(layer)) for layer in range(model.n_layers)]
 
@@ -195,4 +187,4 @@ class _Capture:
         values = torch.stack([column.cpu() for column in self._latest], dim=1).numpy()
         for column, row in enumerate(rows.tolist()):
             if row >= 0:
-                self._sink.write(position, self._batch[row], values[column])
+                self._write_row(position, self._batch[row], values[column])

@@ -178,9 +178,15 @@ def _torch_dtype(dtype: str) -> torch.dtype:
 
 
 def _load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        settings = Path(source) / "tokenizer_config.json"
+        if settings.is_file():
+            kind = store.read_json(settings).get("tokenizer_class")
+            if kind in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+                # AutoTokenizer would go by the model's family and rebuild another tokenizer.
+                return PreTrainedTokenizerFast.from_pretrained(source)
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]

@@ -79,6 +79,10 @@ def option_tokens(model: Model, options: Sequence[str]) -> OptionTokens:
     for option in options:
         others = set().union(*(single[o] or first[o] for o in options if o != option))
         chosen[option] = single[option] or first[option] - others
+        if not encoded[option]:
+            raise ValueError(
+                f"Option {option!r} is not in the vocabulary of {model.name}; rename it in the task."
+            )
         if not chosen[option] or single[option] & others:
             shared = sorted((single[option] or first[option]) & others)
             names = model.tokenizer.convert_ids_to_tokens(shared)

@@ -1,0 +1,192 @@
+"""Every way of steering that is compared, one short function each.
+
+A method gets a `Setting` (model, splits, activations, unsteered outcomes) and returns a
+`Treatment`: what to do to the test prompts, and the certificate it rests on, if any. Adding a
+method is adding one function here.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from mera_tl.activations import Activations
+from mera_tl.certificate import Calibration
+from mera_tl.evaluation import evaluate
+from mera_tl.gains import calibrate
+from mera_tl.models import FwdHooks, Model
+from mera_tl.outcomes import Outcomes
+from mera_tl.probes import LinearProbe, fit_error_probe
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings
+from mera_tl.rules import Additive
+from mera_tl.steering import Positions, Steering
+from mera_tl.tasks import Splits, Task
+
+logger = logging.getLogger(__name__)
+
+INSTRUCTION = "Think before you answer."
+"""The sentence of `prompt_steering`, placed before "Answer:"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One model, one task, one split: what every method may look at."""
+
+    model: Model
+    splits: Splits
+    activations: Activations
+    """Of the training split, unsteered."""
+    protocol: Protocol = field(default_factory=Protocol)
+    min_gain: float = 0.0
+    layers: Any = "all"
+    positions: Positions = "all"
+    probe_position: Any = "last"
+    """Where probes read: the final prompt token (last) or the answer token (exact)."""
+    strength: float = 0.1
+    """Of the fixed-strength methods, in units of the layer's typical residual norm."""
+    read: ReadSettings = field(default_factory=ReadSettings)
+    seed: int = 0
+
+    def probe(self, kind: Any) -> LinearProbe:
+        """Fit a probe of this kind on the training split, once."""
+        if kind not in self._probes:
+            self._probes[kind] = fit_error_probe(
+                self.activations, kind=kind, position=self.probe_position, seed=self.seed
+            )
+        return self._probes[kind]
+
+    def steering(self, probe: LinearProbe) -> Steering:
+        """Return the probe's steering in this setting's scope."""
+        return Steering(probe, layers=self.layers, positions=self.positions)
+
+    @cached_property
+    def _probes(self) -> dict[str, LinearProbe]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Treatment:
+    """What a method does to test prompts."""
+
+    fwd_hooks: FwdHooks = ()
+    instruction: str | None = None
+    """A sentence placed before "Answer:"."""
+    calibration: Calibration | None = None
+    """The certificate, for methods that may abstain."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a reader of the record should know: strength, layer, penalty."""
+    probe: LinearProbe | None = None
+
+    def apply(self, setting: Setting, task: Task[Any]) -> Outcomes:
+        """Answer a task under this treatment."""
+        if self.instruction is not None:
+            task = task.with_instruction(self.instruction)
+        return evaluate(setting.model, task, self.fwd_hooks, settings=setting.read, title="test")
+
+
+Method = Callable[[Setting], Treatment]
+METHODS: dict[str, Method] = {}
+
+
+def method(function: Method) -> Method:
+    """Register a method under its function's name."""
+    METHODS[function.__name__] = function
+    return function
+
+
+def find_method(name: str) -> Method:
+    """Return a method by its id.
+
+    Raises:
+        ValueError: if there is none, with the nearest names.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
+        raise ValueError(
+            f"There is no method {name!r}; nearest: {', '.join(near) or 'none'} "
+            "(`mera methods` lists all)."
+        )
+    return METHODS[name]
+
+
+# --- baselines ----------------------------------------------------------------------------------
+
+
+@method
+def no_steering(setting: Setting) -> Treatment:  # noqa: ARG001
+    """Leave the model alone."""
+    return Treatment()
+
+
+@method
+def prompt_steering(setting: Setting) -> Treatment:  # noqa: ARG001
+    """Ask the model to think before it answers."""
+    return Treatment(instruction=INSTRUCTION)
+
+
+@method
+def additive_probe(setting: Setting) -> Treatment:
+    """Move every token by a fixed length against the regression probe."""
+    return _additive(setting, setting.probe("ridge"))
+
+
+@method
+def additive_logistic_probe(setting: Setting) -> Treatment:
+    """Move every token by a fixed length against the logistic probe."""
+    return _additive(setting, setting.probe("logistic"))
+
+
+@method
+def vanilla_contrastive(setting: Setting) -> Treatment:
+    """Move every token by a fixed length against the difference of means of high and low error."""
+    return _additive(setting, setting.probe("contrastive"))
+
+
+def _additive(setting: Setting, probe: LinearProbe) -> Treatment:
+    steering = replace(setting.steering(probe), rule=Additive(setting.strength))
+    return Treatment(
+        steering.fwd_hooks(), details={"strength": setting.strength, **_of(probe)}, probe=probe
+    )
+
+
+# --- MERA ---------------------------------------------------------------------------------------
+
+
+@method
+def optimal_probe(setting: Setting) -> Treatment:
+    """MERA with the regression probe."""
+    return _mera(setting, setting.probe("ridge"))
+
+
+@method
+def optimal_logistic_probe(setting: Setting) -> Treatment:
+    """MERA with the logistic probe."""
+    return _mera(setting, setting.probe("logistic"))
+
+
+@method
+def optimal_contrastive(setting: Setting) -> Treatment:
+    """MERA with the contrastive direction, calibrated to the scale of the error."""
+    return _mera(setting, setting.probe("contrastive"))
+
+
+def _mera(setting: Setting, probe: LinearProbe) -> Treatment:
+    """Calibrate the probe's steering; steer at the certified threshold or not at all."""
+    steering = setting.steering(probe)
+    decision = calibrate(
+        setting.model,
+        setting.splits.calibration,
+        steering,
+        min_gain=setting.min_gain,
+        protocol=setting.protocol,
+        settings=setting.read,
+    )
+    hooks = decision.fwd_hooks(steering)
+    return Treatment(hooks, calibration=decision, details=_of(probe), probe=probe)
+
+
+def _of(probe: LinearProbe) -> dict[str, Any]:
+    return {"probe": probe.kind, "penalty": probe.penalty, "best_layer": probe.best_layer}

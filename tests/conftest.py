@@ -1,0 +1,176 @@
+"""Tiny real models: one random Hugging Face checkpoint per family, written to disk once."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+WORDS = """the a is this that good bad red blue green it was not very film bird tree spam ham yes no
+positive negative question answer : ? . , one two three four five six seven eight nine ten
+""".split()  # noqa: SIM905
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+
+
+def _shape() -> dict:
+    return dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def _config(family: str):
+    from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+
+    if family == "llama":  # grouped-query attention, llama3 rope, tied embeddings
+        rope = dict(
+            rope_type="llama3",
+            rope_theta=10000.0,
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )
+        return LlamaConfig(
+            **_shape(), max_position_embeddings=64, rope_parameters=rope, tie_word_embeddings=True
+        )
+    if family == "qwen2":
+        return Qwen2Config(**_shape(), max_position_embeddings=64)
+    if family == "gemma2":  # soft caps, and a sliding window shorter than the prompts
+        return Gemma2Config(
+            **_shape(),
+            head_dim=8,
+            max_position_embeddings=64,
+            sliding_window=4,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=8,
+        )
+    return GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def write_checkpoint(family: str, folder: Path) -> Path:
+    """Write a random checkpoint whose norms and biases are not trivial."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(family))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(torch.randn_like(weight) * (0.2 if weight.ndim == 1 else 0.15))
+            del name
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    # The folders carry misleading names on purpose: only config.json may count.
+    names = {"llama": "gpt2", "qwen2": "Llama-3.2-1B", "gemma2": "qwen", "gpt2": "gemma-2-2b"}
+    base = tmp_path_factory.mktemp("checkpoints")
+    return {family: write_checkpoint(family, base / name) for family, name in names.items()}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints):
+    from mera_tl.models import load_model
+
+    return {family: load_model(str(path), device="cpu") for family, path in checkpoints.items()}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request, models):
+    return models[request.param]
+
+
+def make_task(n: int = 24, *, seed: int = 0, options=("yes", "no"), name: str = "toy"):
+    """Random prompts of unequal length; labels are random too: the models know nothing."""
+    from mera_tl.tasks import Example, Task
+
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for row in range(n):
+        length = int(torch.randint(1, 14, (1,), generator=generator))
+        words = [WORDS[i] for i in torch.randint(0, 20, (length,), generator=generator).tolist()]
+        label = int(torch.randint(0, len(options), (1,), generator=generator))
+        text = " ".join(words)
+        prompt = f"question : {text} {row % 10} ? answer :"
+        examples.append(Example(row, prompt, tuple(options), label, text))
+    return Task(name, tuple(examples), "all")
+
+
+@pytest.fixture
+def task():
+    return make_task()
+
+
+def mixed_options(model) -> tuple[str, str]:
+    """Two words between which a random model is of two minds, prompt by prompt."""
+    from itertools import combinations
+
+    prompts = model.tokenize([example.prompt for example in make_task(16).examples])
+    rows = [torch.tensor([tokens]) for tokens in prompts]
+    logits = torch.cat([model.next_token_logits(t, torch.ones_like(t)) for t in rows])
+    ids = {word: model.tokenizer.convert_tokens_to_ids(word) for word in WORDS[:20]}
+    share = {
+        (a, b): (logits[:, ids[a]] > logits[:, ids[b]]).float().mean().item()
+        for a, b in combinations(ids, 2)
+    }
+    return min(share, key=lambda pair: abs(share[pair] - 0.5))
+
+
+def random_probe(model, *, seed: int = 0, scale: float = 1.0):
+    """A probe that knows nothing, with scores of unit scale on both sides of zero."""
+    from mera_tl.probes import LinearProbe
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(model.n_layers, model.d_model, generator=generator) * scale
+    return LinearProbe(
+        weights=weights / model.d_model**0.5,
+        bias=torch.zeros(model.n_layers),
+        resid_norm=torch.full((model.n_layers,), model.d_model**0.5),
+        position="last",
+        kind="ridge",
+        penalty=3.0,
+        best_layer=1,
+        clip=0.01,
+    )

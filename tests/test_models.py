@@ -1,0 +1,153 @@
+"""A loaded model is the original model: same logits, same residual stream, whatever its folder."""
+
+import pytest
+import torch
+from conftest import SHARED
+
+from mera_tl.checkpoints import lay_out_for_decoding
+from mera_tl.models import load_model, resid_post
+
+TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
+
+
+def original(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_logits_and_residual_stream_equal_hugging_face(family, models, checkpoints):
+    hf, model = original(checkpoints[family]), models[family]
+    layers = hf.transformer.h if family == "gpt2" else hf.model.layers
+    streams = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _, __, out: streams.append(out[0] if isinstance(out, tuple) else out)
+        )
+    with torch.no_grad():
+        wanted = hf(TOKENS).logits
+        logits, cache = model.hooked.run_with_cache(
+            TOKENS, attention_mask=torch.ones_like(TOKENS), names_filter=lambda n: "resid_post" in n
+        )
+    assert wanted.std() > 0.05  # the comparison is not between two constants
+    assert (logits - wanted).abs().max() < 1e-4
+    for layer, stream in enumerate(streams):
+        assert (cache[resid_post(layer)] - stream).abs().max() < 1e-4
+
+
+def test_gemma_uses_its_soft_cap_and_window(models, checkpoints):
+    """Positive control: the features named in the test above do change the logits."""
+    model, hf = models["gemma2"], original(checkpoints["gemma2"])
+    with torch.no_grad():
+        wanted = hf(TOKENS).logits
+        for name, value in (("final_logit_softcapping", None), ("sliding_window", 64)):
+            other = original(checkpoints["gemma2"])
+            setattr(other.config, name, value)
+            for layer in other.model.layers:
+                if name == "sliding_window":
+                    layer.self_attn.sliding_window = value
+            if name == "final_logit_softcapping":
+                assert (other(TOKENS).logits - wanted).abs().max() > 1e-3
+    assert model.hooked.cfg.window_size == 4 < TOKENS.shape[1]
+
+
+def test_next_token_logits_are_the_last_row_of_the_full_logits(model):
+    mask = torch.ones_like(TOKENS)
+    with torch.no_grad():
+        full = model.hooked(TOKENS, attention_mask=mask)[:, -1]
+        assert (model.next_token_logits(TOKENS, mask) - full).abs().max() < 1e-5
+
+
+def test_layout_keeps_logits_bit_equal_and_copies_no_weights(checkpoints):
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    mask = torch.ones_like(TOKENS)
+    with torch.no_grad():
+        laid_out = model.hooked(TOKENS, attention_mask=mask)
+        assert model.hooked.unembed.W_U.T.is_contiguous()
+        plain = model.hooked.unembed.W_U
+        plain.data = plain.data.clone(memory_format=torch.contiguous_format)
+        assert not model.hooked.unembed.W_U.T.is_contiguous()  # so the call above would copy
+        for block in model.hooked.blocks:
+            for weight in block.parameters():
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(model.hooked(TOKENS, attention_mask=mask), laid_out)
+        lay_out_for_decoding(model.hooked)
+        assert torch.equal(model.hooked(TOKENS, attention_mask=mask), laid_out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_an_argument(checkpoints, dtype):
+    model = load_model(str(checkpoints["qwen2"]), dtype=dtype, device="cpu")
+    logits = model.next_token_logits(TOKENS, torch.ones_like(TOKENS))
+    assert logits.dtype == getattr(torch, dtype)
+
+
+def test_fingerprint_tells_models_apart_and_knows_the_same_one(models, checkpoints):
+    again = load_model(str(checkpoints["llama"]), device="cpu")
+    assert again.fingerprint == models["llama"].fingerprint
+    assert len({model.fingerprint for model in models.values()}) == len(models)
+
+
+def test_official_name_loads_from_a_hub_cache_without_network(tmp_path, checkpoints):
+    """A Qwen2.5-3B snapshot (of tiny size) in the cache: by its official name, offline."""
+    import json
+    import os
+    import shutil
+    import subprocess
+    import sys
+
+    snapshot = tmp_path / "hub/models--Qwen--Qwen2.5-3B/snapshots/0123"
+    shutil.copytree(checkpoints["qwen2"], snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    script = (
+        "import torch, json; from mera_tl.models import load_model;"
+        "m = load_model('Qwen/Qwen2.5-3B', device='cpu');"
+        f"t = torch.tensor({TOKENS.tolist()});"
+        "print(json.dumps(m.next_token_logits(t, torch.ones_like(t)).tolist()))"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    with torch.no_grad():
+        wanted = original(checkpoints["qwen2"])(TOKENS).logits[:, -1]
+    assert (logits - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("google/gemma-2-2", "google/gemma-2-2b"),
+        ("no/such-model", "neither a folder nor a model"),
+        ("organsm", "organism"),
+    ],
+)
+def test_unknown_name_is_one_sentence_with_the_nearest(name, words):
+    with pytest.raises(ValueError, match=words):
+        load_model(name)
+
+
+def test_folders_that_hold_no_model_say_so(tmp_path, checkpoints):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(ValueError, match="BertModel"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="chat template"):
+        load_model(str(checkpoints["llama"]), device="cpu", chat=True)
+
+
+@pytest.mark.skipif(not (SHARED / "models").exists(), reason="../shared/models is not there")
+def test_real_folders_equal_hugging_face():
+    for name in ("sms-llama", "stories260K"):
+        path = SHARED / "models" / name
+        model = load_model(str(path), device="cpu")
+        with torch.no_grad():
+            wanted = original(path)(TOKENS).logits[:, -1]
+        assert (
+            model.next_token_logits(TOKENS, torch.ones_like(TOKENS)) - wanted
+        ).abs().max() < 1e-4
