@@ -89,12 +89,12 @@ def test_six_points_are_certified_at_250_examples_where_hoeffding_certifies_none
 
 
 def test_lower_bounds_of_all_thresholds_hold_at_once():
-    rng, runs, delta = np.random.default_rng(4), 150, 0.2
+    rng, runs, delta = np.random.default_rng(4), 100, 0.2
     few = Protocol(thresholds=(0.2, 0.4, 0.6), delta=delta)
     gain, lost = np.array([0.0, 0.04, 0.1]), np.full(3, 0.03)
     missed = 0
     for _ in range(runs):
-        rows = certify(draw(rng, gain, lost, 60), few.thresholds, protocol=few).evidence
+        rows = certify(draw(rng, gain, lost, 40), few.thresholds, protocol=few).evidence
         missed += any(row.lower > true for row, true in zip(rows, gain, strict=True))
     assert 0 < missed / runs <= delta + 3 * math.sqrt(delta * (1 - delta) / runs)
 
