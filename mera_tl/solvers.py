@@ -15,6 +15,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mera_tl.sparse import active_newton
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,19 +60,19 @@ class Moments:
     def pool(self, use: Bool[Tensor, "fold block"]) -> "Quadratic":
         """Return the regression problem of every layer and fold, folds varying fastest."""
         weight = use.to(self.origin)
-        layers = len(self.origin)
-        count = weight @ self.count
-        share = weight / count[:, None]
-        mean = einsum(share, self.total, "fold block, layer block d -> layer fold d")
-        target_mean = share @ self.target
-        gram = einsum(share, self.square, "fold block, layer block d e -> layer fold d e")
-        cross = einsum(share, self.cross, "fold block, layer block d -> layer fold d")
+        share = weight / (weight @ self.count)[:, None]
+        n_layers, n_blocks, width, _ = self.square.shape
+        mean = rearrange(share @ self.total, "l f d -> (l f) d")
+        target_mean = (share @ self.target).repeat(n_layers)
+        # One product and one update in place: at this size, fresh memory costs more than sums.
+        gram = share @ self.square.view(n_layers, n_blocks, width * width)
+        gram = gram.view(-1, width, width).baddbmm_(mean[:, :, None], mean[:, None], alpha=-1)
         return Quadratic(
-            gram=rearrange(gram - mean[..., :, None] * mean[..., None, :], "l f d e -> (l f) d e"),
-            cross=rearrange(cross - mean * target_mean[:, None], "l f d -> (l f) d"),
-            variance=(share @ self.target_square - target_mean.square()).repeat(layers),
-            mean=rearrange(self.origin[:, None] + mean, "l f d -> (l f) d"),
-            target_mean=target_mean.repeat(layers),
+            gram=gram,
+            cross=(share @ self.cross).view(-1, width) - mean * target_mean[:, None],
+            variance=(share @ self.target_square).repeat(n_layers) - target_mean.square(),
+            mean=mean + self.origin.repeat_interleave(len(use), dim=0),
+            target_mean=target_mean,
         )
 
 
@@ -120,7 +122,8 @@ class Solution:
     coef: Float[Tensor, "problem penalty d_model"]
     intercept: Float[Tensor, "problem penalty"]
     gap: Float[Tensor, "problem penalty"]
-    """Relative duality gap (lasso), or norm of the gradient relative to the one at zero."""
+    """Lasso: duality gap relative to the objective at zero; others: the norm of the (smallest
+    sub)gradient relative to that at zero. No fit at all is 1, an exact one 0."""
     tolerance: float
 
     @property
@@ -129,7 +132,7 @@ class Solution:
         return self.gap <= self.tolerance
 
 
-def least_squares(problems: Quadratic, *, tolerance: float = 1e-6) -> Solution:
+def least_squares(problems: Quadratic) -> Solution:
     """Fit by least squares; where features are dependent, the fit of smallest norm.
 
     Directions whose variance is below 1e-12 of the largest (1e-5 in float32) count as absent.
@@ -146,12 +149,10 @@ def least_squares(problems: Quadratic, *, tolerance: float = 1e-6) -> Solution:
         kept = variances > floor * variances[-1].clamp(min=0)
         scores = axes.T @ problems.cross[i]
         coef[i] = axes @ torch.where(kept, scores / variances, 0.0)
-    return _solution(problems, coef[:, None], torch.zeros(1).to(coef), tolerance)
+    return _smooth(problems, coef[:, None], torch.zeros(1).to(coef))
 
 
-def ridge_path(
-    problems: Quadratic, penalties: Float[Tensor, " penalty"], *, tolerance: float = 1e-6
-) -> Solution:
+def ridge_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Solution:
     """Minimise mean squared error + penalty * |w|^2 for every penalty (> 0).
 
     scikit-learn's `Ridge(alpha)` is `penalty = alpha / n`.
@@ -160,24 +161,66 @@ def ridge_path(
     # One Cholesky a penalty is cheaper than one eigendecomposition up to about a dozen of them.
     factors = [torch.linalg.cholesky(problems.gram + p * identity) for p in penalties.tolist()]
     coef = [torch.cholesky_solve(problems.cross[..., None], factor)[..., 0] for factor in factors]
-    return _solution(problems, torch.stack(coef, 1), penalties.to(problems.cross), tolerance)
+    return _smooth(problems, torch.stack(coef, 1), penalties.to(problems.cross))
 
 
-def _solution(
+def _smooth(
     problems: Quadratic,
     coef: Float[Tensor, "problem penalty d_model"],
     penalties: Float[Tensor, " penalty"],
-    tolerance: float,
 ) -> Solution:
-    """Measure the gradient of smooth fits and report what did not converge."""
+    """Measure the gradient of least-squares and ridge fits."""
     slope = einsum(problems.gram, coef, "problem d e, problem penalty e -> problem penalty d")
     gradient = slope - problems.cross[:, None] + penalties[:, None] * coef
-    scale = problems.cross.norm(dim=-1)[:, None].clamp(min=torch.finfo(coef.dtype).tiny)
-    solution = Solution(coef, problems.intercept(coef), gradient.norm(dim=-1) / scale, tolerance)
-    return _reported(solution)
+    gap = relative(gradient.norm(dim=-1), problems.cross.norm(dim=-1)[:, None])
+    return reported(Solution(coef, problems.intercept(coef), gap, tolerance_for(coef)))
 
 
-def _reported(solution: Solution) -> Solution:
+def lasso_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Solution:
+    """Minimise mean squared error / 2 + penalty * |w|_1 for every penalty (> 0).
+
+    This is scikit-learn's objective with `alpha = penalty`. Penalties are solved from the largest
+    down, each starting from the one before.
+    """
+    coef = torch.zeros_like(problems.cross)
+    path: dict[float, Tensor] = {}
+    for penalty in sorted(set(penalties.tolist()), reverse=True):
+        l1 = torch.full_like(problems.variance, penalty)
+        coef = path[penalty] = active_newton(problems.gram, problems.cross, l1, coef)
+    fits = torch.stack([path[penalty] for penalty in penalties.tolist()], 1)
+    gap = torch.stack([_duality_gap(problems, fits[:, i], p) for i, p in enumerate(penalties)], 1)
+    return reported(Solution(fits, problems.intercept(fits), gap, tolerance_for(fits)))
+
+
+def _duality_gap(
+    problems: Quadratic, coef: Float[Tensor, "problem d_model"], penalty: Float[Tensor, ""]
+) -> Float[Tensor, " problem"]:
+    """Return the lasso's duality gap relative to its objective at zero coefficients."""
+    correlation = problems.cross - (problems.gram @ coef[..., None])[..., 0]
+    explained = (problems.cross * coef).sum(-1)
+    squared = problems.variance - explained - (correlation * coef).sum(-1)
+    # The residual, shrunk until no feature correlates with it more than the penalty, is dual
+    # feasible.
+    shrink = (penalty / correlation.abs().amax(-1)).clamp(max=1)
+    dual = shrink * (problems.variance - explained) - shrink.square() * squared / 2
+    primal = squared / 2 + penalty * coef.abs().sum(-1)
+    return relative((primal - dual).clamp(min=0), problems.variance / 2)
+
+
+# --- what was reached -------------------------------------------------------------------------
+
+
+def tolerance_for(values: Tensor) -> float:
+    """Return the gap up to which a fit in this precision counts as converged."""
+    return 1e-6 if values.dtype == torch.float64 else 1e-3
+
+
+def relative(value: Tensor, scale: Tensor) -> Tensor:
+    """Divide; nothing to fit (scale zero) leaves nothing to be desired."""
+    return torch.where(scale > 0, value / scale, 0.0)
+
+
+def reported(solution: Solution) -> Solution:
     """Log how many fits stopped short of the tolerance, and hand the solution on."""
     short = ~solution.converged
     if short.any():
