@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mera_tl.activations import Activations
@@ -18,7 +19,7 @@ from mera_tl.evaluation import evaluate
 from mera_tl.gains import calibrate
 from mera_tl.models import FwdHooks, Model
 from mera_tl.outcomes import Outcomes
-from mera_tl.probes import LinearProbe, fit_error_probe
+from mera_tl.probes import Kind, LinearProbe, fit_error_probe
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
 from mera_tl.rules import Additive
@@ -49,14 +50,40 @@ class Setting:
     """Of the fixed-strength methods, in units of the layer's typical residual norm."""
     read: ReadSettings = field(default_factory=ReadSettings)
     seed: int = 0
+    folder: Path | None = None
+    """Where probes and certificates are kept and found again."""
 
-    def probe(self, kind: Any) -> LinearProbe:
+    def probe(self, kind: Kind) -> LinearProbe:
         """Fit a probe of this kind on the training split, once."""
+        kept = None if self.folder is None else self.folder / "probes" / kind
         if kind not in self._probes:
-            self._probes[kind] = fit_error_probe(
-                self.activations, kind=kind, position=self.probe_position, seed=self.seed
-            )
+            if kept is not None and (kept / "probe.json").exists():
+                self._probes[kind] = LinearProbe.load(kept)
+            else:
+                self.splits.train.require_classes()
+                self._probes[kind] = fit_error_probe(
+                    self.activations, kind=kind, position=self.probe_position, seed=self.seed
+                )
+                if kept is not None:
+                    self._probes[kind].save(kept)
         return self._probes[kind]
+
+    def decide(self, name: str, steering: Steering) -> Calibration:
+        """Calibrate a steering on the calibration split, once per name."""
+        kept = None if self.folder is None else self.folder / "certificates" / f"{name}.json"
+        if kept is not None and kept.exists():
+            return Calibration.load(kept)
+        decision = calibrate(
+            self.model,
+            self.splits.calibration,
+            steering,
+            min_gain=self.min_gain,
+            protocol=self.protocol,
+            settings=self.read,
+        )
+        if kept is not None:
+            decision.save(kept)
+        return decision
 
     def steering(self, probe: LinearProbe) -> Steering:
         """Return the probe's steering in this setting's scope."""
@@ -158,32 +185,25 @@ def _additive(setting: Setting, probe: LinearProbe) -> Treatment:
 @method
 def optimal_probe(setting: Setting) -> Treatment:
     """MERA with the regression probe."""
-    return _mera(setting, setting.probe("ridge"))
+    return _mera("optimal_probe", setting, setting.probe("ridge"))
 
 
 @method
 def optimal_logistic_probe(setting: Setting) -> Treatment:
     """MERA with the logistic probe."""
-    return _mera(setting, setting.probe("logistic"))
+    return _mera("optimal_logistic_probe", setting, setting.probe("logistic"))
 
 
 @method
 def optimal_contrastive(setting: Setting) -> Treatment:
     """MERA with the contrastive direction, calibrated to the scale of the error."""
-    return _mera(setting, setting.probe("contrastive"))
+    return _mera("optimal_contrastive", setting, setting.probe("contrastive"))
 
 
-def _mera(setting: Setting, probe: LinearProbe) -> Treatment:
+def _mera(name: str, setting: Setting, probe: LinearProbe) -> Treatment:
     """Calibrate the probe's steering; steer at the certified threshold or not at all."""
     steering = setting.steering(probe)
-    decision = calibrate(
-        setting.model,
-        setting.splits.calibration,
-        steering,
-        min_gain=setting.min_gain,
-        protocol=setting.protocol,
-        settings=setting.read,
-    )
+    decision = setting.decide(name, steering)
     hooks = decision.fwd_hooks(steering)
     return Treatment(hooks, calibration=decision, details=_of(probe), probe=probe)
 

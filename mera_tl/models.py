@@ -169,6 +169,14 @@ def load_model(
     return Model(hooked, tokenizer, label, eos_ids, chat, _fingerprint(hooked))
 
 
+def model_names() -> list[str]:
+    """Return every name that `load_model` knows, the embedded and the paper's models first."""
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    aliases = [alias for names in MODEL_ALIASES.values() for alias in names]
+    return list(dict.fromkeys(["organism", *PAPER_MODELS, *OFFICIAL_MODEL_NAMES, *aliases]))
+
+
 def _torch_dtype(dtype: str) -> torch.dtype:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(
@@ -198,14 +206,10 @@ def _load_tokenizer(source: str) -> Any:
 
 def _load_official(name: str, dtype: torch.dtype, device: str) -> Any:
     from transformer_lens import HookedTransformer
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-    known = [
-        *OFFICIAL_MODEL_NAMES,
-        *(alias for aliases in MODEL_ALIASES.values() for alias in aliases),
-    ]
+    known = model_names()
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "organism"], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise ValueError(
             f"{name!r} is neither a folder nor a model that TransformerLens knows; "
             f"nearest names: {', '.join(near) or 'none'} (`mera models` lists all)."

@@ -158,6 +158,32 @@ def mixed_options(model) -> tuple[str, str]:
     return min(share, key=lambda pair: abs(share[pair] - 0.5))
 
 
+def spoken_options(model, task) -> tuple[str, str]:
+    """Two words that a random model says by itself: at once in some rows, later, or never."""
+    from itertools import combinations
+
+    replies = []
+    for tokens in model.tokenize([example.prompt for example in task.examples]):
+        start = len(tokens)
+        for _ in range(8):
+            ids = torch.tensor([tokens])
+            tokens = [*tokens, int(model.next_token_logits(ids, torch.ones_like(ids)).argmax())]
+        replies.append(model.tokenizer.convert_ids_to_tokens(tokens[start:]))
+
+    def variety(pair: tuple[str, str]) -> float:
+        first = [next((i for i, w in enumerate(r) if w in pair), None) for r in replies]
+        at_once, never = first.count(0), first.count(None)
+        return min(at_once, never, len(first) - at_once - never)
+
+    said = sorted({word for reply in replies for word in reply} & set(WORDS))
+    return max(combinations([*said, "yes", "no"], 2), key=variety)
+
+
+def talking_task(model, n: int = 24):
+    """Random prompts whose options the model does say."""
+    return make_task(n, options=spoken_options(model, make_task(n)))
+
+
 def random_probe(model, *, seed: int = 0, scale: float = 1.0):
     """A probe that knows nothing, with scores of unit scale on both sides of zero."""
     from mera_tl.probes import LinearProbe

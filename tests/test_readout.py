@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task
+from conftest import make_task, talking_task
 
 from mera_tl.activations import Activations, collect
 from mera_tl.evaluation import evaluate
@@ -37,29 +37,21 @@ def slow_answers(model: Model, task, n_new: int = 8):
     return answers
 
 
-def talkative(model: Model) -> Model:
-    """Push the option tokens up a little, so that some rows answer at once, later, or never."""
-    return replace(model, eos_ids=(7,))
-
-
-def test_exact_readout_equals_decoding_by_hand(model, task):
-    model = talkative(model)
+def test_exact_readout_equals_decoding_by_hand(model):
+    task = talking_task(model)
     run = evaluate(model, task, settings=QUIET)
-    steps = set()
-    for i, (answer, probs, _, where) in enumerate(slow_answers(model, task)):
+    for i, (answer, probs, _, _) in enumerate(slow_answers(model, task)):
         assert run.predictions[i] == answer
         if answer >= 0:
             assert (run.probs[i] - probs).abs().max() < 1e-4
             assert run.error[i].item() == pytest.approx(1 - probs[run.labels[i]].item(), abs=1e-4)
-            steps.add(where - len(model.tokenize([task.examples[i].prompt])[0]))
         else:
             assert run.error[i] == 1
             assert not run.correct[i]
-    assert steps or not run.answered.any()
 
 
-def test_activations_are_the_residual_stream_at_last_and_at_the_answer(model, task):
-    model = talkative(model)
+def test_activations_are_the_residual_stream_at_last_and_at_the_answer(model):
+    task = talking_task(model)
     activations = collect(model, task, settings=QUIET)
     plain = evaluate(model, task, settings=QUIET)
     assert torch.equal(activations.outcomes.predictions, plain.predictions)
@@ -80,9 +72,9 @@ def test_the_answers_above_are_not_all_alike(models):
     """Positive control: over the four families rows answer at once, later, and never."""
     steps = set()
     for model in models.values():
-        task = make_task(24)
+        task = talking_task(model)
         lengths = [len(tokens) for tokens in model.tokenize([e.prompt for e in task.examples])]
-        answers = slow_answers(talkative(model), task)
+        answers = slow_answers(model, task)
         steps |= {w and min(w - n, 1) for (_, _, _, w), n in zip(answers, lengths, strict=True)}
     assert steps == {None, 0, 1}
 

@@ -1,0 +1,231 @@
+"""One run: a model on a task, every method on the same split, one record each.
+
+    collect -> fit -> calibrate or abstain -> evaluate -> record
+
+A run lives in a folder. What a step has written is found again by the next, or by a second start:
+activations/, probes/<kind>/, certificates/<method>.json, outcomes/<method>.jsonl, records.jsonl.
+"""
+
+import logging
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mera_tl import store
+from mera_tl.activations import Activations, collect
+from mera_tl.config import RunConfig, parse_layers
+from mera_tl.evaluation import evaluate
+from mera_tl.methods import METHODS, Setting, Treatment, find_method
+from mera_tl.models import Model, load_model
+from mera_tl.outcomes import Outcomes, spi
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings
+from mera_tl.tasks import Splits, load_task
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of records; raised when a field changes its meaning."""
+
+
+class Run:
+    """A run in its folder; everything in it is computed once, on first use."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, progress: bool = True) -> None:
+        self.config, self.folder = config, Path(folder)
+        self.read = ReadSettings(
+            readout=config.readout,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            truncate=config.truncate,
+            progress=progress,
+        )
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, loaded."""
+        config = self.config
+        return load_model(config.model, dtype=config.dtype, device=config.device, chat=config.chat)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Train, calibration and test, disjoint."""
+        config = self.config
+        task = load_task(config.task, data_dir=config.data_dir, template=config.template)
+        return task.split(
+            config.seed, train=config.train, calibration=config.calibration, test=config.test
+        )
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Of the training split; read from the folder where they are already."""
+        folder = self.folder / "activations"
+        if (folder / "manifest.json").exists():
+            return Activations.load(folder)
+        return collect(self.model, self.splits.train, settings=self.read, out=folder)
+
+    @cached_property
+    def setting(self) -> Setting:
+        """What the methods look at."""
+        config = self.config
+        return Setting(
+            model=self.model,
+            splits=self.splits,
+            activations=self.activations,
+            protocol=Protocol(delta=config.delta, metric=config.metric, seed=config.seed),
+            min_gain=config.min_gain,
+            layers=parse_layers(config.layers),
+            positions=config.positions,
+            probe_position=config.probe_position,
+            strength=config.strength,
+            read=self.read,
+            seed=config.seed,
+            folder=self.folder,
+        )
+
+    @cached_property
+    def base(self) -> Outcomes:
+        """The unsteered outcomes on the test split."""
+        kept = self.folder / "outcomes" / "no_steering.jsonl"
+        if kept.exists():
+            return Outcomes.from_records(store.read_records(kept), self.splits.test.options)
+        base = evaluate(self.model, self.splits.test, settings=self.read, title="unsteered test")
+        store.write_records(kept, base.to_records())
+        return base
+
+    def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield one record per method, computing those that are not in the folder yet."""
+        path = self.folder / "records.jsonl"
+        done = {record["method"]: record for record in store.read_records(path)}
+        for name in methods:
+            find_method(name)  # every name is checked before the first costs anything
+        for name in methods:
+            if name not in done:
+                done[name] = self._record(name)
+                ordered = [done[known] for known in METHODS if known in done]
+                store.write_records(path, ordered)
+            yield done[name]
+
+    def _record(self, name: str) -> dict[str, Any]:
+        base = self.base
+        started = time.perf_counter()
+        treatment = METHODS[name](self.setting)
+        outcomes = base
+        if treatment.fwd_hooks or treatment.instruction is not None:
+            outcomes = treatment.apply(self.setting, self.splits.test)
+        seconds = time.perf_counter() - started
+        store.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
+        return {
+            "format": FORMAT,
+            "model": self.model.name,
+            "task": self.splits.test.name,
+            "method": name,
+            "space": "raw",
+            "seed": self.config.seed,
+            **scores(outcomes, base),
+            **_decision(treatment),
+            "details": treatment.details,
+            "seconds": round(seconds, 3),
+            "n_train": len(self.splits.train),
+            "n_calibration": len(self.splits.calibration),
+            "hashes": {
+                "config": store.fingerprint(self.config.to_json()),
+                "model": self.model.fingerprint,
+                "data": {split.role: split.data_hash for split in self.splits},
+            },
+            "versions": versions(),
+        }
+
+
+def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
+    """Return the metrics of a run against the unsteered run on the same examples."""
+    return {
+        "n": len(outcomes),
+        "accuracy": outcomes.accuracy,
+        "error": outcomes.mean_error,
+        "spi": spi(outcomes.accuracy, base.accuracy),
+        "accuracy_change": outcomes.accuracy - base.accuracy,
+        "error_change": outcomes.mean_error - base.mean_error,
+        "transitions": outcomes.transitions(base),
+        "unanswered": int((~outcomes.answered).sum()),
+        "steered_share": outcomes.steered_share,
+        **outcomes.weighted_scores(),
+    }
+
+
+def _decision(treatment: Treatment) -> dict[str, Any]:
+    decision = treatment.calibration
+    if decision is None:
+        return {"decision": None, "threshold": None, "certificate": None}
+    return {
+        "decision": decision.decision.value,
+        "threshold": decision.threshold,
+        "certificate": str(decision),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number may depend on."""
+    names = ("mera-tl", "torch", "transformer-lens", "transformers")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+@contextmanager
+def open_run(config: RunConfig, folder: str | Path, *, progress: bool = True) -> Iterator[Run]:
+    """Hold a run's folder; start it, or go on with it if it is of the same configuration.
+
+    Raises:
+        ValueError: if the folder holds another configuration, or another process works in it.
+    """
+    folder = Path(folder)
+    parse_layers(config.layers)
+    run = Run(config, folder, progress=progress)
+    with store.lock(folder):
+        path = folder / "config.json"
+        if path.exists():
+            _require_same(store.read_json(path), config, folder)
+        else:
+            run.splits  # noqa: B018  bad names and data fail before anything is written
+            run.model  # noqa: B018
+            store.write_json(path, config.to_json())
+        yield run
+
+
+def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    wanted = config.to_json()
+    differ = [name for name in wanted if kept.get(name) != wanted[name]]
+    if differ:
+        first = differ[0]
+        raise ValueError(
+            f"{folder} holds a run with another configuration ({', '.join(differ)}: e.g. {first} "
+            f"was {kept.get(first)!r}, is {wanted[first]!r}); choose another --out."
+        )
+
+
+def table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return records as the table that a person reads."""
+    rows = [
+        {
+            "model": record["model"],
+            "task": record["task"],
+            "method": record["method"],
+            "n": record["n"],
+            "accuracy": record["accuracy"],
+            "error": record["error"],
+            "SPI": record["spi"],
+            "0->1": record["transitions"]["0->1"],
+            "1->0": record["transitions"]["1->0"],
+            "steered": record["steered_share"],
+            "decision": record["decision"] or "",
+            "threshold": record["threshold"],
+        }
+        for record in records
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,77 @@
+"""What one run is: model, task, splits, scope, certificate. Plain values, no heavy imports."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+DEFAULT_METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One model on one task, with one split."""
+
+    model: str
+    """An official name, a local Hugging Face folder, or "organism"."""
+    task: str
+    """A task's name (`mera tasks`), or the path of a task file (.toml, .yaml)."""
+    data_dir: str | None = None
+    """Folder with the task's data: plain files, or a save_to_disk folder. Default: the hub."""
+    template: str | None = None
+    """File with another wording of the prompt; fields in braces are the task's columns."""
+    train: str | None = None
+    """Training examples: a count (600) or rows of the source (0-599,700-799). Default: 60 %."""
+    calibration: str | None = None
+    """Calibration examples, likewise. Default: 20 %."""
+    test: str | None = None
+    """Test examples, likewise. Default: 20 %."""
+    seed: int = 0
+    """Of the split, the probes' folds and the order of the betting bound."""
+    layers: str = "all"
+    """Steered layers: all, best, or numbers (0,2-4)."""
+    positions: Literal["all", "last", "generated"] = "all"
+    """Steered tokens: all, from the final prompt token on (last), or generated ones."""
+    probe_position: Literal["last", "exact"] = "last"
+    """Where probes read: the final prompt token, or the answer token."""
+    min_gain: float = 0.0
+    """Gain to certify (the paper's epsilon)."""
+    delta: float = 0.05
+    """Greatest probability of steering with a gain below `min_gain`."""
+    metric: Literal["correct", "error"] = "correct"
+    """What must improve: accuracy, or the error 1 - P(true option)."""
+    strength: float = 0.1
+    """Of fixed-strength methods, in units of the layer's typical residual norm."""
+    readout: Literal["exact", "last"] = "exact"
+    """Read the decoded answer token, or the final prompt token alone."""
+    max_new_tokens: int = 8
+    """Tokens decoded at most before an example counts as unanswered."""
+    truncate: bool = False
+    """Shorten the text of prompts that exceed the context, never the question."""
+    batch_size: int = 16
+    """Prompts per batch; halved by itself when memory runs out."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model; probes and shifts are always float32."""
+    device: str | None = None
+    """Default: cuda where there is one."""
+    chat: bool = False
+    """Wrap prompts in the tokenizer's chat template."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, for config.json and its fingerprint."""
+        return asdict(self)
+
+
+def parse_layers(text: str) -> Any:
+    """Turn "all", "best" or "0,2-4" into what `Steering` takes.
+
+    Raises:
+        ValueError: if the text is none of these.
+    """
+    if text in ("all", "best"):
+        return text
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ValueError(f'layers={text!r} is not "all", "best" or numbers such as 0,2-4.')
+        layers.extend(range(int(first), int(last or first) + 1))
+    return tuple(layers)
