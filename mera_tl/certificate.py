@@ -267,12 +267,15 @@ def _terms(calibration: Calibration) -> str:
 def _steer_sentence(calibration: Calibration) -> str:
     best = calibration.best
     raises = "raises accuracy" if calibration.protocol.metric == "correct" else "lowers the error"
+    sign = 1 if calibration.protocol.metric == "correct" else -1
+    base = calibration.base
+    moved = "" if base is None else f", from {base:.3f} to {base + sign * best.gain:.3f}"
     others = "other groups" if calibration.group is not None else "any subgroup of them"
     return (
         f"STEER at threshold {best.threshold:.4g}: {_scope(calibration)}, steering {raises} by at "
         f"least {_at_least(best.lower)} on data drawn as these were (observed: "
-        f"{_points(best.gain)}, {best.recoveries} better, {best.regressions} worse), which says "
-        f"nothing of {others} nor of other prompts, models or data {_terms(calibration)}."
+        f"{_points(best.gain)}{moved}, {best.recoveries} better, {best.regressions} worse), which "
+        f"says nothing of {others} nor of other prompts, models or data {_terms(calibration)}."
     )
 
 

@@ -100,8 +100,11 @@ def size_of_the_test(df: pd.DataFrame) -> go.Figure:
                 mode="lines",
                 line={"color": BOUND_COLOURS[bound], "dash": dash},
             )
-    figure.add_hline(y=1, line_dash="dash", annotation_text="promised")
-    figure.update_xaxes(title="examples")
+    figure.add_hline(
+        y=1, line_dash="dash", annotation_text="promised", annotation_position="top left"
+    )
+    ticks = [1, 2, 5, 10, 20, 50, 100, 250, 500, 1000]
+    figure.update_xaxes(title="examples", type="log", tickvals=ticks)
     figure.update_yaxes(title="greatest error probability / level", range=[0, 1.1])
     figure.update_layout(title="Is one test ever wrong too often?", template="plotly_white")
     return figure

@@ -142,6 +142,8 @@ def test_sentences_name_confidence_scope_reason_and_size(gains):
     steer = str(certify(gains, DEFAULT_THRESHOLDS))
     for part in ("STEER at threshold", "confidence 0.95", "250 calibration", "subgroup"):
         assert part in steer
+    known = dataclasses.replace(certify(gains, DEFAULT_THRESHOLDS), base=0.7)
+    assert f"from 0.700 to {0.7 + known.best.gain:.3f}" in str(known)
     weak = certify(gains[:, :40], DEFAULT_THRESHOLDS, protocol=Protocol(delta=0.01))
     assert weak.abstained and weak.needed > 40
     assert f"about {weak.needed} examples" in str(weak) and "confidence 0.99" in str(weak)
