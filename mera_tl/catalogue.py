@@ -230,8 +230,10 @@ def _ask(
             if len(value) != len(options):
                 return "without a choice for every option"
             value = "\n".join(f"{letter}. {v}" for letter, v in zip(_LETTERS, value, strict=False))
-        texts[name] = "" if value is None else str(value)
-        if not texts[name].strip():
+        # Blanks around a field are accidents of its source: the same message ends in a line feed
+        # on the hub and in spaces in the plain file.
+        texts[name] = "" if value is None else str(value).strip()
+        if not texts[name]:
             return f"with a blank {name}"
     label = _label(_column(row, form.label, number, title), form.labels, options)
     if label is None:
