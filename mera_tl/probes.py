@@ -1,125 +1,78 @@
 """Where a model's errors can be read: one linear map per layer from the residual stream to error.
 
-`score = w.h + b` predicts `logit(clip(error))`, so `sigmoid(score)` is the predicted error and the
-limit of a steering threshold is `logit(threshold)`. Fits standardise the features and fold that
-back, so a probe acts on raw `h`. Layers are compared on folds that all of them share; a probe's
-own metrics are therefore optimistic by the choice, and `LinearProbe.measure` scores it on
-examples that no fit has seen.
+`score = w.h + b` predicts `logit(clip(error))`, so `sigmoid(score)` is the predicted error, and the
+limit that belongs to a steering threshold is `logit(threshold)`. A logistic probe's score is the
+log-odds of an incorrect answer instead. Penalties and layers are chosen on folds that all of them
+share (`folds`); the metrics kept with a probe are from there, a little optimistic by the choice,
+and `LinearProbe.measure` scores it on examples that no fit has seen.
 """
 
 import html
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import pandas as pd
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int
+from einops import einsum
+from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl import scoring, solvers, store
+from mera_tl import scoring, store
+from mera_tl.activations import Activations
+from mera_tl.folds import FULL, REGRESSIONS, Examples, Grid, Kind, fit_grid, held_out_table
+from mera_tl.folds import LASSO as LASSO_PENALTIES
+from mera_tl.models import Model
 
 logger = logging.getLogger(__name__)
 
 Position = Literal["last", "exact"]
-Kind = Literal["least_squares", "ridge"]
+Rank = Literal["best", "median", "worst"]
+Tasks = Activations | Sequence[Activations]
+"""The activations of one task, or of several, which are then mixed."""
 
-DEFAULT_PENALTY = {"least_squares": 0.0, "ridge": 3.0}
+PENALTIES: Mapping[str, float | Sequence[float]] = {
+    "ridge": 3.0,
+    "least_squares": 0.0,
+    "lasso": LASSO_PENALTIES,
+    "logistic": 1.0,
+    "logistic_l2": 1.0,
+    "contrastive": 0.0,
+}
 """Ridge is regularised far beyond what predicts best: the shortest shift along a well-fitting
 probe hides in directions of little variance and changes no answer."""
-
-N_FOLDS, N_BLOCKS, HELD_OUT_BLOCKS = 5, 10, 3
-
-
-@runtime_checkable
-class Readings(Protocol):
-    """What a probe is fitted to: `mera_tl.Activations`, or anything with these members."""
-
-    @property
-    def error(self) -> Any: ...  # noqa: D102
-    @property
-    def correct(self) -> Any: ...  # noqa: D102
-    @property
-    def outcomes(self) -> Any: ...  # noqa: D102
-    @property
-    def manifest(self) -> Any: ...  # noqa: D102
-
-    def resid(self, position: Any) -> Any: ...  # noqa: D102
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What a probe sees of some examples: only answered ones at `exact`, all of them at `last`."""
-
-    resid: Float[Tensor, "layer example d_model"]
-    error: Float[Tensor, " example"]
-    incorrect: Bool[Tensor, " example"]
-
-    def __len__(self) -> int:
-        return len(self.error)
-
-    @staticmethod
-    def of(activations: Readings | Sequence[Readings], position: Position) -> "Examples":
-        """Read one task's activations, or a mixture of several.
-
-        Raises:
-            ValueError: if nothing is left at this position, or an activation is not finite.
-        """
-        parts = activations if isinstance(activations, Sequence) else [activations]
-        kept = [torch.as_tensor(part.outcomes.answered) | (position == "last") for part in parts]
-        examples = Examples(
-            torch.cat([a.resid(position)[:, k] for a, k in zip(parts, kept, strict=True)], dim=1),
-            torch.cat([torch.as_tensor(a.error)[k] for a, k in zip(parts, kept, strict=True)]),
-            torch.cat([~torch.as_tensor(a.correct)[k] for a, k in zip(parts, kept, strict=True)]),
-        )
-        n = sum(len(k) for k in kept)
-        if len(examples) < n:
-            logger.info(
-                "%d of %d examples were not answered and have no %r position; they are left out.",
-                n - len(examples),
-                n,
-                position,
-            )
-        broken = ~examples.resid.isfinite().all(-1)
-        if broken.any():
-            raise ValueError(
-                f"Activations at {position!r} are not finite for {int(broken.any(0).sum())} of "
-                f"{len(examples)} examples (first in layer {int(broken.any(1).nonzero()[0])}); "
-                "load the model in float32 or leave these examples out."
-            )
-        return examples
 
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
     """One linear map per layer whose score predicts the log-odds of error."""
 
-    weights: Float[Tensor, "layer d_model"]
-    bias: Float[Tensor, " layer"]
-    resid_norm: Float[Tensor, " layer"]
+    weights: Float[Tensor, "layer d_model"] = field(repr=False)
+    """On raw activations; all zero where nothing could be read, and then nothing is steered."""
+    bias: Float[Tensor, " layer"] = field(repr=False)
+    resid_norm: Float[Tensor, " layer"] = field(repr=False)
     """Median norm of the residuals fitted to: the unit of additive strengths."""
     position: Position
     kind: str
     penalty: float
+    """Of the best layer, where layers differ."""
     best_layer: int
-    """The layer with the best held-out score: least RMSE of predicted error."""
+    """The layer with the best held-out score: least RMSE of error, or AUROC for logistic."""
     clip: float
-    metrics: tuple[dict[str, Any], ...] = ()
+    """Errors were clipped to [clip, 1 - clip] before the logit."""
+    metrics: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     """One row per layer: held-out means over the folds, their spread `*_sd`, and `*_dummy`."""
-    manifest: dict[str, Any] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Model, data, template and hook of the activations fitted to."""
 
     def score(
         self, resid: Float[Tensor, "layer example d_model"]
     ) -> Float[Tensor, "layer example"]:
         """Return the log-odds of error that each layer predicts."""
-        return (
-            einsum(resid, self.weights.to(resid), "layer example d, layer d -> layer example")
-            + self.bias.to(resid)[:, None]
-        )
+        weights, bias = self.weights.to(resid), self.bias.to(resid)
+        return einsum(resid, weights, "layer example d, layer d -> layer example") + bias[:, None]
 
     def predicted_error(
         self, resid: Float[Tensor, "layer example d_model"]
@@ -127,29 +80,28 @@ class LinearProbe:
         """Return the error that each layer predicts, in (0, 1)."""
         return torch.sigmoid(self.score(resid))
 
-    @cached_property
+    @property
     def table(self) -> pd.DataFrame:
         """The held-out metrics, one row per layer."""
         return pd.DataFrame(list(self.metrics))
 
-    def measure(self, activations: Readings | Sequence[Readings]) -> pd.DataFrame:
+    def measure(self, activations: Tasks) -> pd.DataFrame:
         """Score the probe on examples it was not fitted to: one row per layer, all metrics."""
-        examples = Examples.of(activations, self.position)
+        examples = read_examples(activations, self.position)
         score = self.score(examples.resid).double()
-        measured = scoring.measure(
-            score, examples.error.double(), examples.incorrect, clip=self.clip
+        truth = (examples.error.double(), examples.incorrect)
+        return pd.DataFrame(
+            {"layer": range(len(score))} | scoring.measure(score, *truth, clip=self.clip)
         )
-        return pd.DataFrame({"layer": range(len(score))} | measured)
 
     def save(self, folder: str | Path) -> Path:
         """Write `probe.safetensors` and, last, its manifest `probe.json`; return the folder."""
-        folder = Path(folder)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-        plain = {k: v for k, v in values.items() if k not in tensors}
-        store.save_tensors(folder / "probe.safetensors", tensors)
-        store.write_json(folder / "probe.json", plain)
-        return folder
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+        store.save_tensors(Path(folder) / "probe.safetensors", tensors)
+        plain = {name: v for name, v in values.items() if name not in tensors}
+        store.write_json(Path(folder) / "probe.json", plain)
+        return Path(folder)
 
     @staticmethod
     def load(folder: str | Path) -> "LinearProbe":
@@ -162,166 +114,219 @@ class LinearProbe:
         tensors = store.load_tensors(Path(folder) / "probe.safetensors")
         return LinearProbe(**tensors, **plain | {"metrics": tuple(plain["metrics"])})
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Model) -> None:
         """Refuse a model other than the one whose activations were fitted.
 
         Raises:
-            ValueError: naming both models.
+            ValueError: naming what differs.
         """
-        fitted = (self.manifest or {}).get("model", {})
-        wanted = fitted.get("fingerprint")
-        if wanted and wanted != model.fingerprint:
-            raise ValueError(
-                f"This probe was fitted on {fitted.get('name')} ({wanted}), but the model is "
-                f"{model.name} ({model.fingerprint}); fit a probe on this model first."
-            )
+        for name, got in model.manifest.items():
+            fitted = self.manifest.get(name, got)
+            if name not in ("model", "dtype") and fitted != got:
+                raise ValueError(
+                    f"This probe was fitted on {self.manifest.get('model')} with {name} {fitted}, "
+                    f"but {model.name} has {name} {got}; fit a probe on this model first."
+                )
 
     def _repr_html_(self) -> str:
         title = f"LinearProbe: {self.kind}, penalty {self.penalty:g}, position {self.position}"
-        return f"<p>{html.escape(title)}, best layer {self.best_layer}</p>" + (
-            self.table.to_html(index=False, float_format="%.3f") if self.metrics else ""
-        )
+        rows = self.table.to_html(index=False, float_format="%.3f") if self.metrics else ""
+        return f"<p>{html.escape(title)}, best layer {self.best_layer}</p>{rows}"
 
 
 def fit_error_probe(
-    activations: Readings | Sequence[Readings],
+    activations: Tasks,
     *,
     kind: Kind = "ridge",
     position: Position = "last",
-    penalty: float | None = None,
+    penalty: float | Sequence[float] | None = None,
     clip: float = 0.01,
     seed: int = 0,
 ) -> LinearProbe:
     """Fit one probe per layer on all examples, and find the best layer on shared folds.
 
-    The default, strongly regularised ridge, is meant for steering; its direction is rescaled by a
-    regression in one dimension, so that scores stay log-odds. `penalty` is in units of the mean
-    feature variance for ridge. `clip` keeps the errors in `[clip, 1 - clip]` before the logit.
+    The default, strongly regularised ridge, is meant for steering. Of several penalties each layer
+    takes the best one. Units: ridge, the mean feature variance; lasso, scikit-learn's alpha;
+    logistic, 1/C; contrastive, the number of pairs with most and least error (0: half of the
+    examples). Directions of ridge and contrastive probes are scaled by a regression in one
+    dimension on held-out examples, so that scores are log-odds.
 
     Raises:
-        ValueError: if there are too few examples or an activation is not finite.
+        ValueError: if there are too few examples, a logistic probe has one class only, or an
+            activation is not finite.
     """
-    penalty = DEFAULT_PENALTY[kind] if penalty is None else penalty
-    examples = Examples.of(activations, position)
-    block = blocks(examples.incorrect, seed)
-    use = torch.cat([folds(), torch.ones(1, N_BLOCKS, dtype=torch.bool)])
-    weights, bias = _fit(examples, kind, penalty, clip, block, use)
-    metrics = _held_out(examples, weights, bias, clip, block)
-    best = int(torch.tensor([row["rmse"] for row in metrics]).nan_to_num(torch.inf).argmin())
-    first = activations[0] if isinstance(activations, Sequence) else activations
-    return LinearProbe(
-        weights=weights[:, -1].float(),
-        bias=bias[:, -1].float(),
-        resid_norm=examples.resid.norm(dim=-1).median(-1).values,
-        position=position,
-        kind=kind,
-        penalty=penalty,
-        best_layer=best,
-        clip=clip,
-        metrics=metrics,
-        manifest=dict(first.manifest),
+    wanted = PENALTIES[kind] if penalty is None else penalty
+    grid = {kind: tuple(wanted) if isinstance(wanted, Sequence) else (wanted,)}
+    return _fit(activations, grid, "best", position, clip, seed)
+
+
+def fit_ranked_probe(
+    activations: Tasks,
+    rank: Rank,
+    *,
+    position: Position = "last",
+    clip: float = 0.01,
+    seed: int = 0,
+) -> LinearProbe:
+    """Fit the paper's seven regressions; each layer takes the best, median or worst held-out one.
+
+    Raises:
+        ValueError: as `fit_error_probe`.
+    """
+    return _fit(activations, REGRESSIONS, rank, position, clip, seed)
+
+
+def probe_path(
+    activations: Tasks,
+    *,
+    untouched: Tasks | None = None,
+    grid: Grid = FULL,
+    position: Position = "last",
+    clip: float = 0.01,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Fit every kind and penalty for every layer: one row each, with all metrics.
+
+    Held-out metrics are for choosing (see `held_out_table`). Reporting takes the columns
+    `untouched_*`: the fit on all examples, measured on activations that no fold has seen.
+
+    Raises:
+        ValueError: as `fit_error_probe`.
+    """
+    examples = read_examples(activations, position)
+    fits = fit_grid(examples, grid, clip=clip, seed=seed)
+    table = held_out_table(examples, fits, clip=clip, seed=seed)
+    if untouched is not None:
+        fresh = read_examples(untouched, position)
+        truth = (fresh.error.double(), fresh.incorrect)
+        measured = scoring.measure(fits.score(fresh.resid.double(), -1), *truth, clip=clip)
+        for name, values in measured.items():
+            table[f"untouched_{name}"] = values.flatten().tolist()
+    table.insert(0, "position", position)
+    return table
+
+
+def choose(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -> pd.DataFrame:
+    """Return, per layer, the row of a `probe_path` table that ranks so by a held-out metric."""
+    ordered = table.dropna(subset=by).sort_values(
+        by, ascending=by in scoring.LOWER_IS_BETTER, kind="stable"
     )
+    share = {"best": 0.0, "median": 0.5, "worst": 1.0}[rank]
+    groups = [group for _, group in ordered.groupby("layer")]
+    return pd.concat([group.iloc[[round(share * (len(group) - 1))]] for group in groups])
 
 
-def folds() -> Bool[Tensor, "fold block"]:
-    """Return which blocks each fold fits on: seven of ten, held-out threes moving round."""
-    start = torch.arange(N_FOLDS)[:, None] * HELD_OUT_BLOCKS
-    held_out = (start + torch.arange(HELD_OUT_BLOCKS)) % N_BLOCKS
-    return torch.ones(N_FOLDS, N_BLOCKS, dtype=torch.bool).scatter(1, held_out, False)
+def transfer(probes: Mapping[str, LinearProbe], tasks: Mapping[str, Tasks]) -> pd.DataFrame:
+    """Measure every probe on every task, at the probe's best layer."""
+    rows = []
+    for fitted_on, probe in probes.items():
+        for measured_on, activations in tasks.items():
+            row = probe.measure(activations).loc[probe.best_layer].to_dict()
+            rows.append({"fitted_on": fitted_on, "measured_on": measured_on, **row})
+    return pd.DataFrame(rows)
 
 
-def blocks(incorrect: Bool[Tensor, " example"], seed: int) -> Int[Tensor, " example"]:
-    """Deal examples into ten blocks at random, errors and correct ones evenly.
+def selectivity(
+    activations: Tasks,
+    *,
+    grid: Grid | None = None,
+    position: Position = "last",
+    clip: float = 0.01,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare each probe with one fitted to a control task, the same targets shuffled.
+
+    What a probe reads beyond its control is in the activations and not in the probe's capacity
+    (Hewitt and Liang, 2019). Returns the rows of `probe_path` with `auroc_control`, `r2_control`
+    and the differences `auroc_selectivity`, `r2_selectivity`.
+    """
+    examples = read_examples(activations, position)
+    tables = []
+    for each in (examples, examples.shuffled(seed)):
+        fits = fit_grid(each, grid or {"ridge": (3.0,)}, clip=clip, seed=seed)
+        tables.append(held_out_table(each, fits, clip=clip, seed=seed))
+    table, control = tables
+    for name in ("auroc", "r2"):
+        table[f"{name}_control"] = control[name]
+        table[f"{name}_selectivity"] = table[name] - control[name]
+    return table
+
+
+def read_examples(activations: Tasks, position: Position) -> Examples:
+    """Return what a probe sees: only answered examples at `exact`, all of them at `last`.
 
     Raises:
-        ValueError: if there are fewer examples than blocks.
+        ValueError: if none is left, models are mixed, or an activation is not finite.
     """
-    n = len(incorrect)
-    if n < N_BLOCKS:
-        raise ValueError(f"A probe needs at least {N_BLOCKS} examples to hold some out, got {n}.")
-    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    dealt = shuffled[incorrect.cpu()[shuffled].long().argsort(stable=True)]
-    block = torch.empty(n, dtype=torch.long)
-    block[dealt] = torch.arange(n) % N_BLOCKS
-    return block
+    parts = [activations] if isinstance(activations, Activations) else list(activations)
+    models = {str(part.manifest.get("model_fingerprint")) for part in parts}
+    if len(models) > 1:
+        raise ValueError(
+            f"A probe reads one model, but these activations come from {len(models)} "
+            f"(fingerprints {', '.join(sorted(models))}); fit one probe each."
+        )
+    kept = [part.outcomes.answered | (position == "last") for part in parts]
+    pairs = list(zip(parts, kept, strict=True))
+    n, n_kept = sum(map(len, kept)), sum(int(k.sum()) for k in kept)
+    if n_kept < n:
+        logger.info(
+            "%d of %d examples were not answered, so they have no %r position and are left out.",
+            n - n_kept,
+            n,
+            position,
+        )
+    if n_kept == 0:
+        raise ValueError(
+            f"None of {n} examples has a {position!r} position; collect examples the model "
+            "answers, or use position='last'."
+        )
+    return Examples(
+        torch.cat([part.resid(position)[:, k] for part, k in pairs], dim=1),
+        torch.cat([part.error[k] for part, k in pairs]),
+        torch.cat([~part.correct[k] for part, k in pairs]),
+    )
 
 
 def _fit(
-    examples: Examples,
-    kind: str,
-    penalty: float,
-    clip: float,
-    block: Int[Tensor, " example"],
-    use: Bool[Tensor, "fold block"],
-) -> tuple[Float[Tensor, "layer fold d_model"], Float[Tensor, "layer fold"]]:
-    """Fit every layer and fold on standardised features; return raw weights and biases."""
-    x = examples.resid.double()
-    deviation, mean = torch.std_mean(x, dim=1, correction=0)
-    scale = torch.where(deviation > 0, deviation, 1.0)  # a constant feature gets weight zero
-    x = (x - mean[:, None]) / scale[:, None]
-    moments = solvers.Moments(torch.zeros_like(mean), n_blocks=N_BLOCKS)
-    moments.add(x, scoring.logit_error(examples.error, clip), block)
-    problems = moments.pool(use)
-    if kind == "least_squares":
-        coef = solvers.least_squares(problems).coef
-    else:
-        coef = solvers.ridge_path(problems, torch.tensor([penalty])).coef
-        coef = coef * _held_out_slope(moments.pool(~use[:-1]), coef)
-    bias = rearrange(problems.intercept(coef), "(l f) 1 -> l f", l=len(x))
-    weights = rearrange(coef, "(l f) 1 d -> l f d", l=len(x)) / scale[:, None]
-    return weights, bias - einsum(weights, mean, "layer fold d, layer d -> layer fold")
-
-
-def _held_out_slope(
-    held_out: solvers.Quadratic, coef: Float[Tensor, "problem penalty d_model"]
-) -> Float[Tensor, "problem penalty 1"]:
-    """Return the factor that makes scores log-odds again after strong regularisation.
-
-    Regresses target on score in one dimension, on examples that the direction was not fitted to:
-    in-sample slopes are as overconfident as the fit. A fold takes the slope of the other folds, the
-    fit to everything (the last fold of `coef`) that of all. Where nothing can be read the slope is
-    not positive and the weights become zero.
-    """
-    fits = rearrange(coef, "(l f) p d -> l f p d", f=N_FOLDS + 1)[:, :-1]
-    moments = held_out.spread(rearrange(fits, "l f p d -> (l f) p d"))
-    covariance, variance = (rearrange(m, "(l f) p -> l f p", f=N_FOLDS) for m in moments)
-    covariance, variance = (
-        torch.cat([m.sum(1, keepdim=True) - m, m.sum(1, keepdim=True)], dim=1)
-        for m in (covariance, variance)
-    )
-    slope = torch.where(variance > 0, covariance / variance, 0.0).clamp(min=0)
-    return rearrange(slope, "l f p -> (l f) p 1")
-
-
-def _held_out(
-    examples: Examples,
-    weights: Float[Tensor, "layer fold d_model"],
-    bias: Float[Tensor, "layer fold"],
-    clip: float,
-    block: Int[Tensor, " example"],
-) -> tuple[dict[str, Any], ...]:
-    """Measure each fold where it was not fitted: mean, spread and dummy of every metric."""
-    measured, dummies = [], []
-    for fold, use in enumerate(folds()):
-        fitted = use[block]
-        held_out = ~fitted
-        score = einsum(
-            examples.resid[:, held_out].double(),
-            weights[:, fold],
-            "layer example d, layer d -> layer example",
+    activations: Tasks, grid: Grid, rank: Rank, position: Position, clip: float, seed: int
+) -> LinearProbe:
+    examples = read_examples(activations, position)
+    fits = fit_grid(examples, grid, clip=clip, seed=seed)
+    table = held_out_table(examples, fits, clip=clip, seed=seed)
+    by = "auroc" if all(kind.startswith("logistic") for kind in grid) else "rmse"
+    # With nothing to rank by (a fold of one class) every layer keeps its first fit.
+    known = table.assign(**{by: table[by].fillna(-1.0 if by == "auroc" else torch.inf)})
+    chosen = choose(known, by=by, rank=rank)
+    layers = torch.arange(len(fits.weights))
+    fit = torch.from_numpy(chosen.index.to_numpy(copy=True)) - layers * len(fits.kinds)
+    weights = fits.weights[layers, -1, fit].float()
+    unread = (weights == 0).all(-1).nonzero()[:, 0].tolist()
+    if unread:
+        logger.warning(
+            "Nothing could be read in layers %s (%s, position %r): their weights are zero, and "
+            "they will not be steered.",
+            ", ".join(map(str, unread)),
+            "/".join(grid),
+            position,
         )
-        error, incorrect = examples.error.double(), examples.incorrect
-        there = (error[held_out], incorrect[held_out])
-        measured.append(scoring.measure(score + bias[:, fold, None], *there, clip=clip))
-        constant = torch.logit(error[fitted].mean(), eps=clip).expand(1, int(held_out.sum()))
-        dummies.append(scoring.measure(constant, *there, clip=clip))
-    rows = []
-    for layer in range(len(weights)):
-        row: dict[str, Any] = {"layer": layer, "nonzero": int((weights[layer, -1] != 0).sum())}
-        for name in scoring.METRICS:
-            values = torch.stack([fold[name][layer] for fold in measured])
-            row[name] = float(values.mean())
-            row[f"{name}_sd"] = float(values.std())
-            row[f"{name}_dummy"] = float(torch.stack([fold[name] for fold in dummies]).mean())
-        rows.append(row)
-    return tuple(rows)
+    best_layer = int(chosen[by].to_numpy().argsort(kind="stable")[-1 if by == "auroc" else 0])
+    return LinearProbe(
+        weights=weights,
+        bias=fits.bias[layers, -1, fit].float(),
+        resid_norm=examples.resid.norm(dim=-1).median(-1).values,
+        position=position,
+        kind=fits.kinds[int(fit[best_layer])],
+        penalty=fits.penalties[int(fit[best_layer])],
+        best_layer=best_layer,
+        clip=clip,
+        metrics=tuple(table.loc[chosen.index].to_dict("records")),
+        manifest=_manifest(activations),
+    )
+
+
+def _manifest(activations: Tasks) -> dict[str, Any]:
+    """Return the activations' manifest; of a mixture the first, with what the others are."""
+    if isinstance(activations, Activations):
+        return dict(activations.manifest)
+    mixture = [{k: a.manifest.get(k) for k in ("task", "data_hash", "n")} for a in activations]
+    return {**activations[0].manifest, "mixture": mixture}

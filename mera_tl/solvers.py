@@ -152,6 +152,52 @@ def least_squares(problems: Quadratic) -> Solution:
     return _smooth(problems, coef[:, None], torch.zeros(1).to(coef))
 
 
+def least_squares_from_rows(
+    resid: Float[Tensor, "layer example d_model"],
+    target: Float[Tensor, " example"],
+    use: Bool[Tensor, "fold example"],
+) -> Solution:
+    """Fit by least squares where a fold has no more examples than features: least norm.
+
+    The products of examples with each other take the place of the Gram matrix, and the folds of a
+    layer share them.
+    """
+    coef, intercept, gap = [], [], []
+    floor = 1e-12 if resid.dtype == torch.float64 else 1e-5
+    for x in resid:
+        products = x @ x.T
+        for rows in (used.nonzero()[:, 0] for used in use):
+            kernel = products[rows[:, None], rows]
+            column = kernel.mean(0)
+            kernel -= column[:, None] + column - column.mean()
+            centred = target[rows] - target[rows].mean()
+            mean = x[rows].mean(0)
+            w = x[rows].T @ (alpha := _solve_kernel(kernel, centred, floor)) - mean * alpha.sum()
+            fitted = x[rows] @ w - mean @ w
+            start = x[rows].T @ centred
+            gradient = x[rows].T @ (fitted - centred) - mean * (fitted - centred).sum()
+            coef.append(w)
+            intercept.append(target[rows].mean() - mean @ w)
+            gap.append(relative(gradient.norm(), start.norm()))
+    coefs, intercepts, gaps = (torch.stack(part)[:, None] for part in (coef, intercept, gap))
+    return reported(Solution(coefs, intercepts, gaps, tolerance_for(resid)))
+
+
+def _solve_kernel(
+    kernel: Float[Tensor, "example example"], target: Float[Tensor, " example"], floor: float
+) -> Float[Tensor, " example"]:
+    """Solve a centred, positive semidefinite system, ignoring directions below the floor."""
+    # Centring costs one rank, along the constant vector; what is added there meets a zero.
+    lifted = kernel + kernel.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(lifted)
+    pivots = factor.diagonal().square()
+    if not failed and pivots.min() > 10 * floor * pivots.max():
+        return torch.cholesky_solve(target[:, None], factor)[:, 0]
+    variances, axes = torch.linalg.eigh(kernel)
+    kept = variances > floor * variances[-1].clamp(min=0)
+    return axes @ torch.where(kept, (axes.T @ target) / variances, 0.0)
+
+
 def ridge_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Solution:
     """Minimise mean squared error + penalty * |w|^2 for every penalty (> 0).
 
