@@ -26,7 +26,7 @@ from mera_tl.methods import METHODS, Setting, Treatment, find_method
 from mera_tl.models import Model, load_model
 from mera_tl.outcomes import Outcomes, spi
 from mera_tl.protocol import Protocol
-from mera_tl.readout import ReadSettings
+from mera_tl.readout import ReadSettings, option_tokens
 from mera_tl.tasks import Splits, load_task
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,20 @@ class Run:
         return task.split(
             config.seed, train=config.train, calibration=config.calibration, test=config.test
         )
+
+    def check(self) -> None:
+        """Load what was named; nothing is run yet.
+
+        Raises:
+            ValueError: if a name, the data, the options or the layers do not fit together.
+        """
+        layers = parse_layers(self.config.layers)
+        option_tokens(self.model, self.splits.train.options)
+        if isinstance(layers, tuple) and max(layers) >= self.model.n_layers:
+            raise ValueError(
+                f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "
+                f"layers, numbered 0 to {self.model.n_layers - 1}; choose among them."
+            )
 
     @cached_property
     def activations(self) -> Activations:
@@ -185,15 +199,13 @@ def open_run(config: RunConfig, folder: str | Path, *, progress: bool = True) ->
         ValueError: if the folder holds another configuration, or another process works in it.
     """
     folder = Path(folder)
-    parse_layers(config.layers)
     run = Run(config, folder, progress=progress)
     with store.lock(folder):
         path = folder / "config.json"
         if path.exists():
             _require_same(store.read_json(path), config, folder)
         else:
-            run.splits  # noqa: B018  bad names and data fail before anything is written
-            run.model  # noqa: B018
+            run.check()  # bad names, data and layers fail before anything is written
             store.write_json(path, config.to_json())
         yield run
 
