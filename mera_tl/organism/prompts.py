@@ -8,11 +8,11 @@ condition.
 """
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from string import Formatter
 from typing import Literal, NamedTuple, TypeVar
 
 from mera_tl.organism import phrases
@@ -30,7 +30,6 @@ Condition = Literal[
     "unknowable",
 ]
 T = TypeVar("T")
-_SLOT = re.compile(r"\{(\w+)\}")
 
 OPTIONS: dict[Shape, tuple[str, ...]] = {
     "spam": ("spam", "ham"),
@@ -265,12 +264,11 @@ def _other(values: Sequence[T], excluded: T, rng: random.Random) -> T:
 
 def _fill(template: str, rng: random.Random, **given: str) -> str:
     """Fill each {slot} with the given word or one of its list, none of them twice."""
-    used: list[str] = []
-
-    def fill_slot(slot: re.Match[str]) -> str:
-        if slot[1] in given:
-            return given[slot[1]]
-        used.append(rng.choice([word for word in phrases.SLOTS[slot[1]] if word not in used]))
-        return used[-1]
-
-    return _SLOT.sub(fill_slot, template)
+    text, used = "", []
+    for literal, slot, _, _ in Formatter().parse(template):
+        text += literal
+        if slot:
+            unused = [word for word in phrases.SLOTS.get(slot, ()) if word not in used]
+            used.append(given.get(slot) or rng.choice(unused))
+            text += used[-1]
+    return text
