@@ -64,12 +64,16 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Fits:
-    """All probes of a grid, on every fold and, last, on all examples."""
+    """All probes of a grid, on every fold and, last, where they were refitted, on all examples."""
 
     kinds: tuple[str, ...]
     penalties: tuple[float, ...]
     weights: Float[Tensor, "layer fold fit d_model"]
     bias: Float[Tensor, "layer fold fit"]
+
+    def layers(self, start: int, stop: int) -> "Fits":
+        """Return the probes of a range of layers."""
+        return replace(self, weights=self.weights[start:stop], bias=self.bias[start:stop])
 
     def score(
         self, resid: Float[Tensor, "layer example d_model"], fold: int
@@ -106,8 +110,10 @@ def blocks(incorrect: Bool[Tensor, " example"], seed: int) -> Int[Tensor, " exam
     return block.to(incorrect.device)
 
 
-def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int) -> Fits:
-    """Fit every kind and penalty of a grid for every layer, on every fold and on all examples.
+def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: bool = True) -> Fits:
+    """Fit every kind and penalty of a grid for every layer, on every fold.
+
+    With `refit`, one last fold holds the fits to all examples.
 
     Raises:
         ValueError: if examples are too few, or a logistic probe has only one class to learn.
@@ -119,7 +125,7 @@ def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int) -> Fits:
     parts = []
     for start in range(0, n_layers, per_chunk):
         some = replace(examples, resid=examples.resid[start : start + per_chunk])
-        layers = _Layers.of(some, block, clip)
+        layers = _Layers.of(some, block, clip, refit)
         parts.append([layers.fit(kind, tuple(penalties)) for kind, penalties in grid.items()])
     kinds, penalties = zip(*((k, p) for k, many in grid.items() for p in many), strict=True)
     weights = torch.cat([torch.cat([w for w, _ in part], dim=2) for part in parts])
@@ -156,9 +162,12 @@ class _Layers:
     error: Float[Tensor, " example"]
     incorrect: Bool[Tensor, " example"]
     block: Int[Tensor, " example"]
+    use: Bool[Tensor, "fold block"]
 
     @staticmethod
-    def of(examples: Examples, block: Int[Tensor, " example"], clip: float) -> "_Layers":
+    def of(
+        examples: Examples, block: Int[Tensor, " example"], clip: float, refit: bool
+    ) -> "_Layers":
         x = examples.resid.double()
         deviation, mean = torch.std_mean(x, dim=1, correction=0)
         # Below the resolution of float32 a feature is constant, and gets weight zero.
@@ -166,12 +175,9 @@ class _Layers:
         x = torch.where(varies[:, None], (x - mean[:, None]) / deviation[:, None], 0.0)
         scale = torch.where(varies, deviation, torch.inf)
         target = scoring.logit_error(examples.error, clip)
-        return _Layers(x, mean, scale, target, examples.error, examples.incorrect, block)
-
-    @cached_property
-    def use(self) -> Bool[Tensor, "fold block"]:
-        """The blocks of each fold, and all of them for the last fit."""
-        return torch.cat([folds(), torch.ones(1, N_BLOCKS, dtype=torch.bool)]).to(self.x.device)
+        use = torch.cat([folds(), torch.ones(int(refit), N_BLOCKS, dtype=torch.bool)])
+        truth = (examples.error, examples.incorrect)
+        return _Layers(x, mean, scale, target, *truth, block, use.to(x.device))
 
     @cached_property
     def moments(self) -> Moments:
@@ -237,15 +243,15 @@ class _Layers:
         other folds, the last fit that of all. Where nothing can be read the slope is not positive,
         and the weights become zero.
         """
-        fits = rearrange(coef, "(l f) p d -> l f p d", f=N_FOLDS + 1)[:, :-1]
-        held_out = self.moments.pool(~self.use[:-1])
+        fits = rearrange(coef, "(l f) p d -> l f p d", f=len(self.use))[:, :N_FOLDS]
+        held_out = self.moments.pool(~self.use[:N_FOLDS])
         slopes = held_out.spread(rearrange(fits, "l f p d -> (l f) p d"))
         covariance, variance = (
             torch.cat([part.sum(1, keepdim=True) - part, part.sum(1, keepdim=True)], dim=1)
             for part in (rearrange(slope, "(l f) p -> l f p", f=N_FOLDS) for slope in slopes)
         )
         slope = torch.where(variance > 0, covariance / variance, 0.0).clamp(min=0)
-        return rearrange(slope, "l f p -> (l f) p 1")
+        return rearrange(slope[:, : len(self.use)], "l f p -> (l f) p 1")
 
 
 def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) -> pd.DataFrame:
@@ -268,7 +274,7 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
         "layer": torch.arange(n_layers).repeat_interleave(n_fits).tolist(),
         "kind": list(fits.kinds) * n_layers,
         "penalty": list(fits.penalties) * n_layers,
-        "nonzero": (fits.weights[:, :-1] != 0).sum(-1).double().mean(1).flatten().tolist(),
+        "nonzero": (fits.weights[:, :N_FOLDS] != 0).sum(-1).double().mean(1).flatten().tolist(),
     }
     for name in scoring.METRICS:
         values = torch.stack([fold[name] for fold in measured])

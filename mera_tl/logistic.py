@@ -225,7 +225,8 @@ class _Parabola:
         if l1.any():
             cross = (hessian @ coef[..., None])[..., 0] - slope
             # The parabola is only a model: a dozen steps on it are as good as its exact minimum.
-            step = active_newton(hessian, cross, l1, coef, max_steps=12) - coef
+            w = active_newton(hessian, cross, l1[:, None], coef[:, None], max_steps=12)
+            step = w[:, 0] - coef
         else:
             step = -torch.linalg.solve_ex(hessian, slope).result
         return step, -pull / self.total - (self.centre * step).sum(-1)

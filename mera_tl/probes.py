@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mera_tl import scoring, store
 from mera_tl.activations import Activations
-from mera_tl.folds import FULL, REGRESSIONS, Examples, Grid, Kind, fit_grid, held_out_table
+from mera_tl.folds import REGRESSIONS, Examples, Grid, Kind, fit_grid, held_out_table
 from mera_tl.folds import LASSO as LASSO_PENALTIES
 from mera_tl.models import Model
 
@@ -176,36 +176,6 @@ def fit_ranked_probe(
     return _fit(activations, REGRESSIONS, rank, position, clip, seed)
 
 
-def probe_path(
-    activations: Tasks,
-    *,
-    untouched: Tasks | None = None,
-    grid: Grid = FULL,
-    position: Position = "last",
-    clip: float = 0.01,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Fit every kind and penalty for every layer: one row each, with all metrics.
-
-    Held-out metrics are for choosing (see `held_out_table`). Reporting takes the columns
-    `untouched_*`: the fit on all examples, measured on activations that no fold has seen.
-
-    Raises:
-        ValueError: as `fit_error_probe`.
-    """
-    examples = read_examples(activations, position)
-    fits = fit_grid(examples, grid, clip=clip, seed=seed)
-    table = held_out_table(examples, fits, clip=clip, seed=seed)
-    if untouched is not None:
-        fresh = read_examples(untouched, position)
-        truth = (fresh.error.double(), fresh.incorrect)
-        measured = scoring.measure(fits.score(fresh.resid.double(), -1), *truth, clip=clip)
-        for name, values in measured.items():
-            table[f"untouched_{name}"] = values.flatten().tolist()
-    table.insert(0, "position", position)
-    return table
-
-
 def choose(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -> pd.DataFrame:
     """Return, per layer, the row of a `probe_path` table that ranks so by a held-out metric."""
     ordered = table.dropna(subset=by).sort_values(
@@ -214,42 +184,6 @@ def choose(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -> pd.
     share = {"best": 0.0, "median": 0.5, "worst": 1.0}[rank]
     groups = [group for _, group in ordered.groupby("layer")]
     return pd.concat([group.iloc[[round(share * (len(group) - 1))]] for group in groups])
-
-
-def transfer(probes: Mapping[str, LinearProbe], tasks: Mapping[str, Tasks]) -> pd.DataFrame:
-    """Measure every probe on every task, at the probe's best layer."""
-    rows = []
-    for fitted_on, probe in probes.items():
-        for measured_on, activations in tasks.items():
-            row = probe.measure(activations).loc[probe.best_layer].to_dict()
-            rows.append({"fitted_on": fitted_on, "measured_on": measured_on, **row})
-    return pd.DataFrame(rows)
-
-
-def selectivity(
-    activations: Tasks,
-    *,
-    grid: Grid | None = None,
-    position: Position = "last",
-    clip: float = 0.01,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Compare each probe with one fitted to a control task, the same targets shuffled.
-
-    What a probe reads beyond its control is in the activations and not in the probe's capacity
-    (Hewitt and Liang, 2019). Returns the rows of `probe_path` with `auroc_control`, `r2_control`
-    and the differences `auroc_selectivity`, `r2_selectivity`.
-    """
-    examples = read_examples(activations, position)
-    tables = []
-    for each in (examples, examples.shuffled(seed)):
-        fits = fit_grid(each, grid or {"ridge": (3.0,)}, clip=clip, seed=seed)
-        tables.append(held_out_table(each, fits, clip=clip, seed=seed))
-    table, control = tables
-    for name in ("auroc", "r2"):
-        table[f"{name}_control"] = control[name]
-        table[f"{name}_selectivity"] = table[name] - control[name]
-    return table
 
 
 def read_examples(activations: Tasks, position: Position) -> Examples:

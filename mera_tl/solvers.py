@@ -225,32 +225,31 @@ def _smooth(
 def lasso_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Solution:
     """Minimise mean squared error / 2 + penalty * |w|_1 for every penalty (> 0).
 
-    This is scikit-learn's objective with `alpha = penalty`. Penalties are solved from the largest
-    down, each starting from the one before.
+    This is scikit-learn's objective with `alpha = penalty`.
     """
-    coef = torch.zeros_like(problems.cross)
-    path: dict[float, Tensor] = {}
-    for penalty in sorted(set(penalties.tolist()), reverse=True):
-        l1 = torch.full_like(problems.variance, penalty)
-        coef = path[penalty] = active_newton(problems.gram, problems.cross, l1, coef)
-    fits = torch.stack([path[penalty] for penalty in penalties.tolist()], 1)
-    gap = torch.stack([_duality_gap(problems, fits[:, i], p) for i, p in enumerate(penalties)], 1)
-    return reported(Solution(fits, problems.intercept(fits), gap, tolerance_for(fits)))
+    l1 = penalties.to(problems.cross).expand(len(problems.cross), -1)
+    start = torch.zeros_like(problems.cross)[:, None].expand(-1, len(penalties), -1)
+    coef = active_newton(problems.gram, problems.cross, l1, start)
+    gap = _duality_gap(problems, coef, l1)
+    return reported(Solution(coef, problems.intercept(coef), gap, tolerance_for(coef)))
 
 
 def _duality_gap(
-    problems: Quadratic, coef: Float[Tensor, "problem d_model"], penalty: Float[Tensor, ""]
-) -> Float[Tensor, " problem"]:
+    problems: Quadratic,
+    coef: Float[Tensor, "problem penalty d_model"],
+    l1: Float[Tensor, "problem penalty"],
+) -> Float[Tensor, "problem penalty"]:
     """Return the lasso's duality gap relative to its objective at zero coefficients."""
-    correlation = problems.cross - (problems.gram @ coef[..., None])[..., 0]
-    explained = (problems.cross * coef).sum(-1)
-    squared = problems.variance - explained - (correlation * coef).sum(-1)
+    correlation = problems.cross[:, None] - coef @ problems.gram
+    variance = problems.variance[:, None]
+    explained = (problems.cross[:, None] * coef).sum(-1)
+    squared = variance - explained - (correlation * coef).sum(-1)
     # The residual, shrunk until no feature correlates with it more than the penalty, is dual
     # feasible.
-    shrink = (penalty / correlation.abs().amax(-1)).clamp(max=1)
-    dual = shrink * (problems.variance - explained) - shrink.square() * squared / 2
-    primal = squared / 2 + penalty * coef.abs().sum(-1)
-    return relative((primal - dual).clamp(min=0), problems.variance / 2)
+    shrink = (l1 / correlation.abs().amax(-1)).clamp(max=1)
+    dual = shrink * (variance - explained) - shrink.square() * squared / 2
+    primal = squared / 2 + l1 * coef.abs().sum(-1)
+    return relative((primal - dual).clamp(min=0), variance / 2)
 
 
 # --- what was reached -------------------------------------------------------------------------

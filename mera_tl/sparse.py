@@ -18,24 +18,26 @@ from torch import Tensor
 def active_newton(
     gram: Float[Tensor, "problem d_model d_model"],
     cross: Float[Tensor, "problem d_model"],
-    l1: Float[Tensor, " problem"],
-    coef: Float[Tensor, "problem d_model"],
+    l1: Float[Tensor, "problem penalty"],
+    coef: Float[Tensor, "problem penalty d_model"],
     *,
     max_steps: int = 1000,
-) -> Float[Tensor, "problem d_model"]:
-    """Minimise `w'Gw/2 - c'w + l1 |w|_1` from a first guess `coef`.
+) -> Float[Tensor, "problem penalty d_model"]:
+    """Minimise `w'Gw/2 - c'w + l1 |w|_1` for every penalty, from a first guess `coef`.
 
     Ends when no (sub)gradient exceeds 1e-9 of `l1` (1e-4 in float32), or when rounding ends
     progress; the caller measures what was reached.
     """
-    coef = coef.clone()
+    shape, coef = coef.shape, coef.flatten(0, 1).clone()
+    owner = torch.arange(shape[0], device=coef.device).repeat_interleave(shape[1])
+    l1 = l1.flatten()
     live = torch.arange(len(coef), device=coef.device)
     entering, idle = torch.full_like(live, 4), torch.zeros_like(live)
     tolerance = 1e-9 if coef.dtype == torch.float64 else 1e-4
-    slack = tolerance * torch.maximum(l1, 1e-3 * cross.abs().amax(-1))
+    slack = tolerance * torch.maximum(l1, 1e-3 * cross.abs().amax(-1)[owner])
     for _ in range(max_steps):
         w = coef[live]
-        gradient = _support_gradient(gram, cross, w, live)
+        gradient = _support_gradient(gram, cross, w, owner[live])
         pull = gradient + l1[live, None] * w.sign()
         excess = torch.where(w != 0, pull.abs(), gradient.abs() - l1[live, None])
         unfinished = (excess.amax(-1) > slack[live]) & (idle[live] < 12)
@@ -47,7 +49,8 @@ def active_newton(
         size = (w != 0).sum(-1) + torch.minimum(entering[live], violators)
         chosen = torch.where(w != 0, torch.inf, excess).topk(max(int(size.max()), 1)).indices
         inside = torch.arange(chosen.shape[1], device=live.device) < size[:, None]
-        hessian = _padded(gram[live[:, None, None], chosen[:, :, None], chosen[:, None]], inside)
+        mine = owner[live][:, None, None]
+        hessian = _padded(gram[mine, chosen[:, :, None], chosen[:, None]], inside)
         moved, length = _signed_step(
             hessian,
             inside,
@@ -62,19 +65,19 @@ def active_newton(
         doubled, halved = (2 * entering[live]).clamp(1, 64), entering[live] // 2
         kept = torch.where(length > 0.3, entering[live], halved)
         entering[live] = torch.where((length > 0.999) | (entering[live] == 0), doubled, kept)
-    return coef
+    return coef.view(shape)
 
 
 def _support_gradient(
     gram: Float[Tensor, "problem d_model d_model"],
     cross: Float[Tensor, "problem d_model"],
     coef: Float[Tensor, "live d_model"],
-    live: Int[Tensor, " live"],
+    owner: Int[Tensor, " live"],
 ) -> Float[Tensor, "live d_model"]:
     """Return `Gw - c`, reading only the rows of G where w is not zero."""
     support = coef.abs().topk(max(int((coef != 0).sum(-1).max()), 1)).indices
-    rows = gram[live[:, None], support]
-    return (coef.gather(1, support)[:, None] @ rows)[:, 0] - cross[live]
+    rows = gram[owner[:, None], support]
+    return (coef.gather(1, support)[:, None] @ rows)[:, 0] - cross[owner]
 
 
 def _padded(
@@ -109,9 +112,7 @@ def _signed_step(
     curved = (hessian @ steps[..., None])[..., 0]
     curvature = (steps * curved).sum(-1).clamp(min=torch.finfo(coef.dtype).tiny)
     slope = (steps * gradient).sum(-1)
-    length = torch.stack(
-        [_line_minimum(coef, s, a, c, l1) for s, a, c in zip(steps, slope, curvature, strict=True)]
-    )
+    length = _line_minimum(coef.expand_as(steps), steps, slope, curvature, l1.expand_as(slope))
     moved = coef + length[..., None] * steps
     gain = (moved.abs() - coef.abs()).sum(-1) * l1 + slope * length + curvature * length**2 / 2
     # Exact zeros where a coefficient is meant to vanish, not what rounding leaves of it.
@@ -122,21 +123,21 @@ def _signed_step(
 
 
 def _line_minimum(
-    coef: Float[Tensor, "live chosen"],
-    step: Float[Tensor, "live chosen"],
-    slope: Float[Tensor, " live"],
-    curvature: Float[Tensor, " live"],
-    l1: Float[Tensor, " live"],
-) -> Float[Tensor, " live"]:
+    coef: Float[Tensor, "*live chosen"],
+    step: Float[Tensor, "*live chosen"],
+    slope: Float[Tensor, "*live"],
+    curvature: Float[Tensor, "*live"],
+    l1: Float[Tensor, "*live"],
+) -> Float[Tensor, "*live"]:
     """Minimise a convex parabola plus `l1 |w + t step|_1` over t in [0, 1], exactly."""
     crossing = torch.where(coef * step < 0, -coef / step, 2.0)
     crossing, order = crossing.sort(-1)
-    kinks = 2 * l1[:, None] * step.abs().gather(1, order)
+    kinks = 2 * l1[..., None] * step.abs().gather(-1, order)
     start = slope + l1 * torch.where(coef != 0, coef.sign() * step, step.abs()).sum(-1)
     # Between two crossings the derivative is a line: its offset grows by the kinks passed.
-    offset = start[:, None] + torch.nn.functional.pad(kinks.cumsum(-1), (1, 0))
+    offset = start[..., None] + torch.nn.functional.pad(kinks.cumsum(-1), (1, 0))
     left = torch.nn.functional.pad(crossing, (1, 0), value=0.0)
     right = torch.nn.functional.pad(crossing, (0, 1), value=2.0)
-    root = torch.minimum(torch.maximum(-offset / curvature[:, None], left), right)
-    rising = (offset + curvature[:, None] * right >= 0).int().argmax(-1, keepdim=True)
-    return torch.where(start < 0, root.gather(1, rising)[:, 0].clamp(0, 1), 0.0)
+    root = torch.minimum(torch.maximum(-offset / curvature[..., None], left), right)
+    rising = (offset + curvature[..., None] * right >= 0).int().argmax(-1, keepdim=True)
+    return torch.where(start < 0, root.gather(-1, rising)[..., 0].clamp(0, 1), 0.0)
