@@ -1,26 +1,12 @@
-"""Figures: one function each, from a data frame of records to a plotly figure.
-
-No statistics here: what is drawn was computed where the records were written.
-"""
+"""What a certificate promises and costs: examples needed, error rate, power, size of one test."""
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-# Colours that remain apart for colour-blind readers (Okabe & Ito), one per bound everywhere.
-BOUND_COLOURS = {
-    "unconditional": "#0072B2",
-    "mcnemar": "#E69F00",
-    "betting": "#009E73",
-    "hoeffding": "#999999",
-}
+from mera_tl.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, finish, rows_where
 
-
-def _where(df: pd.DataFrame, **values: object) -> pd.DataFrame:
-    """Return the rows in which every named column has the given value."""
-    for column, value in values.items():
-        df = pd.DataFrame(df[df[column] == value])
-    return df
+BOUND_COLOURS = {"unconditional": BLUE, "mcnemar": ORANGE, "betting": GREEN, "hoeffding": GREY}
 
 
 def sample_size_curves(df: pd.DataFrame) -> go.Figure:
@@ -31,12 +17,12 @@ def sample_size_curves(df: pd.DataFrame) -> go.Figure:
     figure = go.Figure()
     df = df.assign(rank=df.groupby("gain")["churn"].rank(method="first")).dropna(subset="n")
     names = {1: "low churn", 2: "mid churn", 3: "high churn"}
-    for (rank, name), colour in zip(names.items(), ("#56B4E9", "#0072B2", "#D55E00"), strict=True):
-        rows = _where(df, rank=rank)
+    for (rank, name), colour in zip(names.items(), (SKY, BLUE, VERMILLION), strict=True):
+        rows = rows_where(df, rank=rank)
         figure.add_scatter(
             x=100 * rows["gain"], y=rows["n"], name=name, mode="lines+markers", line_color=colour
         )
-    least = _where(df, rank=1)
+    least = rows_where(df, rank=1)
     figure.add_scatter(
         x=100 * least["gain"],
         y=least["n_hoeffding"],
@@ -49,8 +35,8 @@ def sample_size_curves(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(
         title="calibration examples for 80 % power", type="log", dtick=1, tickformat=","
     )
-    figure.update_layout(title="How many examples a certificate needs", template="plotly_white")
-    return figure
+    caption = "For 80 % power; churn: share of examples that change at all"
+    return finish(figure, "How many examples a certificate needs", caption)
 
 
 def coverage(df: pd.DataFrame, *, delta: float = 0.05, n: int = 250) -> go.Figure:
@@ -61,24 +47,23 @@ def coverage(df: pd.DataFrame, *, delta: float = 0.05, n: int = 250) -> go.Figur
     titles = ("wrong, in the worst scenario", f"certified, with {n} examples")
     figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
     for bound, colour in BOUND_COLOURS.items():
-        rows = _where(df, bound=bound)
+        rows = rows_where(df, bound=bound)
         sizes = sorted(set(rows["n"]))
-        worst = [_where(rows, n=size)["wrong"].max() for size in sizes]
+        worst = [rows_where(rows, n=size)["wrong"].max() for size in sizes]
         style: dict[str, object] = {"name": bound, "line_color": colour, "legendgroup": bound}
         style["mode"] = "lines+markers"
         figure.add_scatter(x=sizes, y=worst, row=1, col=1, **style)
-        real = _where(rows, scenario="hump", n=n)
+        real = rows_where(rows, scenario="hump", n=n)
         style["showlegend"] = False
         figure.add_scatter(x=100 * real["gain"], y=real["certified_0"], row=1, col=2, **style)
     promise = {"x": [min(df["n"]), max(df["n"])], "y": [delta, delta], "name": "promised"}
-    figure.add_scatter(**promise, mode="lines", line={"color": "black", "dash": "dash"})
+    figure.add_scatter(**promise, mode="lines", line={"color": GREY, "dash": "dash"})
     tickvals = sorted(set(df["n"]))
     figure.update_xaxes(title="calibration examples", type="log", tickvals=tickvals, row=1, col=1)
     figure.update_xaxes(title="gain at the best of ten thresholds (points)", row=1, col=2)
     figure.update_yaxes(title="share of calibrations", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(range=[0, 1.3 * delta], dtick=0.01, row=1, col=1)
-    figure.update_layout(title="Is the guarantee kept, and at what cost?", template="plotly_white")
-    return figure
+    return finish(figure, "Is the guarantee kept, and at what cost?")
 
 
 def size_of_the_test(df: pd.DataFrame) -> go.Figure:
@@ -91,11 +76,11 @@ def size_of_the_test(df: pd.DataFrame) -> go.Figure:
         for level, dash in zip(
             sorted(set(df["level"]), reverse=True), ("solid", "dot"), strict=False
         ):
-            rows = _where(df, bound=bound, level=level)
+            rows = rows_where(df, bound=bound, level=level)
             sizes = sorted(set(rows["n"]))
             figure.add_scatter(
                 x=sizes,
-                y=[_where(rows, n=size)["size"].max() / level for size in sizes],
+                y=[rows_where(rows, n=size)["size"].max() / level for size in sizes],
                 name=f"{bound}, level {level:g}",
                 mode="lines",
                 line={"color": BOUND_COLOURS[bound], "dash": dash},
@@ -106,5 +91,4 @@ def size_of_the_test(df: pd.DataFrame) -> go.Figure:
     ticks = [1, 2, 5, 10, 20, 50, 100, 250, 500, 1000]
     figure.update_xaxes(title="examples", type="log", tickvals=ticks)
     figure.update_yaxes(title="greatest error probability / level", range=[0, 1.1])
-    figure.update_layout(title="Is one test ever wrong too often?", template="plotly_white")
-    return figure
+    return finish(figure, "Is one test ever wrong too often?", "By enumeration, no simulation")

@@ -1,0 +1,38 @@
+"""Figures: one pure function each, from a data frame of records to a plotly figure.
+
+No statistics here: what is drawn was computed where the records were written. Every figure has the
+same template and the same colour per method; units and numbers of examples are in the axes or in
+the line below the title. `guarantee` draws what a certificate promises, `reading` where errors can
+be read, `steering` what one steering does, `comparing` methods, tasks and spaces side by side.
+"""
+
+from mera_tl.plots.comparing import raw_against_sae, spi_dots, spi_heatmap, transitions
+from mera_tl.plots.guarantee import coverage, sample_size_curves, size_of_the_test
+from mera_tl.plots.reading import geometry, predicted_error, probe_error
+from mera_tl.plots.steering import (
+    calibration_evidence,
+    error_before_after,
+    ledger,
+    steered_share,
+    steering_curve,
+)
+from mera_tl.plots.style import colour_of
+
+__all__ = [
+    "calibration_evidence",
+    "colour_of",
+    "coverage",
+    "error_before_after",
+    "geometry",
+    "ledger",
+    "predicted_error",
+    "probe_error",
+    "raw_against_sae",
+    "sample_size_curves",
+    "size_of_the_test",
+    "spi_dots",
+    "spi_heatmap",
+    "steered_share",
+    "steering_curve",
+    "transitions",
+]

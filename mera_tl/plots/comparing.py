@@ -1,0 +1,198 @@
+"""Methods, tasks, models and spaces side by side. All take benchmark records as a data frame."""
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mera_tl.plots.style import (
+    BLUE,
+    CHANGES,
+    GREEN,
+    GREY,
+    colour_of,
+    finish,
+    in_order,
+    rows_where,
+    symbol_of,
+)
+
+# Diverging, readable by the colour-blind, and middling at zero on white and on black.
+_SCALE = ((0, "#B24A00"), (0.5, "#9A9A9A"), (1, "#005C91"))
+_SPI = "SPI: share of what could be won (or lost)"
+
+
+def _where_of(df: pd.DataFrame) -> Any:
+    """Name the place of every record: its task, and its model where there are several."""
+    if len(set(df["model"])) == 1:
+        return df["task"]
+    return df["model"].map(lambda name: str(name).rsplit("/", 1)[-1]) + "<br>" + df["task"]
+
+
+def _examples(df: pd.DataFrame) -> str:
+    sizes = sorted(set(df["n"]))
+    n = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    seeds = len(set(df["seed"]))
+    return f"{n} test examples" + (f", {seeds} seeds" if seeds > 1 else "")
+
+
+def spi_heatmap(df: pd.DataFrame) -> go.Figure:
+    """Draw the mean SPI of every method on every task and model; "-" where all runs abstained."""
+    df = df.assign(where=_where_of(df))
+    methods, places = in_order(df, "method"), in_order(df, "where")
+    mean = df.pivot_table(index="method", columns="where", values="spi").loc[methods, places]
+    abstained = df.assign(off=df["decision"] == "ABSTAIN").pivot_table(
+        index="method", columns="where", values="off", aggfunc="min"
+    )
+    text = [
+        ["" if pd.isna(mean.loc[m, p]) else "-" if abstained.loc[m, p] else f"{mean.loc[m, p]:+.2f}"
+         for p in places]
+        for m in methods
+    ]  # fmt: skip
+    figure = go.Figure(
+        go.Heatmap(
+            z=mean.to_numpy(),
+            x=places,
+            y=methods,
+            text=text,
+            texttemplate="%{text}",
+            textfont={"color": "white", "size": 13},
+            colorscale=_SCALE,
+            zmid=0,
+            zmin=-1,
+            zmax=1,
+            xgap=2,
+            ygap=2,
+            colorbar={"title": "SPI", "thickness": 14},
+            hovertemplate="%{y} on %{x}: SPI %{z:.3f}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    figure.update_xaxes(showgrid=False, ticks="", tickangle=-35 if len(places) > 3 else 0)
+    height = 190 + 34 * len(methods)
+    caption = f'{_examples(df)}; "-" abstained; blue is better, orange is worse'
+    meta = {"min_width": 240 + 62 * len(places)}
+    return finish(figure, "Steering performance impact", caption, height=height, meta=meta)
+
+
+def spi_dots(df: pd.DataFrame) -> go.Figure:
+    """Draw SPI with intervals, one panel a task. Hollow marks abstained.
+
+    Takes columns `spi_low` and `spi_high` where known; several seeds are dots of their own.
+    """
+    df = df.assign(where=_where_of(df))
+    figure, methods, places = _panels(df)
+    for row, place in enumerate(places, start=1):
+        for method in methods:
+            rows = rows_where(df, where=place, method=method)
+            off = (rows["decision"] == "ABSTAIN").tolist()
+            symbol = [symbol_of(method) + ("-open" if abstained else "") for abstained in off]
+            error = None
+            if "spi_low" in rows:
+                error = {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": (rows["spi_high"] - rows["spi"]).fillna(0),
+                    "arrayminus": (rows["spi"] - rows["spi_low"]).fillna(0),
+                    "thickness": 1.5,
+                    "width": 4,
+                }
+            figure.add_scatter(
+                x=rows["spi"],
+                y=[method] * len(rows),
+                error_x=error,
+                mode="markers",
+                marker={"color": colour_of(method), "symbol": symbol, "size": 10},
+                hovertemplate=f"{method}: SPI %{{x:.3f}}<extra>{place}</extra>",
+                showlegend=False,
+                row=row,
+                col=1,
+            )
+    figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5)
+    figure.update_xaxes(title=_SPI, row=len(places), col=1)
+    bars = "; bars: 95 % confidence" if "spi_low" in df else ""
+    caption = f"{_examples(df)}; hollow: abstained{bars}"
+    return finish(figure, "Who helps, and how surely", caption, height=_height(methods, places))
+
+
+def transitions(df: pd.DataFrame) -> go.Figure:
+    """Draw what became of the test examples, one bar a method, one panel a task.
+
+    The records' `transitions` hold counts of 0->0, 0->1, 1->0 and 1->1.
+    """
+    df = df.assign(where=_where_of(df))
+    figure, methods, places = _panels(df)
+    for row, place in enumerate(places, start=1):
+        rows = rows_where(df, where=place)
+        for change, (name, colour) in CHANGES.items():
+            counts = [
+                sum(t[change] for t in rows_where(rows, method=method)["transitions"])
+                for method in methods
+            ]
+            totals = [rows_where(rows, method=method)["n"].sum() for method in methods]
+            figure.add_bar(
+                x=[count / max(1, total) for count, total in zip(counts, totals, strict=True)],
+                y=methods,
+                orientation="h",
+                name=name,
+                legendgroup=change,
+                showlegend=row == 1,
+                marker_color=colour,
+                customdata=counts,
+                hovertemplate=f"%{{y}}: %{{customdata}} {name} (%{{x:.1%}})<extra>{place}</extra>",
+                row=row,
+                col=1,
+            )
+    figure.update_xaxes(tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(title="share of test examples", row=len(places), col=1)
+    height = _height(methods, places)
+    caption = f"{_examples(df)}; against the unsteered answers"
+    title = "What became of the examples"
+    return finish(figure, title, caption, height=height, barmode="stack")
+
+
+def _panels(df: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
+    """Return one row of axes per place, sharing the x axis, methods downwards."""
+    methods, places = in_order(df, "method"), in_order(df, "where")
+    figure = make_subplots(
+        rows=len(places),
+        shared_xaxes=True,
+        vertical_spacing=min(0.25, 34 / _height(methods, places)),
+        subplot_titles=[place.replace("<br>", ", ") for place in places]
+        if len(places) > 1
+        else None,
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
+    return figure, methods, places
+
+
+def _height(methods: list[str], places: list[str]) -> int:
+    return 180 + len(places) * (34 + 24 * len(methods))
+
+
+def raw_against_sae(df: pd.DataFrame) -> go.Figure:
+    """Draw the SPI of each method and task in raw space and in SAE space, joined by a line."""
+    df = df.assign(where=_where_of(df))
+    df = df.assign(place=df["where"].str.replace("<br>", ", ") + ": " + df["method"])
+    wide = df.pivot_table(index="place", columns="space", values="spi", sort=False).dropna()
+    figure = go.Figure()
+    for place, row in wide.iterrows():
+        figure.add_scatter(
+            x=[row["raw"], row["sae"]],
+            y=[place, place],
+            mode="lines",
+            line={"color": GREY, "width": 2},
+            showlegend=False,
+            hoverinfo="skip",
+        )
+    for space, name, colour in (("raw", "residual stream", BLUE), ("sae", "SAE latents", GREEN)):
+        marker = {"color": colour, "size": 10, "symbol": "circle" if space == "raw" else "diamond"}
+        figure.add_scatter(
+            x=wide[space], y=list(wide.index), mode="markers", name=name, marker=marker
+        )
+    figure.add_vline(x=0, line={"color": GREY, "width": 1})
+    figure.update_xaxes(title=_SPI, range=[-1.05, 1.05])
+    figure.update_yaxes(autorange="reversed")
+    height = 190 + 30 * len(wide)
+    return finish(figure, "Raw directions against SAE latents", _examples(df), height=height)

@@ -1,0 +1,203 @@
+"""What one steering does: over the threshold, by example, by layer, token by token."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from mera_tl.plots.style import (
+    CHANGES,
+    GREEN,
+    GREY,
+    colour_of,
+    finish,
+    logit,
+    rows_where,
+    threshold_axis,
+)
+
+_RECOVERED, _REGRESSED = CHANGES["0->1"][1], CHANGES["1->0"][1]
+
+
+def steering_curve(df: pd.DataFrame) -> go.Figure:
+    """Draw gain and its lower bound over the threshold, the certified region and the choice.
+
+    Takes the evidence of one certificate, one row per threshold: `threshold`, `gain`, `lower`,
+    `chosen` and, the same in every row, `method`, `n`, `min_gain`, `confidence` and `base`, the
+    unsteered accuracy (NaN where unknown: the axis is then the gain).
+    """
+    df = df.sort_values("threshold")
+    terms = df.iloc[0]
+    known = not pd.isna(terms["base"])
+    start, unit, digits = (terms["base"], 1, ".3f") if known else (0.0, 100, ".1f")
+    x, certified = logit(df["threshold"]), df["lower"] >= terms["min_gain"]
+    asked = unit * (start + terms["min_gain"])
+    figure = go.Figure()
+    _shade(figure, x, certified.to_numpy())
+    figure.add_scatter(
+        x=[x[0], x[-1]],
+        y=[asked, asked],
+        mode="lines",
+        name="unsteered" if not terms["min_gain"] else "gain asked for",
+        line={"color": GREY, "dash": "dash"},
+        hoverinfo="skip",
+    )
+    for column, name, dash in (("gain", "observed", "solid"), ("lower", "lower bound", "dot")):
+        figure.add_scatter(
+            x=x,
+            y=unit * (start + df[column]),
+            mode="lines+markers",
+            name=name,
+            line={"color": colour_of(terms["method"]), "dash": dash},
+            customdata=df["threshold"],
+            hovertemplate=f"threshold %{{customdata:.3g}}: %{{y:{digits}}}<extra>{name}</extra>",
+        )
+    for _, row in df[df["chosen"]].iterrows():
+        figure.add_scatter(
+            x=logit([row["threshold"]]),
+            y=[unit * (start + row["gain"])],
+            mode="markers",
+            name=f"chosen: {row['threshold']:.3g}",
+            marker={"symbol": "star", "size": 17, "color": GREEN},
+        )
+    figure.update_xaxes(threshold_axis(df["threshold"]))
+    figure.update_yaxes(title="accuracy" if known else "gain (points)")
+    title = "Where steering helps" if certified.any() else "Abstains: no threshold is certified"
+    return finish(figure, title, _terms(df))
+
+
+def _terms(df: pd.DataFrame) -> str:
+    """Say in one line what the evidence of a certificate is."""
+    terms, certified = df.iloc[0], sum(df["lower"] >= df["min_gain"])
+    return (
+        f"{terms['method']}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
+        f"thresholds certified, confidence {terms['confidence']:g}"
+    )
+
+
+def _shade(figure: go.Figure, x: np.ndarray, certified: np.ndarray) -> None:
+    """Shade the runs of certified thresholds, half a step to each side."""
+    half = (x[-1] - x[0]) / max(1, len(x) - 1) / 2 or 0.5
+    changes = np.diff(np.concatenate([[0], certified.astype(int), [0]]))
+    for first, stop in zip(np.flatnonzero(changes > 0), np.flatnonzero(changes < 0), strict=True):
+        figure.add_vrect(
+            x0=x[first] - half,
+            x1=x[stop - 1] + half,
+            fillcolor=GREEN,
+            opacity=0.14,
+            line_width=0,
+            layer="below",
+            name="certified",
+            showlegend=bool(first == certified.argmax()),
+        )
+
+
+def calibration_evidence(df: pd.DataFrame) -> go.Figure:
+    """Draw recoveries and regressions per threshold above the lower bound of the mean gain.
+
+    Takes the same rows as `steering_curve`, with `recoveries` and `regressions`.
+    """
+    df = df.sort_values("threshold")
+    names = [f"{t:.3g}" for t in df["threshold"]]
+    figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.62, 0.38])
+    for column, sign, colour in (("recoveries", 1, _RECOVERED), ("regressions", -1, _REGRESSED)):
+        figure.add_bar(
+            x=names,
+            y=sign * df[column],
+            name=column,
+            marker_color=colour,
+            customdata=df[column],
+            hovertemplate="%{customdata} " + column + "<extra></extra>",
+        )
+    certified = df["lower"] >= df["min_gain"]
+    figure.add_bar(
+        x=names,
+        y=100 * df["lower"],
+        marker_color=[GREEN if sure else GREY for sure in certified],
+        hovertemplate="gain at least %{y:.1f} points<extra></extra>",
+        row=2,
+        col=1,
+        showlegend=False,
+    )
+    figure.update_xaxes(type="category")
+    figure.update_xaxes(title="threshold (predicted error)", row=2, col=1)
+    figure.update_yaxes(title="examples", row=1, col=1)
+    figure.update_yaxes(title="bound (points)", row=2, col=1)
+    title = "What the certificate rests on"
+    return finish(figure, title, _terms(df), barmode="relative", height=500)
+
+
+def error_before_after(df: pd.DataFrame, *, method: str) -> go.Figure:
+    """Draw each example's error after steering against its error before.
+
+    Takes columns `before`, `after` (in [0, 1]) and `change` (a key of `style.CHANGES`).
+    """
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dash"}, name="unchanged"
+    )
+    for change, (name, colour) in CHANGES.items():
+        rows = rows_where(df, change=change)
+        figure.add_scatter(
+            x=rows["before"],
+            y=rows["after"],
+            mode="markers",
+            name=f"{name} ({len(rows):,})",
+            marker={"color": colour, "size": 6},
+        )
+    figure.update_xaxes(title="error before, 1 - P(true option)", range=[-0.02, 1.02])
+    figure.update_yaxes(title="error after", range=[-0.02, 1.02])
+    caption = f"{method}, {len(df):,} test examples; below the line is better"
+    return finish(figure, "Error before and after", caption, height=500)
+
+
+def steered_share(df: pd.DataFrame, *, threshold: float, n: int) -> go.Figure:
+    """Draw the share of examples whose predicted error exceeds the threshold, layer by layer.
+
+    Takes columns `layer` and `share`, and `steered`: whether the layer is in the steering's scope.
+    """
+    figure = go.Figure()
+    for steered, name, colour in ((True, "steered layer", GREEN), (False, "not steered", GREY)):
+        rows = rows_where(df, steered=steered)
+        figure.add_bar(x=rows["layer"], y=rows["share"], name=name, marker_color=colour)
+    layers = sorted(set(df["layer"]))
+    figure.update_xaxes(title="layer", tickvals=layers[:: max(1, len(layers) // 12)])
+    figure.update_yaxes(title="examples above the threshold", tickformat=".0%", range=[0, 1])
+    caption = f"{n:,} training examples, final prompt token, threshold {threshold:.3g}"
+    return finish(figure, "How many are steered, by layer", caption, barmode="stack")
+
+
+def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
+    """Draw one prompt, tokens by layers: predicted error before and after, and the shifts.
+
+    Takes columns `pos`, `token`, `layer`, `before`, `after` (predicted error) and `shift` (length
+    of the shift relative to the residual).
+    """
+    tokens = df.drop_duplicates("pos").sort_values("pos")
+    titles = ("predicted error before", "predicted error after", "shift / residual norm")
+    figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=titles)
+    bars: dict[str, Any] = {"len": 0.6, "y": 0.7, "title": "error", "thickness": 14}
+    for row, column in enumerate(("before", "after", "shift"), start=1):
+        grid = df.pivot(index="layer", columns="pos", values=column)
+        error = column != "shift"
+        figure.add_heatmap(
+            z=grid.to_numpy(),
+            x=list(grid.columns),
+            y=[str(layer) for layer in grid.index],
+            text=[list(tokens["token"])] * len(grid),
+            hovertemplate=f"%{{text}}, layer %{{y}}<br>{column}: %{{z:.3f}}<extra></extra>",
+            colorscale="Cividis" if error else "Greens",
+            zmin=0,
+            zmax=1 if error else None,
+            showscale=row != 2,
+            colorbar=bars if error else bars | {"len": 0.3, "y": 0.14, "title": "shift"},
+            row=row,
+            col=1,
+        )
+    figure.update_xaxes(tickvals=list(tokens["pos"]), showgrid=False)
+    figure.update_xaxes(ticktext=list(tokens["token"]), tickangle=-60, row=3, col=1)
+    figure.update_yaxes(title="layer", type="category", showgrid=False)
+    height = 260 + 3 * max(80, 18 * df["layer"].nunique())
+    return finish(figure, title, caption, height=height)

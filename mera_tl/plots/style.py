@@ -1,0 +1,131 @@
+"""How every figure looks: one template, one colour and one symbol per method.
+
+Hues are Okabe and Ito's, shifted to a middle lightness, so that marks stand out on white paper and
+on a dark page alike, and remain apart for colour-blind readers; symbols tell methods of one family
+apart. Backgrounds are transparent: the page decides.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+BLUE, SKY, GREEN = "#0072B2", "#3A9BD9", "#009E73"
+ORANGE, VERMILLION, PINK, GREY = "#C98500", "#D55E00", "#C46C9C", "#858585"
+
+CORRECT, INCORRECT = BLUE, VERMILLION
+"""Of examples, wherever they are told apart."""
+CHANGES = {
+    "1->1": ("stays correct", "rgba(0,114,178,.35)"),
+    "0->1": ("recovered", BLUE),
+    "1->0": ("regressed", VERMILLION),
+    "0->0": ("stays incorrect", "rgba(213,94,0,.35)"),
+}
+"""Blue ends correct, vermillion incorrect; full colours changed, pale ones did not."""
+
+# One hue per family: grey and pink without a probe, orange fixed strength, blue MERA, green ours.
+_METHODS = {
+    "no_steering": (GREY, "circle"),
+    "prompt_steering": (GREY, "diamond"),
+    "flip": (PINK, "circle"),
+    "additive_probe": (ORANGE, "circle"),
+    "additive_logistic_probe": (ORANGE, "diamond"),
+    "additive_sub_probe": (ORANGE, "triangle-down"),
+    "additive_median_probe": (ORANGE, "square"),
+    "tuned_additive_probe": (ORANGE, "star"),
+    "vanilla_contrastive": (VERMILLION, "circle"),
+    "tuned_contrastive": (VERMILLION, "star"),
+    "optimal_probe": (BLUE, "circle"),
+    "sub_optimal_probe": (BLUE, "triangle-down"),
+    "median_optimal_probe": (BLUE, "square"),
+    "optimal_logistic_probe": (SKY, "diamond"),
+    "optimal_contrastive": (SKY, "star"),
+    "pattern_probe": (GREEN, "triangle-down"),
+    "controlled_pattern": (GREEN, "square"),
+    "controlled_contrastive": (GREEN, "diamond"),
+    "answer_controlled": (GREEN, "star"),
+    "searched": (GREEN, "circle"),
+}
+
+_GRID, _LINE = "rgba(128,128,128,.22)", "rgba(128,128,128,.6)"
+_AXIS = {
+    "gridcolor": _GRID,
+    "linecolor": _LINE,
+    "zerolinecolor": _LINE,
+    "zerolinewidth": 1,
+    "automargin": True,
+    "title": {"standoff": 10},
+    "ticks": "outside",
+    "tickcolor": _LINE,
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        # This grey has a contrast above 4 on white and on black.
+        "font": {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "color": "#757575"},
+        "title": {"x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": 18}},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "colorway": [BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK, GREY],
+        # At the foot of the figure it can grow without reaching title, axis or marks.
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "margin": {"l": 50, "r": 20, "t": 90, "b": 60},
+        "height": 440,
+        "bargap": 0.25,
+        "hoverlabel": {"font": {"size": 13}},
+    }
+)
+
+
+def colour_of(method: str) -> str:
+    """Return the colour of a method, the same in every figure; grey for one without."""
+    return _METHODS.get(method, (GREY, ""))[0]
+
+
+def symbol_of(method: str) -> str:
+    """Return the marker symbol of a method."""
+    return _METHODS.get(method, ("", "x"))[1]
+
+
+def finish(figure: go.Figure, title: str, caption: str = "", **layout: Any) -> go.Figure:
+    """Put the template, the title and the line below it on a figure."""
+    heading = {"text": title, "subtitle": {"text": caption, "font": {"size": 13}}}
+    return figure.update_layout(template=TEMPLATE, title=heading, **layout)
+
+
+def threshold_axis(thresholds: Any) -> dict[str, Any]:
+    """Return an x axis on which thresholds, even in logit, are evenly spaced."""
+    shown = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]
+    low, high = thresholds.min(), thresholds.max()
+    ticks = [t for t in shown if low * 0.9 <= t <= min(high * 1.1, 1)]
+    return {
+        "title": "threshold (predicted error)",
+        "tickvals": [float(logit(t)) for t in ticks],
+        "ticktext": [f"{t:g}" for t in ticks],
+        "zeroline": False,
+    }
+
+
+def logit(threshold: Any) -> np.ndarray:
+    """Return log(t / (1 - t))."""
+    t = np.asarray(threshold, dtype=float)
+    return np.log(t / (1 - t))
+
+
+def rows_where(df: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """Return the rows in which every named column has the given value."""
+    for column, value in values.items():
+        df = pd.DataFrame(df[df[column] == value])
+    return df
+
+
+def in_order(df: pd.DataFrame, column: str) -> list[str]:
+    """Return the distinct values of a column as they first come; methods in the fixed order."""
+    values = list(dict.fromkeys(df[column]))
+    known = list(_METHODS)
+    if column != "method":
+        return values
+    return sorted(values, key=lambda name: known.index(name) if name in known else len(known))
