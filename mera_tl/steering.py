@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl.decoding import Window
@@ -125,40 +125,35 @@ class SteerHook:
             self.per_answer and getattr(window, "answers", None) is None
         ):
             return resid
-        steered = self._steer(resid[:, start:], None if window is None else window.answers)
+        here = resid[:, start:]
+        features = self.space.read(here, self.layer)
+        score = einsum(features, self.weights.to(here.device), "batch pos d, d -> batch pos")
+        score = score + self.bias.to(here.device)
+        amount = self.rule.amount(score)
+        step = self._steps(window).to(here.device)
+        moved = (amount != 0) & (step != 0).any(-1)
         if window is not None:
-            real = window.real[:, start:].to(resid.device)
-            hook.ctx["steered"] = (steered.moved & real).sum(-1)
+            real = window.real[:, start:].to(here.device)
+            hook.ctx["steered"] = (moved & real).sum(-1)
             hook.ctx["steerable"] = real.sum(-1)
-            hook.ctx["peak"] = steered.score.masked_fill(~real, -torch.inf).amax(-1)
-        if start == 0:
-            return steered.resid
-        return torch.cat([resid[:, :start], steered.resid], dim=1)
+            hook.ctx["peak"] = score.masked_fill(~real, -torch.inf).amax(-1)
+        if not moved.any():
+            return resid
+        # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
+        shift = amount[moved][:, None] * step.expand_as(features)[moved]
+        steered = resid.clone()
+        steered[:, start:][moved] = self.space.write(
+            here[moved], features[moved], shift, self.layer
+        )
+        return steered
+
+    def _steps(self, window: Window | None) -> Float[Tensor, "#batch #pos d"]:
+        """Return the shift of amount one for every token of a pass."""
+        if not self.per_answer:
+            return self.step[None, None]
+        assert window is not None and window.answers is not None  # __call__ has looked
+        return self.step[window.answers][:, None]
 
     def _first_column(self, n_columns: int, window: Window | None) -> int:
         n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
         return {"all": 0, "last": max(0, n_prompt - 1), "generated": n_prompt}[self.positions]
-
-    def _steer(
-        self, resid: Float[Tensor, "batch pos d_model"], answers: Int[Tensor, " batch"] | None
-    ) -> "_Steered":
-        here = resid.device
-        features = self.space.read(resid, self.layer)
-        score = einsum(features, self.weights.to(here), "batch pos d, d -> batch pos")
-        score = score + self.bias.to(here)
-        amount = self.rule.amount(score)
-        step = self.step.to(here)
-        if self.per_answer:
-            step = step[answers][:, None, :]
-        shift = amount[..., None] * step
-        moved = (shift != 0).any(-1)
-        written = self.space.write(resid, features, shift, self.layer)
-        # Untouched tokens stay bit-equal, whatever reading and writing do to them.
-        return _Steered(torch.where(moved[..., None], written, resid), moved, score)
-
-
-@dataclass(frozen=True, eq=False)
-class _Steered:
-    resid: Float[Tensor, "batch pos d_model"]
-    moved: Bool[Tensor, "batch pos"]
-    score: Float[Tensor, "batch pos"]
