@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mera_tl import scoring, store
 from mera_tl.activations import Activations
-from mera_tl.folds import REGRESSIONS, Examples, Grid, Kind, fit_grid, held_out_table
 from mera_tl.folds import LASSO as LASSO_PENALTIES
+from mera_tl.folds import REGRESSIONS, Examples, Grid, Kind, fit_grid, held_out_table
 from mera_tl.models import Model
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,9 @@ def _fit(
     weights = fits.weights[layers, -1, fit].float()
     unread = (weights == 0).all(-1).nonzero()[:, 0].tolist()
     if unread:
-        logger.warning(
+        level = logging.INFO if len(unread) < len(weights) else logging.WARNING
+        logger.log(
+            level,
             "Nothing could be read in layers %s (%s, position %r): their weights are zero, and "
             "they will not be steered.",
             ", ".join(map(str, unread)),
