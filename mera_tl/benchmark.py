@@ -236,7 +236,7 @@ def table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "1->0": record["transitions"]["1->0"],
             "steered": record["steered_share"],
             "decision": record["decision"] or "",
-            "threshold": record["threshold"],
+            "threshold": float("nan") if record["threshold"] is None else record["threshold"],
         }
         for record in records
     ]

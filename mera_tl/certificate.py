@@ -259,7 +259,8 @@ def _scope(calibration: Calibration) -> str:
 def _terms(calibration: Calibration) -> str:
     look = f", look {calibration.look}" if calibration.look > 1 else ""
     return (
-        f"({_TESTS[calibration.protocol.test]}, {calibration.n_thresholds} thresholds tried, "
+        f"({_TESTS[calibration.protocol.test]}, {calibration.n_thresholds} "
+        f"{calibration.protocol.knob}s tried, "
         f"min_gain {calibration.min_gain:g}{look})"
     )
 
@@ -272,8 +273,9 @@ def _steer_sentence(calibration: Calibration) -> str:
     moved = "" if base is None else f", from {base:.3f} to {base + sign * best.gain:.3f}"
     others = "other groups" if calibration.group is not None else "any subgroup of them"
     return (
-        f"STEER at threshold {best.threshold:.4g}: {_scope(calibration)}, steering {raises} by at "
-        f"least {_at_least(best.lower)} on data drawn as these were (observed: "
+        f"STEER at {calibration.protocol.knob} {best.threshold:.4g}: {_scope(calibration)}, "
+        f"steering {raises} by at least {_at_least(best.lower)} "
+        f"on data drawn as these were (observed: "
         f"{_points(best.gain)}{moved}, {best.recoveries} better, {best.regressions} worse), which "
         f"says nothing of {others} nor of other prompts, models or data {_terms(calibration)}."
     )
@@ -283,7 +285,8 @@ def _abstain_sentence(calibration: Calibration) -> str:
     best, needed = calibration.best, calibration.needed
     most = max(calibration.evidence, key=lambda row: (row.gain, row.lower))
     observed = (
-        f"the best gain observed is {_points(most.gain)} at threshold {most.threshold:.4g} "
+        f"the best gain observed is {_points(most.gain)} at {calibration.protocol.knob} "
+        f"{most.threshold:.4g} "
         f"({most.recoveries} better, {most.regressions} worse)"
     )
     if most.gain <= calibration.min_gain:
@@ -295,6 +298,7 @@ def _abstain_sentence(calibration: Calibration) -> str:
             f"{enough} would certify it with probability 0.8"
         )
     return (
-        f"ABSTAIN, steering nothing: {_scope(calibration)}, no threshold is certain to gain "
-        f"{_at_least(calibration.min_gain)} or more, since {reason} {_terms(calibration)}."
+        f"ABSTAIN, steering nothing: {_scope(calibration)}, no {calibration.protocol.knob} is "
+        f"certain to gain {_at_least(calibration.min_gain)} or more, since {reason} "
+        f"{_terms(calibration)}."
     )

@@ -18,7 +18,7 @@ from mera_tl.models import Model
 from mera_tl.outcomes import Outcomes
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
-from mera_tl.rules import Adaptive
+from mera_tl.rules import Adaptive, Additive
 from mera_tl.steering import Steering
 from mera_tl.tasks import Calibration as CalibrationRole
 from mera_tl.tasks import Task
@@ -30,10 +30,14 @@ def calibrate(
     steering: Steering,
     *,
     min_gain: float = 0.0,
+    delta: float = 0.05,
     protocol: Protocol | None = None,
     settings: ReadSettings | None = None,
 ) -> Calibration:
     """Steer held-out examples at every threshold, and certify one of them or abstain.
+
+    `delta` is short for `Protocol(delta=delta)`; a `protocol` given says it itself. Where its knob
+    is `strength`, the grid is of fixed shifts instead of thresholds.
 
     Raises:
         ValueError: if the task is not a calibration split, or as `evaluate` and `certify`.
@@ -43,8 +47,9 @@ def calibrate(
             f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
             "pass task.split(...).calibration."
         )
-    protocol = protocol or Protocol()
-    base, runs = threshold_grid(model, task, steering, protocol.thresholds, settings=settings)
+    protocol = protocol or Protocol(delta=delta)
+    grid = threshold_grid if protocol.knob == "threshold" else strength_grid
+    base, runs = grid(model, task, steering, protocol.thresholds, settings=settings)
     gains = np.stack([run.gain(base, protocol.metric).numpy() for run in runs])
     decision = certify(
         gains,
@@ -84,4 +89,22 @@ def threshold_grid(
         subset = task.subset(reached.tolist())
         run = evaluate(model, subset, steered.fwd_hooks(), settings=quiet)
         runs.append(base.with_rows(reached, run))
+    return base, runs
+
+
+def strength_grid(
+    model: Model,
+    task: Task[Any],
+    steering: Steering,
+    strengths: Sequence[float],
+    *,
+    settings: ReadSettings | None = None,
+) -> tuple[Outcomes, list[Outcomes]]:
+    """Return the unsteered outcomes and those of fixed shifts of every strength."""
+    settings = settings or ReadSettings()
+    base = evaluate(model, task, settings=settings, title="unsteered")
+    runs = []
+    for strength in strengths:
+        hooks = replace(steering, rule=Additive(strength)).fwd_hooks()
+        runs.append(evaluate(model, task, hooks, settings=settings, title=f"strength {strength:g}"))
     return base, runs

@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mera_tl.evaluation import evaluate
 from mera_tl.gains import calibrate
 from mera_tl.models import FwdHooks, Model
 from mera_tl.outcomes import Outcomes
-from mera_tl.probes import Kind, LinearProbe, fit_error_probe
+from mera_tl.probes import Kind, LinearProbe, Rank, fit_error_probe, fit_ranked_probe
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
 from mera_tl.rules import Additive
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 INSTRUCTION = "Think before you answer."
 """The sentence of `prompt_steering`, placed before "Answer:"."""
+STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+"""From which `tuned_*` choose, in units of the layer's typical residual norm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +57,28 @@ class Setting:
 
     def probe(self, kind: Kind) -> LinearProbe:
         """Fit a probe of this kind on the training split, once."""
-        kept = None if self.folder is None else self.folder / "probes" / kind
-        if kind not in self._probes:
+        return self._kept_probe(kind, partial(fit_error_probe, kind=kind))
+
+    def ranked_probe(self, rank: Rank) -> LinearProbe:
+        """Fit the paper's regressions and take the best, median or worst per layer, once."""
+        return self._kept_probe(f"{rank}_regression", partial(fit_ranked_probe, rank=rank))
+
+    def _kept_probe(self, name: str, fit: Callable[..., LinearProbe]) -> LinearProbe:
+        kept = None if self.folder is None else self.folder / "probes" / name
+        if name not in self._probes:
             if kept is not None and (kept / "probe.json").exists():
-                self._probes[kind] = LinearProbe.load(kept)
+                self._probes[name] = LinearProbe.load(kept)
             else:
                 self.splits.train.require_classes()
-                self._probes[kind] = fit_error_probe(
-                    self.activations, kind=kind, position=self.probe_position, seed=self.seed
-                )
+                where = {"position": self.probe_position, "seed": self.seed}
+                self._probes[name] = fit(self.activations, **where)
                 if kept is not None:
-                    self._probes[kind].save(kept)
-        return self._probes[kind]
+                    self._probes[name].save(kept)
+        return self._probes[name]
 
-    def decide(self, name: str, steering: Steering) -> Calibration:
+    def decide(
+        self, name: str, steering: Steering, protocol: Protocol | None = None
+    ) -> Calibration:
         """Calibrate a steering on the calibration split, once per name."""
         kept = None if self.folder is None else self.folder / "certificates" / f"{name}.json"
         if kept is not None and kept.exists():
@@ -78,7 +88,7 @@ class Setting:
             self.splits.calibration,
             steering,
             min_gain=self.min_gain,
-            protocol=self.protocol,
+            protocol=protocol or self.protocol,
             settings=self.read,
         )
         if kept is not None:
@@ -172,6 +182,40 @@ def vanilla_contrastive(setting: Setting) -> Treatment:
     return _additive(setting, setting.probe("contrastive"))
 
 
+@method
+def additive_sub_probe(setting: Setting) -> Treatment:
+    """Move every token by a fixed length against the worst of the paper's regressions."""
+    return _additive(setting, setting.ranked_probe("worst"))
+
+
+@method
+def additive_median_probe(setting: Setting) -> Treatment:
+    """Move every token by a fixed length against the median of the paper's regressions."""
+    return _additive(setting, setting.ranked_probe("median"))
+
+
+@method
+def tuned_additive_probe(setting: Setting) -> Treatment:
+    """Choose the length on the calibration split, with the certificate MERA needs."""
+    return _tuned("tuned_additive_probe", setting, setting.probe("ridge"))
+
+
+@method
+def tuned_contrastive(setting: Setting) -> Treatment:
+    """Choose the length along the difference of means, with the certificate MERA needs."""
+    return _tuned("tuned_contrastive", setting, setting.probe("contrastive"))
+
+
+def _tuned(name: str, setting: Setting, probe: LinearProbe) -> Treatment:
+    protocol = replace(setting.protocol, thresholds=STRENGTHS, knob="strength")
+    steering = setting.steering(probe)
+    decision = setting.decide(name, steering, protocol)
+    strength = decision.threshold
+    hooks = [] if strength is None else replace(steering, rule=Additive(strength)).fwd_hooks()
+    details = {"strength": strength, **_of(probe)}
+    return Treatment(hooks, calibration=decision, details=details, probe=probe)
+
+
 def _additive(setting: Setting, probe: LinearProbe) -> Treatment:
     steering = replace(setting.steering(probe), rule=Additive(setting.strength))
     return Treatment(
@@ -198,6 +242,18 @@ def optimal_logistic_probe(setting: Setting) -> Treatment:
 def optimal_contrastive(setting: Setting) -> Treatment:
     """MERA with the contrastive direction, calibrated to the scale of the error."""
     return _mera("optimal_contrastive", setting, setting.probe("contrastive"))
+
+
+@method
+def sub_optimal_probe(setting: Setting) -> Treatment:
+    """MERA with the worst of the paper's regressions."""
+    return _mera("sub_optimal_probe", setting, setting.ranked_probe("worst"))
+
+
+@method
+def median_optimal_probe(setting: Setting) -> Treatment:
+    """MERA with the median of the paper's regressions."""
+    return _mera("median_optimal_probe", setting, setting.ranked_probe("median"))
 
 
 def _mera(name: str, setting: Setting, probe: LinearProbe) -> Treatment:

@@ -45,6 +45,8 @@ class Protocol:
     each spends an equal part of delta, and a later look may contain the examples of an earlier."""
     seed: int = 0
     """Order of the examples for the betting bound."""
+    knob: Literal["threshold", "strength"] = "threshold"
+    """What the numbers of the grid are: MERA's threshold, or the strength of a fixed shift."""
 
     def __post_init__(self) -> None:
         _check_grid(self.thresholds, self.weights)
