@@ -9,7 +9,7 @@ activations/, probes/<kind>/, certificates/<method>.json, outcomes/<method>.json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -38,8 +38,16 @@ FORMAT = 1
 class Run:
     """A run in its folder; everything in it is computed once, on first use."""
 
-    def __init__(self, config: RunConfig, folder: Path, *, progress: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        *,
+        progress: bool = True,
+        load: Callable[[RunConfig], Model] | None = None,
+    ) -> None:
         self.config, self.folder = config, Path(folder)
+        self._load = load or load_configured
         self.read = ReadSettings(
             readout=config.readout,
             batch_size=config.batch_size,
@@ -51,8 +59,7 @@ class Run:
     @cached_property
     def model(self) -> Model:
         """The model, loaded."""
-        config = self.config
-        return load_model(config.model, dtype=config.dtype, device=config.device, chat=config.chat)
+        return self._load(self.config)
 
     @cached_property
     def splits(self) -> Splits:
@@ -116,18 +123,21 @@ class Run:
 
     def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield one record per method, computing those that are not in the folder yet."""
-        path = self.folder / "records.jsonl"
-        done = {record["method"]: record for record in store.read_records(path)}
         for name in methods:
             find_method(name)  # every name is checked before the first costs anything
         for name in methods:
-            if name not in done:
-                done[name] = self._record(name)
-                ordered = [done[known] for known in METHODS if known in done]
-                store.write_records(path, ordered)
-            yield done[name]
+            yield self.record(name)
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def record(self, name: str) -> dict[str, Any]:
+        """Return a method's record, from the folder if it is there."""
+        path = self.folder / "records.jsonl"
+        done = {record["method"]: record for record in store.read_records(path)}
+        if name not in done:
+            done[name] = self._evaluate(name)
+            store.write_records(path, [done[known] for known in METHODS if known in done])
+        return done[name]
+
+    def _evaluate(self, name: str) -> dict[str, Any]:
         base = self.base
         started = time.perf_counter()
         treatment = METHODS[name](self.setting)
@@ -191,16 +201,29 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
+def load_configured(config: RunConfig) -> Model:
+    """Load the model that a configuration names."""
+    return load_model(config.model, dtype=config.dtype, device=config.device, chat=config.chat)
+
+
 @contextmanager
-def open_run(config: RunConfig, folder: str | Path, *, progress: bool = True) -> Iterator[Run]:
+def open_run(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    progress: bool = True,
+    load: Callable[[RunConfig], Model] | None = None,
+) -> Iterator[Run]:
     """Hold a run's folder; start it, or go on with it if it is of the same configuration.
 
     Raises:
         ValueError: if the folder holds another configuration, or another process works in it.
     """
     folder = Path(folder)
-    run = Run(config, folder, progress=progress)
+    run = Run(config, folder, progress=progress, load=load)
     with store.lock(folder):
+        for stray in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+            stray.unlink()
         path = folder / "config.json"
         if path.exists():
             _require_same(store.read_json(path), config, folder)

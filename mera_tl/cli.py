@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mera_tl.config import DEFAULT_METHODS, RunConfig
+from mera_tl.config import DEFAULT_METHODS, GridConfig, RunConfig
 
 DESCRIPTION = (
     "Steer a language model away from its own errors, only when that can be shown to help."
@@ -22,7 +22,7 @@ DESCRIPTION = (
 Rows = Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run(RunConfig):
     """Collect, fit, calibrate or abstain, evaluate: one model, one task, a table at the end."""
 
@@ -32,27 +32,37 @@ class Run(RunConfig):
     """Folder of the run; started again, it goes on. Default: runs/<model>-<task>."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Collect(Run):
     """Step 1: answer the training split unsteered, keeping activations and errors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit(Run):
     """Step 2: fit error probes on the collected activations; show their held-out scores."""
 
-    kinds: tuple[str, ...] = ("ridge",)
-    """Probes to fit: ridge, least_squares, lasso, logistic, contrastive."""
+    kinds: tuple[
+        Literal["ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive"], ...
+    ] = ("ridge",)
+    """Probes to fit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibrate(Run):
     """Step 3: decide on the calibration split whether each method may steer, and where."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(Run):
     """Step 4: evaluate on the test split what the certificates allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(GridConfig):
+    """Compare methods over models, tasks and seeds; killed and started again, it goes on."""
+
+    out: Path = Path("runs/benchmark")
+    """Folder of the grid."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,24 @@ def calibrate(command: Calibrate) -> None:
 def evaluate(command: Evaluate) -> None:
     """Evaluate on the test split; the earlier steps are found in the folder, or done."""
     run(command)
+
+
+def benchmark(command: Benchmark) -> None:
+    """Run the grid; exit code 1 if a job failed."""
+    from mera_tl.grid import run_grid
+
+    config = GridConfig(**{f.name: getattr(command, f.name) for f in fields(GridConfig)})
+    records = run_grid(config, command.out)
+    done = [record for record in records if "failure" not in record]
+    if done:
+        _print_records(done)
+    for record in records:
+        if "failure" in record:
+            job = ", ".join(str(record[name]) for name in ("model", "task", "method", "seed"))
+            print(f"failed: {job}: {record['failure']}", file=sys.stderr)
+    print(f"\n{len(done)} of {len(records)} jobs done; records in {command.out / 'records.jsonl'}")
+    if len(done) < len(records):
+        sys.exit(1)
 
 
 def _say_splits(opened: Any) -> None:
@@ -293,6 +321,7 @@ COMMANDS: dict[type, Callable[[Any], None]] = {
     Fit: fit,
     Calibrate: calibrate,
     Evaluate: evaluate,
+    Benchmark: benchmark,
     Demo: demo,
     Table: show_table,
     Tasks: tasks,

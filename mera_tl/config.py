@@ -1,19 +1,16 @@
 """What one run is: model, task, splits, scope, certificate. Plain values, no heavy imports."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 from typing import Any, Literal
 
 DEFAULT_METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """One model on one task, with one split."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """All that runs of a grid share."""
 
-    model: str
-    """An official name, a local Hugging Face folder, or "organism"."""
-    task: str
-    """A task's name (`mera tasks`), or the path of a task file (.toml, .yaml)."""
     data_dir: str | None = None
     """Folder with the task's data: plain files, or a save_to_disk folder. Default: the hub."""
     template: str | None = None
@@ -24,8 +21,6 @@ class RunConfig:
     """Calibration examples, likewise. Default: 20 %."""
     test: str | None = None
     """Test examples, likewise. Default: 20 %."""
-    seed: int = 0
-    """Of the split, the probes' folds and the order of the betting bound."""
     layers: str = "all"
     """Steered layers: all, best, or numbers (0,2-4)."""
     positions: Literal["all", "last", "generated"] = "all"
@@ -55,9 +50,43 @@ class RunConfig:
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RunOptions):
+    """One model on one task, with one split."""
+
+    model: str
+    """An official name, a local Hugging Face folder, or "organism"."""
+    task: str
+    """A task's name (`mera tasks`), or the path of a task file (.toml, .yaml)."""
+    seed: int = 0
+    """Of the split, the probes' folds and the order of the betting bound."""
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for config.json and its fingerprint."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig(RunOptions):
+    """Models x tasks x seeds, every method on each: one record per job."""
+
+    models: tuple[str, ...]
+    """Models, each as `mera run` takes it."""
+    tasks: tuple[str, ...]
+    """Tasks, each as `mera run` takes it."""
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Methods to compare (`mera methods` lists them)."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the split."""
+
+    def runs(self) -> list[RunConfig]:
+        """Return one configuration per model, task and seed, models outermost."""
+        shared = {f.name: getattr(self, f.name) for f in fields(RunOptions)}
+        return [
+            RunConfig(model=model, task=task, seed=seed, **shared)
+            for model, task, seed in product(self.models, self.tasks, self.seeds)
+        ]
 
 
 def parse_layers(text: str) -> Any:

@@ -95,7 +95,9 @@ def test_the_main_job_writes_records_certificates_and_a_table(
 
 
 def test_abstaining_equals_the_unsteered_run_bit_for_bit(checkpoints, toy, tmp_path):
-    config = RunConfig(str(checkpoints["llama"]), toy, train="30", calibration="15", test="15")
+    config = RunConfig(
+        model=str(checkpoints["llama"]), task=toy, train="30", calibration="15", test="15"
+    )
     with open_run(config, tmp_path / "run", progress=False) as run:
         records = list(run.records(["no_steering", "optimal_probe"]))
     assert records[1]["decision"] == "ABSTAIN"  # a random model cannot be certified at n = 15
@@ -188,7 +190,9 @@ def test_a_folder_in_use_is_refused(monkeypatch, capsys, checkpoints, toy, tmp_p
 
 
 def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):
-    config = RunConfig(str(checkpoints["llama"]), toy, train="30", calibration="15", test="15")
+    config = RunConfig(
+        model=str(checkpoints["llama"]), task=toy, train="30", calibration="15", test="15"
+    )
     with open_run(config, tmp_path / "run", progress=False) as run:
         run.model.hooked.blocks[1].mlp.W_out.data[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN or infinity"):

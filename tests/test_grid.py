@@ -1,0 +1,161 @@
+"""A grid of runs survives kills, failures and a second process, and ends with the same records."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_cli import mera, write_task
+
+from mera_tl import store
+from mera_tl.config import GridConfig
+from mera_tl.grid import run_grid, run_name
+
+METHODS = ("no_steering", "additive_probe", "optimal_probe")
+
+
+@pytest.fixture(scope="module")
+def config(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    return GridConfig(
+        models=(str(checkpoints["llama"]),),
+        tasks=(write_task(folder, name="first"), write_task(folder, name="second")),
+        seeds=(0, 1),
+        methods=METHODS,
+        train="30",
+        calibration="15",
+        test="15",
+    )
+
+
+def timeless(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    return timeless(run_grid(config, tmp_path_factory.mktemp("plain"), progress=False))
+
+
+def test_every_job_has_one_record(config, undisturbed):
+    jobs = [(r["task"], r["seed"], r["method"]) for r in undisturbed]
+    assert len(set(jobs)) == len(jobs) == 2 * 2 * 3
+    assert len({run_name(run) for run in config.runs()}) == 4
+
+
+def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
+    import mera_tl.activations
+    import mera_tl.benchmark
+    import mera_tl.grid
+
+    counts = {"collect": 0, "load": 0}
+    real_collect, real_load = mera_tl.benchmark.collect, mera_tl.grid.load_configured
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(mera_tl.benchmark, "collect", counted("collect", real_collect))
+    monkeypatch.setattr(mera_tl.grid, "load_configured", counted("load", real_load))
+    run_grid(config, tmp_path, progress=False)
+    assert counts == {"collect": 4, "load": 1}
+    run_grid(config, tmp_path, progress=False)  # everything is found again
+    assert counts == {"collect": 4, "load": 1}  # not even the model is needed
+
+
+def test_a_failing_job_is_a_record_and_the_others_go_on(
+    config, tmp_path, monkeypatch, capsys, undisturbed
+):
+    import mera_tl.methods
+
+    def fail(setting):
+        if setting.seed == 1:
+            raise OSError("No space left on device")
+        return mera_tl.methods.additive_probe(setting)
+
+    monkeypatch.setitem(mera_tl.methods.METHODS, "additive_probe", fail)
+    options = ["--methods", *METHODS, "--seeds", "0", "1", "--train", "30", "--out", str(tmp_path)]
+    told = ["--models", *config.models, "--tasks", *config.tasks, *options]
+    assert mera(monkeypatch, "benchmark", *told, "--calibration", 15, "--test", 15) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    records = store.read_records(tmp_path / "records.jsonl")
+    failed = [record for record in records if "failure" in record]
+    assert [(r["seed"], r["method"]) for r in failed] == [(1, "additive_probe")] * 2
+    assert timeless(r for r in records if "failure" not in r) == [
+        r for r in undisturbed if not (r["seed"] == 1 and r["method"] == "additive_probe")
+    ]
+    monkeypatch.undo()  # the disk has room again
+    assert timeless(run_grid(config, tmp_path, progress=False)) == undisturbed
+
+
+def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbed):
+    from dataclasses import replace
+
+    gone = replace(config, tasks=("nowhere/gone.toml", config.tasks[1]))
+    records = run_grid(gone, tmp_path, progress=False)
+    assert sum("failure" in record for record in records) == 2 * len(METHODS)
+    assert timeless(r for r in records if "failure" not in r) == [
+        r for r in undisturbed if r["task"] == undisturbed[-1]["task"]
+    ]
+
+
+def test_two_processes_in_one_folder_are_refused(config, tmp_path):
+    with store.lock(tmp_path), pytest.raises(ValueError, match="in use by process"):
+        run_grid(config, tmp_path, progress=False)
+
+
+# A child imports once and forks; each grandchild runs the grid and is killed at a random moment.
+HARNESS = """
+import os, random, signal, sys, time
+import torch; torch.set_num_threads(1)
+from mera_tl.config import GridConfig
+from mera_tl.grid import run_grid
+config, folder, kills, seed = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+rng, killed = random.Random(seed), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        run_grid(config, folder, progress=False)
+        os._exit(0)
+    if killed < kills:
+        time.sleep(rng.uniform(0, float(sys.argv[5])))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if killed >= kills:
+        sys.exit(os.waitstatus_to_exitcode(status))
+    killed += os.WIFSIGNALED(status)
+    if not os.WIFSIGNALED(status):  # it finished before the shot: begin anew
+        import shutil; shutil.rmtree(folder)
+"""
+
+
+def test_killed_at_a_hundred_random_moments_it_ends_the_same(config, tmp_path, undisturbed):
+    kills = int(os.environ.get("MERA_TEST_KILLS", "100"))
+    folder = tmp_path / "grid"
+    arguments = [repr(config), str(folder), str(kills), "0", "0.5"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HARNESS, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert timeless(store.read_records(folder / "records.jsonl")) == undisturbed
+    assert not list(folder.rglob("*.tmp"))  # what the killed ones left is swept up
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
+    target = tmp_path / "records.jsonl"
+    store.write_records(target, [{"a": 1}])
+
+    class Stop(BaseException):
+        pass
+
+    class Poison:
+        def __str__(self):
+            raise Stop
+
+    with pytest.raises(Stop):
+        store.write_records(target, [{"a": 2}, {"b": Poison()}])
+    assert store.read_records(target) == [{"a": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
