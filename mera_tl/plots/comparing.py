@@ -18,8 +18,7 @@ from mera_tl.plots.style import (
     symbol_of,
 )
 
-# Diverging, readable by the colour-blind, and middling at zero on white and on black.
-_SCALE = ((0, "#B24A00"), (0.5, "#9A9A9A"), (1, "#005C91"))
+_SCALE = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
 _SPI = "SPI: share of what could be won (or lost)"
 
 
@@ -46,7 +45,7 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
         index="method", columns="where", values="off", aggfunc="min"
     )
     text = [
-        ["" if pd.isna(mean.loc[m, p]) else "-" if abstained.loc[m, p] else f"{mean.loc[m, p]:+.2f}"
+        ["" if pd.isna(mean.loc[m, p]) else "-" if abstained.loc[m, p] else _signed(mean.loc[m, p])
          for p in places]
         for m in methods
     ]  # fmt: skip
@@ -57,22 +56,22 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
             y=methods,
             text=text,
             texttemplate="%{text}",
-            textfont={"color": "white", "size": 13},
+            textfont={"size": 13},
             colorscale=_SCALE,
             zmid=0,
             zmin=-1,
             zmax=1,
             xgap=2,
             ygap=2,
-            colorbar={"title": "SPI", "thickness": 14},
+            showscale=False,  # every cell says its number
             hovertemplate="%{y} on %{x}: SPI %{z:.3f}<extra></extra>",
         )
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    figure.update_xaxes(showgrid=False, ticks="", tickangle=-35 if len(places) > 3 else 0)
-    height = 190 + 34 * len(methods)
+    figure.update_xaxes(showgrid=False, ticks="", tickangle=-35 if len(places) > 2 else 0)
+    height = 160 + 34 * len(methods)
     caption = f'{_examples(df)}; "-" abstained; blue is better, orange is worse'
-    meta = {"min_width": 240 + 62 * len(places)}
+    meta = {"min_width": 200 + 58 * len(places)}
     return finish(figure, "Steering performance impact", caption, height=height, meta=meta)
 
 
@@ -144,7 +143,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 row=row,
                 col=1,
             )
-    figure.update_xaxes(tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.001], dtick=0.25)
     figure.update_xaxes(title="share of test examples", row=len(places), col=1)
     height = _height(methods, places)
     caption = f"{_examples(df)}; against the unsteered answers"
@@ -163,8 +162,13 @@ def _panels(df: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
         if len(places) > 1
         else None,
     )
+    figure.update_annotations(x=0, xanchor="left", font_size=14)
     figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
     return figure, methods, places
+
+
+def _signed(value: Any) -> str:
+    return f"{value:+.2f}" if round(value, 2) else "0.00"
 
 
 def _height(methods: list[str], places: list[str]) -> int:
@@ -195,4 +199,5 @@ def raw_against_sae(df: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title=_SPI, range=[-1.05, 1.05])
     figure.update_yaxes(autorange="reversed")
     height = 190 + 30 * len(wide)
-    return finish(figure, "Raw directions against SAE latents", _examples(df), height=height)
+    title, meta = "Raw directions against SAE latents", {"min_width": 540}
+    return finish(figure, title, _examples(df), height=height, meta=meta)

@@ -20,11 +20,13 @@ from mera_tl.plots.style import (
 )
 
 _ANSWERS = ((True, "answered correctly", CORRECT), (False, "answered incorrectly", INCORRECT))
-METRIC_TITLES = {
-    "rmse": "RMSE of predicted error",
-    "auroc": "AUROC of incorrect against correct",
-    "r2": "R² of predicted error",
+_METRICS = {
+    "rmse": ("RMSE of predicted error", "How well the error is predicted"),
+    "auroc": ("AUROC", "How well incorrect answers are told from correct ones"),
+    "r2": ("R² of predicted error", "How much of the error is explained"),
 }
+N_SHIFTS = 60
+"""Shifts drawn at most; more would cover the examples."""
 
 
 def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None) -> go.Figure:
@@ -60,10 +62,11 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
     layers = sorted(set(df["layer"]))
     step = max(1, len(layers) // 12)
     figure.update_xaxes(title="layer (resid_post)", tickvals=layers[::step])
-    figure.update_yaxes(title=METRIC_TITLES.get(metric, metric), rangemode="tozero")
+    axis, title = _METRICS.get(metric, (metric, metric))
+    figure.update_yaxes(title=axis)
     examples = "" if n is None else f" of {n:,} training examples"
     caption = f"Held-out folds{examples}; bars: standard deviation over folds"
-    return finish(figure, "Where errors can be read", caption)
+    return finish(figure, title, caption)
 
 
 def predicted_error(df: pd.DataFrame, *, threshold: float | None = None) -> go.Figure:
@@ -79,7 +82,6 @@ def predicted_error(df: pd.DataFrame, *, threshold: float | None = None) -> go.F
             x=predicted,
             name=f"{name} ({len(predicted):,})",
             marker_color=colour,
-            opacity=0.65,
             xbins={"start": 0, "end": 1, "size": 0.025},
         )
     steered = ""
@@ -89,7 +91,7 @@ def predicted_error(df: pd.DataFrame, *, threshold: float | None = None) -> go.F
     figure.update_xaxes(title="predicted error before steering", range=[0, 1])
     figure.update_yaxes(title="examples")
     caption = f"{len(df):,} examples{steered}; highest score in the steered scope of each"
-    return finish(figure, "What the probe predicts", caption, barmode="overlay")
+    return finish(figure, "What the probe predicts", caption, barmode="stack")
 
 
 def geometry(df: pd.DataFrame, *, limit: float | None = None, layer: int = 0) -> go.Figure:
@@ -99,25 +101,25 @@ def geometry(df: pd.DataFrame, *, limit: float | None = None, layer: int = 0) ->
     and `other_after`; `limit` is the score that steering allows.
     """
     figure = go.Figure()
+    moved = df.dropna(subset="score_after") if "score_after" in df else df[:0]
+    if len(moved):
+        shown = moved[:: -(-len(moved) // N_SHIFTS)]
+        gap = np.full(len(shown), np.nan)  # ends one line before the next begins
+        figure.add_scatter(
+            x=np.stack([shown["score"], shown["score_after"], gap], axis=1).ravel(),
+            y=np.stack([shown["other"], shown["other_after"], gap], axis=1).ravel(),
+            mode="lines",
+            name=f"shift ({len(shown):,} of {len(moved):,})",
+            line={"color": GREEN, "width": 1},
+            opacity=0.5,
+            hoverinfo="skip",
+        )
     for correct, name, colour in _ANSWERS:
         rows = rows_where(df, correct=correct)
         marker: dict[str, object] = {"color": colour, "size": 6, "opacity": 0.6}
         count = f"{name} ({len(rows):,})"
         figure.add_scatter(
             x=rows["score"], y=rows["other"], mode="markers", name=count, marker=marker
-        )
-    moved = df.dropna(subset="score_after") if "score_after" in df else df[:0]
-    if len(moved):
-        ends = [moved["score"], moved["score_after"], np.full(len(moved), np.nan)]
-        sides = [moved["other"], moved["other_after"], np.full(len(moved), np.nan)]
-        figure.add_scatter(
-            x=np.stack(ends, axis=1).ravel(),
-            y=np.stack(sides, axis=1).ravel(),
-            mode="lines",
-            name=f"shift ({len(moved):,})",
-            line={"color": GREEN, "width": 0.7},
-            opacity=0.6,
-            hoverinfo="skip",
         )
     if limit is not None:
         _dashed(figure, limit, "limit")

@@ -13,9 +13,8 @@ from mera_tl.plots.style import (
     GREY,
     colour_of,
     finish,
-    logit,
+    knob_axis,
     rows_where,
-    threshold_axis,
 )
 
 _RECOVERED, _REGRESSED = CHANGES["0->1"][1], CHANGES["1->0"][1]
@@ -25,14 +24,16 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
     """Draw gain and its lower bound over the threshold, the certified region and the choice.
 
     Takes the evidence of one certificate, one row per threshold: `threshold`, `gain`, `lower`,
-    `chosen` and, the same in every row, `method`, `n`, `min_gain`, `confidence` and `base`, the
-    unsteered accuracy (NaN where unknown: the axis is then the gain).
+    `chosen` and, the same in every row, `method`, `knob` (what the grid varies: threshold or
+    strength), `n`, `min_gain`, `confidence` and `base`, the unsteered accuracy (NaN where unknown:
+    the axis is then the gain).
     """
     df = df.sort_values("threshold")
     terms = df.iloc[0]
     known = not pd.isna(terms["base"])
     start, unit, digits = (terms["base"], 1, ".3f") if known else (0.0, 100, ".1f")
-    x, certified = logit(df["threshold"]), df["lower"] >= terms["min_gain"]
+    certified = df["lower"] >= terms["min_gain"]
+    x, axis = knob_axis(df["threshold"], terms["knob"])
     asked = unit * (start + terms["min_gain"])
     figure = go.Figure()
     _shade(figure, x, certified.to_numpy())
@@ -52,19 +53,20 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
             name=name,
             line={"color": colour_of(terms["method"]), "dash": dash},
             customdata=df["threshold"],
-            hovertemplate=f"threshold %{{customdata:.3g}}: %{{y:{digits}}}<extra>{name}</extra>",
+            hovertemplate=f"%{{customdata:.3g}}: %{{y:{digits}}}<extra>{name}</extra>",
         )
-    for _, row in df[df["chosen"]].iterrows():
+    chosen = df["chosen"].to_numpy(bool)
+    if chosen.any():
         figure.add_scatter(
-            x=logit([row["threshold"]]),
-            y=[unit * (start + row["gain"])],
+            x=x[chosen],
+            y=unit * (start + df["gain"][chosen]),
             mode="markers",
-            name=f"chosen: {row['threshold']:.3g}",
+            name=f"chosen: {df['threshold'][chosen].max():.3g}",
             marker={"symbol": "star", "size": 17, "color": GREEN},
         )
-    figure.update_xaxes(threshold_axis(df["threshold"]))
+    figure.update_xaxes(axis)
     figure.update_yaxes(title="accuracy" if known else "gain (points)")
-    title = "Where steering helps" if certified.any() else "Abstains: no threshold is certified"
+    title = "Where steering helps" if certified.any() else "Nowhere certain to help: abstain"
     return finish(figure, title, _terms(df))
 
 
@@ -73,7 +75,7 @@ def _terms(df: pd.DataFrame) -> str:
     terms, certified = df.iloc[0], sum(df["lower"] >= df["min_gain"])
     return (
         f"{terms['method']}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
-        f"thresholds certified, confidence {terms['confidence']:g}"
+        f"{terms['knob']}s certified, confidence {terms['confidence']:g}"
     )
 
 
@@ -122,7 +124,8 @@ def calibration_evidence(df: pd.DataFrame) -> go.Figure:
         showlegend=False,
     )
     figure.update_xaxes(type="category")
-    figure.update_xaxes(title="threshold (predicted error)", row=2, col=1)
+    _, axis = knob_axis(df["threshold"], df["knob"].iloc[0])
+    figure.update_xaxes(title=axis["title"], row=2, col=1)
     figure.update_yaxes(title="examples", row=1, col=1)
     figure.update_yaxes(title="bound (points)", row=2, col=1)
     title = "What the certificate rests on"

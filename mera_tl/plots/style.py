@@ -17,10 +17,10 @@ ORANGE, VERMILLION, PINK, GREY = "#C98500", "#D55E00", "#C46C9C", "#858585"
 CORRECT, INCORRECT = BLUE, VERMILLION
 """Of examples, wherever they are told apart."""
 CHANGES = {
-    "1->1": ("stays correct", "rgba(0,114,178,.35)"),
+    "1->1": ("stays correct", "rgba(0,114,178,.4)"),
     "0->1": ("recovered", BLUE),
     "1->0": ("regressed", VERMILLION),
-    "0->0": ("stays incorrect", "rgba(213,94,0,.35)"),
+    "0->0": ("stays incorrect", "rgba(213,94,0,.4)"),
 }
 """Blue ends correct, vermillion incorrect; full colours changed, pale ones did not."""
 
@@ -74,6 +74,8 @@ TEMPLATE = go.layout.Template(
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
         "margin": {"l": 50, "r": 20, "t": 90, "b": 60},
         "height": 440,
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#858585", "activecolor": BLUE},
+        "annotationdefaults": {"font": {"size": 14}},
         "bargap": 0.25,
         "hoverlabel": {"font": {"size": 13}},
     }
@@ -96,22 +98,23 @@ def finish(figure: go.Figure, title: str, caption: str = "", **layout: Any) -> g
     return figure.update_layout(template=TEMPLATE, title=heading, **layout)
 
 
-def threshold_axis(thresholds: Any) -> dict[str, Any]:
-    """Return an x axis on which thresholds, even in logit, are evenly spaced."""
-    shown = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]
-    low, high = thresholds.min(), thresholds.max()
-    ticks = [t for t in shown if low * 0.9 <= t <= min(high * 1.1, 1)]
-    return {
-        "title": "threshold (predicted error)",
-        "tickvals": [float(logit(t)) for t in ticks],
-        "ticktext": [f"{t:g}" for t in ticks],
-        "zeroline": False,
-    }
+_SHOWN = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 
 
-def logit(threshold: Any) -> np.ndarray:
-    """Return log(t / (1 - t))."""
-    t = np.asarray(threshold, dtype=float)
+def knob_axis(values: Any, knob: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return where the numbers of a grid lie, and the x axis: logit for thresholds, else log."""
+    v = np.asarray(values, dtype=float)
+    if knob != "threshold":
+        ticks = [float(value) for value in v]
+        title, x, at = "strength (residual norms)", np.log(v), np.log(ticks)
+    else:
+        ticks = [t for t in _SHOWN if v.min() * 0.9 <= t <= min(v.max() * 1.1, 1)] or list(v)
+        title, x, at = "threshold (predicted error)", _logit(v), _logit(np.array(ticks))
+    text = [f"{tick:g}" for tick in ticks]
+    return x, {"title": title, "tickvals": list(at), "ticktext": text, "zeroline": False}
+
+
+def _logit(t: np.ndarray) -> np.ndarray:
     return np.log(t / (1 - t))
 
 

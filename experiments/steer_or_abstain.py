@@ -1,0 +1,84 @@
+"""Where does steering correct the organism, and where must one abstain?
+
+Expected: a certificate where errors were planted along something the probe reads, an abstention
+where labels are noise, and fixed-strength steering that does some harm in between. Four minutes on
+one core. Writes records, evidence per threshold and held-out probe errors.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mera_tl import store
+from mera_tl.benchmark import open_run
+from mera_tl.config import RunConfig
+from mera_tl.frames import RunFolder
+
+RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
+
+
+@dataclass(frozen=True)
+class Config:
+    tasks: tuple[str, ...] = (
+        "choice_hint",
+        "yesno_bias",
+        "spam_cue",
+        "sentiment_fan",
+        "yesno_hint",
+        "sentiment_noise",
+    )
+    methods: tuple[str, ...] = (
+        "no_steering",
+        "prompt_steering",
+        "additive_probe",
+        "vanilla_contrastive",
+        "optimal_probe",
+        "optimal_logistic_probe",
+        "optimal_contrastive",
+    )
+    train: str = "1000"
+    calibration: str = "400"
+    test: str = "500"
+    layers: str = "1"
+    positions: str = "last"
+    seed: int = 0
+
+
+def main(config: Config | None = None) -> None:
+    config = config or Config()
+    kept: dict[str, list[pd.DataFrame]] = {"records": [], "evidence": [], "probes": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for task in config.tasks:
+            run = run_task(config, task, Path(scratch) / task)
+            kept["records"].append(pd.DataFrame(list(run.records)))
+            kept["evidence"] += [run.evidence(m).assign(task=task) for m in run.certificates]
+            kept["probes"].append(run.probe_errors().assign(task=task))
+    for name, frames in kept.items():
+        frame = pd.concat(frames, ignore_index=True)
+        path = RESULTS / f"{name}-{store.fingerprint(config.__dict__)}.jsonl"
+        store.write_text(path, frame.to_json(orient="records", lines=True))
+        print(f"{path.name}: {len(frame)} rows")
+
+
+def run_task(config: Config, task: str, folder: Path) -> RunFolder:
+    run_config = RunConfig(
+        model="organism",
+        task=task,
+        train=config.train,
+        calibration=config.calibration,
+        test=config.test,
+        layers=config.layers,
+        positions=config.positions,  # pyright: ignore[reportArgumentType]
+        seed=config.seed,
+        batch_size=100,
+    )
+    with open_run(run_config, folder) as opened:
+        for record in opened.records(config.methods):
+            print(task, record["method"], record["decision"], round(record["spi"], 3), flush=True)
+    return RunFolder.open(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Figures show what their data say: every mark in its place, certified or not, moved or not."""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from mera_tl import methods, plots
+from mera_tl.plots.style import CHANGES, knob_axis, symbol_of
+
+
+def evidence(*, certified: bool = True) -> pd.DataFrame:
+    """Three thresholds, of which the lower two are certified, or none is."""
+    lower = [0.03, 0.01, -0.02] if certified else [-0.01, -0.02, -0.03]
+    return pd.DataFrame(
+        {
+            "threshold": [0.01, 0.1, 0.5],
+            "recoveries": [30, 12, 1],
+            "regressions": [4, 2, 3],
+            "gain": [0.065, 0.025, -0.005],
+            "lower": lower,
+            "chosen": [certified, False, False],
+            "method": "optimal_probe",
+            "knob": "threshold",
+            "n": 400,
+            "min_gain": 0.0,
+            "confidence": 0.95,
+            "base": 0.7,
+        }
+    )
+
+
+def records() -> pd.DataFrame:
+    rows = []
+    for task in ("clear", "hopeless"):
+        for method, recovered, lost in (("no_steering", 0, 0), ("optimal_probe", 40, 10)):
+            off = task == "hopeless" and method == "optimal_probe"
+            moved = {"0->1": 0 if off else recovered, "1->0": 0 if off else lost}
+            still = {"0->0": 100 - moved["0->1"], "1->1": 100 - moved["1->0"]}
+            rows.append(
+                {
+                    "model": "organism",
+                    "task": task,
+                    "method": method,
+                    "seed": 0,
+                    "space": "raw",
+                    "n": 200,
+                    "spi": 0.0 if off else (recovered - lost) / 100,
+                    "decision": None if method == "no_steering" else "ABSTAIN" if off else "STEER",
+                    "transitions": moved | still,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def probes() -> pd.DataFrame:
+    rows = [
+        {"layer": i, "probe": p, "rmse": 0.3 - 0.05 * i, "rmse_sd": 0.01, "rmse_dummy": 0.4}
+        for p in ("ridge, last", "lasso, last")
+        for i in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def cloud(*, moved: bool = True) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"score": rng.normal(size=50), "other": rng.normal(size=50)})
+    frame["correct"] = frame["score"] < 0.3
+    if moved:
+        frame["score_after"] = np.where(frame["score"] > 0.5, 0.5, np.nan)
+        frame["other_after"] = np.where(frame["score"] > 0.5, frame["other"], np.nan)
+    return frame
+
+
+def tokens() -> pd.DataFrame:
+    rows = [
+        {"pos": p, "token": t, "layer": i, "before": 0.2, "after": 0.1, "shift": 0.01 * p}
+        for p, t in enumerate(["is", "it", "it", "?"])
+        for i in range(2)
+    ]
+    return pd.DataFrame(rows)
+
+
+def errors() -> pd.DataFrame:
+    change = ["0->0", "0->1", "1->0", "1->1", "0->1"]
+    return pd.DataFrame({"before": [0.9, 0.8, 0.2, 0.1, 0.7], "after": 0.4, "change": change})
+
+
+def every_figure() -> dict[str, go.Figure]:
+    both = pd.concat([records(), records().assign(space="sae", spi=0.1)])
+    return {
+        "curve": plots.steering_curve(evidence()),
+        "abstained": plots.steering_curve(evidence(certified=False)),
+        "evidence": plots.calibration_evidence(evidence()),
+        "heatmap": plots.spi_heatmap(records()),
+        "dots": plots.spi_dots(records()),
+        "transitions": plots.transitions(records()),
+        "probes": plots.probe_error(probes(), n=1000),
+        "predicted": plots.predicted_error(
+            pd.DataFrame({"predicted": [0.1, 0.6, 0.9], "correct": [True, False, False]}),
+            threshold=0.5,
+        ),
+        "geometry": plots.geometry(cloud(), limit=0.5),
+        "errors": plots.error_before_after(errors(), method="optimal_probe"),
+        "share": plots.steered_share(
+            pd.DataFrame({"layer": [0, 1], "share": [0.2, 0.6], "steered": [False, True]}),
+            threshold=0.3,
+            n=100,
+        ),
+        "ledger": plots.ledger(tokens(), title="Row 7"),
+        "spaces": plots.raw_against_sae(both),
+    }
+
+
+FIGURES = every_figure()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_the_template_a_title_and_units(name):
+    figure = FIGURES[name]
+    assert isinstance(figure, go.Figure)
+    assert figure.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)"
+    assert figure.layout.title.text
+    assert len(figure.data) > 0
+    axes = [axis.title.text for axis in figure.select_yaxes()]
+    axes += [axis.title.text for axis in figure.select_xaxes()]
+    assert any(axes) or name == "heatmap"  # whose axes are names
+    assert "nan" not in str(figure.layout.title.subtitle.text)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_say_how_many_examples_they_rest_on(name):
+    caption = str(FIGURES[name].layout.title.subtitle.text)
+    assert name == "ledger" or any(character.isdigit() for character in caption)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_drawing_is_pure_and_repeatable(name):
+    assert every_figure()[name].to_json() == FIGURES[name].to_json()
+
+
+def _traces(figure: go.Figure) -> dict[str, object]:
+    return {trace.name: trace for trace in figure.data}
+
+
+def test_the_curve_marks_the_choice_and_the_certified_thresholds():
+    figure = FIGURES["curve"]
+    traces = _traces(figure)
+    star = traces["chosen: 0.01"]
+    assert star.y[0] == pytest.approx(0.765)  # base .7, gain .065
+    assert star.x[0] == pytest.approx(np.log(0.01 / 0.99))
+    (band,) = figure.layout.shapes
+    inside = [band.x0 < x < band.x1 for x in traces["observed"].x]
+    assert inside == [True, True, False]
+    assert "2 of 3" in figure.layout.title.subtitle.text
+
+
+def test_an_abstention_has_no_certified_region_and_no_choice():
+    figure = FIGURES["abstained"]
+    assert not figure.layout.shapes
+    assert not any(str(name).startswith("chosen") for name in _traces(figure))
+    assert "abstain" in figure.layout.title.text
+
+
+def test_without_a_base_the_curve_is_in_points():
+    figure = plots.steering_curve(evidence().assign(base=np.nan))
+    assert list(_traces(figure)["observed"].y) == pytest.approx([6.5, 2.5, -0.5])
+    assert figure.layout.yaxis.title.text == "gain (points)"
+
+
+def test_a_grid_of_strengths_and_a_single_threshold_are_drawn_too():
+    strengths = evidence().assign(knob="strength", threshold=[0.5, 1.0, 2.0])
+    assert "strength" in plots.steering_curve(strengths).layout.xaxis.title.text
+    x, _ = knob_axis([0.5, 1.0, 2.0], "strength")
+    assert np.isfinite(x).all()  # the logit of 1.0 would not be
+    single = plots.steering_curve(evidence()[:1])
+    assert len(single.layout.shapes) == 1
+
+
+def test_evidence_bars_are_the_counts():
+    traces = _traces(FIGURES["evidence"])
+    assert list(traces["recoveries"].y) == [30, 12, 1]
+    assert list(traces["regressions"].y) == [-4, -2, -3]
+
+
+def test_the_heat_map_tells_abstaining_from_no_effect():
+    (heat,) = FIGURES["heatmap"].data
+    cells = {
+        (method, task): heat.text[i][j]
+        for i, method in enumerate(heat.y)
+        for j, task in enumerate(heat.x)
+    }
+    assert cells["optimal_probe", "clear"] == "+0.30"
+    assert cells["optimal_probe", "hopeless"] == "-"
+    assert cells["no_steering", "hopeless"] == "0.00"
+
+
+def test_transitions_of_a_method_add_up_to_all_examples():
+    bars = [trace for trace in FIGURES["transitions"].data if trace.legendgroup in CHANGES]
+    for panel in (bars[:4], bars[4:]):
+        assert sum(np.array(bar.x) for bar in panel) == pytest.approx(1)
+        assert sum(np.array(bar.customdata) for bar in panel).tolist() == [200, 200]
+
+
+def test_colours_belong_to_methods_whatever_else_is_drawn():
+    alone = plots.spi_dots(records()[records()["method"] == "optimal_probe"])
+    together = FIGURES["dots"]
+    used = {trace.y[0]: trace.marker.color for trace in together.data}
+    assert used["optimal_probe"] == alone.data[0].marker.color == plots.colour_of("optimal_probe")
+    looks = {(plots.colour_of(name), symbol_of(name)) for name in methods.METHODS}
+    assert len(looks) == len(methods.METHODS)  # every method has a look of its own
+
+
+def test_geometry_moves_examples_onto_the_limit_and_no_further():
+    traces = _traces(FIGURES["geometry"])
+    (shift,) = [trace for name, trace in traces.items() if str(name).startswith("shift")]
+    ends = np.array(shift.x).reshape(-1, 3)
+    assert len(ends) == (cloud()["score"] > 0.5).sum() > 0
+    assert (ends[:, 0] > 0.5).all() and (ends[:, 1] == 0.5).all()
+    still = plots.geometry(cloud(moved=False))
+    assert "abstained" in still.layout.title.subtitle.text
+
+
+def test_the_ledger_keeps_tokens_that_occur_twice_apart():
+    figure = FIGURES["ledger"]
+    assert np.array(figure.data[0].z).shape == (2, 4)
+    assert list(figure.layout.xaxis3.ticktext) == ["is", "it", "it", "?"]
