@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mera_tl.activations import Activations as Activations
     from mera_tl.activations import collect as collect
+    from mera_tl.calibration import certify as certify
     from mera_tl.certificate import Calibration as Calibration
     from mera_tl.evaluation import evaluate as evaluate
     from mera_tl.gains import calibrate as calibrate
     from mera_tl.models import Model as Model
     from mera_tl.models import load_model as load_model
+    from mera_tl.monitor import Monitor as Monitor
     from mera_tl.outcomes import Outcomes as Outcomes
     from mera_tl.probes import LinearProbe as LinearProbe
     from mera_tl.probes import fit_error_probe as fit_error_probe
+    from mera_tl.protocol import Protocol as Protocol
     from mera_tl.rules import Adaptive as Adaptive
     from mera_tl.rules import Additive as Additive
     from mera_tl.steering import Steering as Steering
@@ -39,10 +42,13 @@ _HOME = {
     "Calibration": "certificate",
     "LinearProbe": "probes",
     "Model": "models",
+    "Monitor": "monitor",
     "Outcomes": "outcomes",
+    "Protocol": "protocol",
     "Steering": "steering",
     "Task": "tasks",
     "calibrate": "gains",
+    "certify": "calibration",
     "collect": "activations",
     "evaluate": "evaluation",
     "fit_error_probe": "probes",

@@ -33,9 +33,11 @@ def calibrate(
     delta: float = 0.05,
     protocol: Protocol | None = None,
     settings: ReadSettings | None = None,
+    after: Calibration | None = None,
 ) -> Calibration:
     """Steer held-out examples at every threshold, and certify one of them or abstain.
 
+    `after` is an earlier certificate that abstained: this look takes what it left of delta.
     `delta` is short for `Protocol(delta=delta)`; a `protocol` given says it itself. Where its knob
     is `strength`, the grid is of fixed shifts instead of thresholds.
 
@@ -57,6 +59,7 @@ def calibrate(
         protocol=protocol,
         min_gain=min_gain,
         examples=[example.row for example in task.examples],
+        after=after,
     )
     unsteered = base.accuracy if protocol.metric == "correct" else base.mean_error
     return replace(decision, base=unsteered)

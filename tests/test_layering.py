@@ -11,22 +11,24 @@ import mera_tl
 
 PACKAGE = Path(mera_tl.__file__).parent
 LAYERS = (
-    "bounds catalogue config organism outcomes plots rules scoring sources spaces sparse splits "
-    "store cluster",
-    "checkpoints monitor planning protocol solvers tasks",
+    "bounds catalogue cluster config organism outcomes page plots rules scoring sources spaces "
+    "sparse splits store",
+    "checkpoints monitor planning protocol solvers subcommands tasks",
     "certificate logistic models",
     "calibration decoding folds",
     "readout",
     "evaluation",
     "activations",
     "probes",
-    "directions steering",
-    "gains",
+    "directions probing steering",
+    "candidates gains",
     "ledger search",
-    "methods",
+    "flip methods",
     "controlled",
     "benchmark",
-    "doctor report",
+    "doctor frames grid",
+    "report",
+    "commands",
     "cli",
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}

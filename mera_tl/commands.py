@@ -1,0 +1,271 @@
+"""What the subcommands of `mera` do, one function each, named as the subcommand.
+
+Each prints what a person wants to see; a caller's mistake is a ValueError, which `cli.main` turns
+into one sentence and exit code 2.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mera_tl import subcommands as ask
+from mera_tl.config import GridConfig, RunConfig
+
+Rows = Sequence[dict[str, Any]]
+
+# --- run and its steps --------------------------------------------------------------------------
+
+
+def _config_of(command: ask.Run) -> RunConfig:
+    return RunConfig(**{f.name: getattr(command, f.name) for f in fields(RunConfig)})
+
+
+def _folder_of(command: ask.Run) -> Path:
+    name = f"{Path(command.model).name}-{Path(command.task).stem}"
+    return command.out or Path("runs") / name
+
+
+def run(command: ask.Run) -> None:
+    """Do everything; print the table, the certificates and where the files are."""
+    from mera_tl.benchmark import open_run
+
+    folder, started = _folder_of(command), time.perf_counter()
+    with open_run(_config_of(command), folder) as opened:
+        _say_splits(opened)
+        records = list(opened.records(command.methods))
+    _print_records(records)
+    print(f"\n{time.perf_counter() - started:.0f} s; records in {folder / 'records.jsonl'}")
+
+
+def collect(command: ask.Collect) -> None:
+    """Collect activations of the training split."""
+    from mera_tl.benchmark import open_run
+
+    with open_run(_config_of(command), _folder_of(command)) as opened:
+        outcomes = opened.activations.outcomes
+        print(
+            f"{len(outcomes)} training examples: accuracy {outcomes.accuracy:.3f}, mean error "
+            f"{outcomes.mean_error:.3f}; activations in {opened.folder / 'activations'}"
+        )
+
+
+def fit(command: ask.Fit) -> None:
+    """Fit probes and print their held-out scores by layer."""
+    from mera_tl.benchmark import open_run
+
+    with open_run(_config_of(command), _folder_of(command)) as opened:
+        for kind in command.kinds:
+            probe = opened.setting.probe(kind)
+            print(f"\n{kind} (penalty {probe.penalty:g}), best layer {probe.best_layer}")
+            print(probe.table.round(3).to_string(index=False))
+        print(f"\nprobes in {opened.folder / 'probes'}")
+
+
+def calibrate(command: ask.Calibrate) -> None:
+    """Certify or abstain, method by method."""
+    from mera_tl.benchmark import open_run
+    from mera_tl.methods import find_method
+
+    with open_run(_config_of(command), _folder_of(command)) as opened:
+        for method in [find_method(name) for name in command.methods]:
+            treatment = method(opened.setting)
+            print(f"{method.__name__}: {treatment.calibration or 'needs no certificate'}")
+        print(f"\ncertificates in {opened.folder / 'certificates'}")
+
+
+def evaluate(command: ask.Evaluate) -> None:
+    """Evaluate on the test split; the earlier steps are found in the folder, or done."""
+    run(command)
+
+
+def benchmark(command: ask.Benchmark) -> None:
+    """Run the grid; exit code 1 if a job failed."""
+    from mera_tl.grid import run_grid
+
+    config = GridConfig(**{f.name: getattr(command, f.name) for f in fields(GridConfig)})
+    records = run_grid(config, command.out)
+    done = [record for record in records if "failure" not in record]
+    if done:
+        _print_records(done)
+    for record in records:
+        if "failure" in record:
+            job = ", ".join(str(record[name]) for name in ("model", "task", "method", "seed"))
+            print(f"failed: {job}: {record['failure']}", file=sys.stderr)
+    print(f"\n{len(done)} of {len(records)} jobs done; records in {command.out / 'records.jsonl'}")
+    if len(done) < len(records):
+        sys.exit(1)
+
+
+def _say_splits(opened: Any) -> None:
+    sizes = ", ".join(f"{len(split)} {split.role}" for split in opened.splits)
+    dropped = sum(opened.splits.train.source.get("split", {}).get("dropped", {}).values())
+    note = f"; {dropped} rows that recur in a later split are left out" if dropped else ""
+    print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", flush=True)
+
+
+def _print_records(records: Rows) -> None:
+    from mera_tl import benchmark as runs
+
+    frame = runs.table(records)
+    print("\n" + frame.to_string(index=False, float_format="%.3f", na_rep=""))
+    for record in records:
+        if record["certificate"]:
+            print(f"\n{record['task']}, {record['method']}: {record['certificate']}")
+
+
+# --- the rest -----------------------------------------------------------------------------------
+
+DEMO_TASKS = ("spam_cue", "yesno_bias", "sentiment_noise")
+DEMO_METHODS = (
+    "no_steering",
+    "prompt_steering",
+    "additive_probe",
+    "vanilla_contrastive",
+    "optimal_probe",
+    "optimal_logistic_probe",
+)
+
+
+def demo(command: ask.Demo) -> None:
+    """Run the demo's methods on three of the organism's tasks."""
+    from mera_tl.benchmark import open_run
+
+    started, records = time.perf_counter(), []
+    print("The embedded organism, three of its tasks: what can be corrected, what cannot.\n")
+    for task in DEMO_TASKS:
+        config = RunConfig(
+            model="organism",
+            task=task,
+            train="1000",
+            calibration="400",
+            test="500",
+            seed=command.seed,
+            layers="1",
+            positions="last",
+            batch_size=100,
+        )
+        with open_run(config, command.out / f"{task}-seed{command.seed}") as opened:
+            _say_splits(opened)
+            records += list(opened.records(DEMO_METHODS))
+    _print_records(records)
+    print(f"\n{time.perf_counter() - started:.0f} s; records and certificates in {command.out}")
+
+
+def plan(command: ask.Plan) -> None:
+    """Print the examples that effects need; needs neither torch nor a model."""
+    from mera_tl.planning import Effect, format_rows, likely_effects, sample_size_table
+
+    if command.pilot is not None:
+        effects = [Effect.of_pilot(*command.pilot)]
+    elif command.gain is not None:
+        effects = [Effect.of_gain(command.gain, churn=command.churn, base=command.base)]
+    else:
+        effects = likely_effects(base=command.base)
+    rows = sample_size_table(
+        effects,
+        min_gain=command.min_gain,
+        delta=command.delta,
+        n_thresholds=command.n_thresholds,
+        target=command.power,
+    )
+    print(f"calibration examples (n) for a certificate with probability {command.power:g}:\n")
+    print(format_rows(rows))
+    if command.figure is not None:
+        if command.pilot is not None or command.gain is not None:
+            raise ValueError("--figure draws a table of gains; leave out --gain and --pilot.")
+        import pandas as pd
+
+        from mera_tl.plots import sample_size_curves
+
+        sample_size_curves(pd.DataFrame(rows)).write_html(command.figure)
+        print(f"\nfigure in {command.figure}")
+
+
+def monitor(command: ask.Monitor) -> None:
+    """Take in audited pairs and say whether the guarantee stands."""
+    from mera_tl.monitor import Monitor, read_gains
+
+    known = command.state.exists()
+    watch = Monitor.load(command.state) if known else Monitor(floor=command.floor)
+    if not command.pairs.is_file():
+        raise ValueError(f"There is no file {command.pairs}; pass the JSONL of audited pairs.")
+    with open(command.pairs, encoding="utf-8") as lines:
+        watch = watch.update_all(islice(read_gains(lines), watch.n, None))
+    watch.save(command.state)
+    print(watch)
+    if watch.withdraw:
+        sys.exit(1)
+
+
+def tasks(command: ask.Tasks) -> None:  # noqa: ARG001
+    """Print the tasks."""
+    from mera_tl.tasks import describe_tasks
+
+    _print_rows(describe_tasks())
+
+
+def methods(command: ask.Methods) -> None:  # noqa: ARG001
+    """Print the methods."""
+    from mera_tl.methods import METHODS
+
+    rows = [
+        {"method": name, "is": (function.__doc__ or "").strip().splitlines()[0]}
+        for name, function in METHODS.items()
+    ]
+    _print_rows(rows)
+
+
+def models(command: ask.Models) -> None:
+    """Print the models that load by name."""
+    from mera_tl.models import model_names
+
+    print("\n".join(name for name in model_names() if command.search.lower() in name.lower()))
+    print("\nand any local Hugging Face folder of the Llama, Qwen2, Gemma2 or GPT-2 family")
+
+
+def table(command: ask.Table) -> None:
+    """Print records of runs."""
+    from mera_tl import benchmark as runs
+    from mera_tl import store
+
+    records = []
+    for folder in command.runs:
+        found = store.read_records(folder / "records.jsonl")
+        if not found:
+            raise ValueError(f"{folder} holds no records.jsonl; pass the folder of a `mera run`.")
+        records += found
+    frame = runs.table(records)
+    writers: dict[str, Callable[[], str]] = {
+        "text": lambda: frame.to_string(index=False, float_format="%.3f", na_rep=""),
+        "csv": lambda: frame.to_csv(index=False),
+        "markdown": lambda: _markdown(frame),
+        "latex": lambda: frame.to_latex(index=False, float_format="%.3f", na_rep=""),
+    }
+    print(writers[command.format]())
+
+
+def _markdown(frame: Any) -> str:
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.values]
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _print_rows(rows: Rows) -> None:
+    """Print rows as aligned columns."""
+    names = list(rows[0])
+    text = [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(r[i]) for r in text)) for i, name in enumerate(names)]
+    for line in [names, *text]:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

@@ -1,0 +1,143 @@
+"""The subcommands of `mera` and their options: frozen dataclasses, read by people and `--help`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mera_tl.config import DEFAULT_METHODS, GridConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunConfig):
+    """Collect, fit, calibrate or abstain, evaluate: one model, one task, a table at the end."""
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Methods to compare (`mera methods` lists them)."""
+    out: Path | None = None
+    """Folder of the run; started again, it goes on. Default: runs/<model>-<task>."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect(Run):
+    """Step 1: answer the training split unsteered, keeping activations and errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Run):
+    """Step 2: fit error probes on the collected activations; show their held-out scores."""
+
+    kinds: tuple[
+        Literal["ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive"], ...
+    ] = ("ridge",)
+    """Probes to fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Run):
+    """Step 3: decide on the calibration split whether each method may steer, and where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Run):
+    """Step 4: evaluate on the test split what the certificates allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(GridConfig):
+    """Compare methods over models, tasks and seeds; killed and started again, it goes on."""
+
+    out: Path = Path("runs/benchmark")
+    """Folder of the grid."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the whole product on the embedded organism, offline, in about a minute."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the demo's runs."""
+    seed: int = 0
+    """Of the split."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many calibration examples a gain needs to be certified: a table, and a figure."""
+
+    gain: float | None = None
+    """Expected gain in accuracy, such as 0.06. Default: a table of gains."""
+    churn: Literal["low", "mid", "high"] = "mid"
+    """How many other examples change their outcome."""
+    base: float | None = None
+    """Unsteered accuracy; leaves out what it gives no room for."""
+    pilot: tuple[int, int, int] | None = None
+    """Recoveries, regressions and n of a pilot run, instead of an expected gain."""
+    min_gain: float = 0.0
+    """Gain to certify (the paper's epsilon)."""
+    delta: float = 0.05
+    """Greatest probability of steering with a gain below `min_gain`."""
+    n_thresholds: int = 10
+    """Thresholds to be tried."""
+    power: float = 0.8
+    """Probability of being certified, if the expectation is right."""
+    figure: Path | None = None
+    """Where to write the sample-size curves (HTML); without --gain and --pilot only."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Watch audited traffic: should a certificate be withdrawn? Exit code 1 if so."""
+
+    pairs: tyro.conf.Positional[Path]
+    """JSONL, a line per audited pair, oldest first: {"steered": 1, "unsteered": 0}."""
+    state: Path = Path("monitor.json")
+    """Where the state is kept; started again, only new lines of `pairs` are read."""
+    floor: float = 0.0
+    """Least mean gain that is still acceptable."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models that load by name."""
+
+    search: str = ""
+    """Only names that contain this."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Print the records of one or more runs."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    format: Literal["text", "csv", "markdown", "latex"] = "text"
+    """How to print them."""
+
+
+COMMANDS = (
+    Run,
+    Collect,
+    Fit,
+    Calibrate,
+    Evaluate,
+    Benchmark,
+    Demo,
+    Table,
+    Plan,
+    Monitor,
+    Tasks,
+    Methods,
+    Models,
+)
