@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +22,11 @@ import pandas as pd
 from mera_tl import store
 from mera_tl.activations import Activations, collect
 from mera_tl.config import RunConfig, parse_layers
+from mera_tl.continuations import free_text
 from mera_tl.evaluation import evaluate
 from mera_tl.methods import METHODS, Setting, Treatment, find_method
 from mera_tl.models import Model, load_model
-from mera_tl.outcomes import Outcomes, spi
+from mera_tl.outcomes import Outcomes, accuracy_interval, paired_p_value, spi, spi_interval
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings, option_tokens
 from mera_tl.tasks import Splits, load_task
@@ -155,6 +157,7 @@ class Run:
             "seed": self.config.seed,
             **scores(outcomes, base),
             **_decision(treatment),
+            "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),
             "n_train": len(self.splits.train),
@@ -167,6 +170,16 @@ class Run:
             "versions": versions(),
         }
 
+    def _free_text(self, treatment: Treatment) -> dict[str, Any] | None:
+        """Continue some test prompts freely under the treatment, where that was asked for."""
+        if not self.config.free_text:
+            return None
+        test = self.splits.test
+        task = test.subset(range(min(self.config.free_text, len(test))))
+        if treatment.instruction is not None:
+            task = task.with_instruction(treatment.instruction)
+        return asdict(free_text(self.model, task, treatment.fwd_hooks, settings=self.read))
+
 
 def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
     """Return the metrics of a run against the unsteered run on the same examples."""
@@ -174,7 +187,10 @@ def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
         "n": len(outcomes),
         "accuracy": outcomes.accuracy,
         "error": outcomes.mean_error,
+        "accuracy_interval": accuracy_interval(outcomes),
         "spi": spi(outcomes.accuracy, base.accuracy),
+        "spi_interval": spi_interval(outcomes, base),
+        "p_value": paired_p_value(outcomes, base),
         "accuracy_change": outcomes.accuracy - base.accuracy,
         "error_change": outcomes.mean_error - base.mean_error,
         "transitions": outcomes.transitions(base),

@@ -41,6 +41,8 @@ class RunOptions:
     """Tokens decoded at most before an example counts as unanswered."""
     truncate: bool = False
     """Shorten the text of prompts that exceed the context, never the question."""
+    free_text: int = 0
+    """Test prompts to continue freely, for perplexity and repetition under each method."""
     batch_size: int = 16
     """Prompts per batch; halved by itself when memory runs out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 from torch import Tensor
 
 Metric = Literal["correct", "error"]
@@ -167,6 +169,35 @@ def spi(accuracy: float, base: float) -> float:
     if gain == 0:
         return 0.0
     return gain / (1 - base) if gain > 0 else gain / base
+
+
+def accuracy_interval(outcomes: Outcomes, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) interval of the accuracy."""
+    test = stats.binomtest(int(outcomes.correct.sum()), len(outcomes))
+    interval = test.proportion_ci(confidence, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def paired_p_value(outcomes: Outcomes, base: Outcomes) -> float:
+    """Return the two-sided p-value of McNemar's exact test against the unsteered run."""
+    changed = outcomes.transitions(base)
+    better, worse = changed["0->1"], changed["1->0"]
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def spi_interval(
+    outcomes: Outcomes, base: Outcomes, *, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return a paired bootstrap interval of the SPI (percentiles of 2,000 resamples)."""
+    counts = outcomes.transitions(base)
+    n = len(outcomes)
+    shares = np.array([counts[name] for name in ("0->1", "1->0", "1->1", "0->0")]) / n
+    # Examples with the same transition are exchangeable, so resampling counts is resampling rows.
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=2000) / n
+    values = [spi(row[0] + row[2], row[1] + row[2]) for row in drawn]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _require_same_rows(steered: Outcomes, base: Outcomes) -> None:

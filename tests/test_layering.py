@@ -18,7 +18,7 @@ LAYERS = (
     "calibration decoding folds",
     "readout",
     "evaluation",
-    "activations",
+    "activations continuations",
     "probes",
     "directions probing steering",
     "candidates gains",

@@ -9,7 +9,13 @@ from conftest import make_task, talking_task
 from mera_tl.activations import Activations, collect
 from mera_tl.evaluation import evaluate
 from mera_tl.models import Model
-from mera_tl.outcomes import Outcomes, spi
+from mera_tl.outcomes import (
+    Outcomes,
+    accuracy_interval,
+    paired_p_value,
+    spi,
+    spi_interval,
+)
 from mera_tl.readout import ReadSettings, option_tokens
 
 QUIET = ReadSettings(progress=False)
@@ -236,6 +242,28 @@ def test_spi_is_the_share_of_what_could_be_won_or_lost():
     assert spi(0.8, 0.8) == 0
     assert spi(1.0, 0.0) == 1
     assert spi(0.0, 1.0) == -1
+
+
+def test_intervals_and_paired_test_agree_with_brute_force():
+    from math import comb
+
+    base = outcomes([0] * 40, [0] * 25 + [1] * 15, 2)
+    after = outcomes([0] * 40, [0] * 23 + [1] * 2 + [0] * 9 + [1] * 6, 2)
+    assert after.transitions(base) == {"0->0": 6, "0->1": 9, "1->0": 2, "1->1": 23}
+    tail = sum(comb(11, k) for k in (0, 1, 2, 9, 10, 11)) / 2**11
+    assert paired_p_value(after, base) == pytest.approx(tail)
+    low, high = accuracy_interval(after)
+    beyond = sum(comb(40, k) * low**k * (1 - low) ** (40 - k) for k in range(32, 41))
+    assert beyond == pytest.approx(0.025)
+    assert low < after.accuracy < high
+    generator, draws = torch.Generator().manual_seed(1), []
+    for _ in range(2000):
+        rows = torch.randint(0, 40, (40,), generator=generator)
+        hits = [run.correct[rows].double().mean().item() for run in (after, base)]
+        draws.append(spi(*hits))
+    wanted = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert spi_interval(after, base) == pytest.approx(wanted, abs=0.04)
+    assert paired_p_value(base, base) == 1
 
 
 def test_outcomes_survive_a_file():
