@@ -1,13 +1,28 @@
-"""The gallery: one script a figure, rebuilt from committed results without a model."""
+"""The gallery: one script a figure, rebuilt from committed results without a model.
+
+`python -m figures` builds all into figures/out: a page for each and, where Chromium is installed,
+a PNG for those who only look.
+"""
 
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 
 OUT = Path(__file__).parent / "out"
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+
+
+def results(experiment: str, pattern: str = "*.jsonl") -> pd.DataFrame:
+    """Read the committed records of an experiment."""
+    paths = sorted((RESULTS / experiment).glob(pattern))
+    if not paths:
+        raise ValueError(f"{experiment} has no results; run `python -m experiments.{experiment}`.")
+    return pd.concat([pd.read_json(path, lines=True) for path in paths], ignore_index=True)
 
 
 def save(figure: go.Figure, name: str) -> None:
     """Write a figure as a page of its own; plotly.js comes from the network."""
     OUT.mkdir(exist_ok=True)
     figure.write_html(OUT / f"{name}.html", div_id=name, include_plotlyjs="cdn")
+    figure.write_json(OUT / f"{name}.json")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mera_tl.certificate import Calibration as Calibration
     from mera_tl.evaluation import evaluate as evaluate
     from mera_tl.gains import calibrate as calibrate
+    from mera_tl.ledger import explain as explain
     from mera_tl.models import Model as Model
     from mera_tl.models import load_model as load_model
     from mera_tl.monitor import Monitor as Monitor
@@ -51,6 +52,7 @@ _HOME = {
     "certify": "calibration",
     "collect": "activations",
     "evaluate": "evaluation",
+    "explain": "ledger",
     "fit_error_probe": "probes",
     "load_model": "models",
     "load_task": "tasks",

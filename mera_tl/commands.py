@@ -248,6 +248,54 @@ def table(command: ask.Table) -> None:
     print(writers[command.format]())
 
 
+def report(command: ask.Report) -> None:
+    """Write a page about runs."""
+    from mera_tl.report import write_report
+
+    if not command.runs:
+        raise ValueError("There is no run to report on; pass the folder of a `mera run`.")
+    page = write_report(command.runs, command.out)
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), figures in {page.with_suffix('')}")
+
+
+def explain(command: ask.Explain) -> None:
+    """Show what a method does to one prompt, on a page and as JSON."""
+    from mera_tl import ledger, page, store
+    from mera_tl.benchmark import Run
+    from mera_tl.frames import RunFolder
+    from mera_tl.methods import find_method
+
+    method = find_method(command.method)
+    opened = Run(RunFolder.open(command.run).config, command.run, progress=False)
+    examples = {e.row: e for split in opened.splits for e in split.examples}
+    if command.row not in examples:
+        rows = ", ".join(str(row) for row in list(examples)[-5:])
+        raise ValueError(f"Row {command.row} is in no split of this run; {rows} are.")
+    treatment = method(opened.setting)
+    hooks, probe, example = treatment.fwd_hooks, treatment.probe, examples[command.row]
+    if probe is None:
+        raise ValueError(f"{command.method} reads no probe; choose a method that does.")
+    told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
+    if not hooks:
+        print(f"{command.method} abstained: this prompt is answered as it is.")
+    out = command.out or command.run / "explain" / f"{command.method}-{command.row}.html"
+    figure = told.figure()
+    body = page.figure_block("ledger", figure) + page.prompt_html(example.prompt)
+    store.write_text(out, page.write_page(str(told), body, {"ledger": figure}))
+    store.write_json(out.with_suffix(".json"), told.to_json())
+    print(f"{told}\n{out}; as JSON: {out.with_suffix('.json').name}")
+
+
+def doctor(command: ask.Doctor) -> None:  # noqa: ARG001
+    """Examine this machine; exit code 1 if something that is needed does not work."""
+    from mera_tl.doctor import examine
+
+    checks = examine()
+    print("\n".join(map(str, checks)))
+    if any(check.works is False for check in checks):
+        sys.exit(1)
+
+
 def _markdown(frame: Any) -> str:
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in frame.values]
     lines = [list(frame.columns), ["---"] * len(frame.columns), *cells]

@@ -107,6 +107,11 @@ def _bare(figure: go.Figure) -> dict[str, Any]:
     return spec
 
 
+def prompt_html(prompt: str) -> str:
+    """Return a prompt as it is, white space and all."""
+    return f"<pre>{html.escape(prompt)}</pre>\n"
+
+
 def table_html(frame: pd.DataFrame) -> str:
     """Return a data frame as a table that scrolls by itself; numbers to three digits."""
     texts = {c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])}

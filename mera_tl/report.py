@@ -21,7 +21,7 @@ from mera_tl import plots, store
 from mera_tl.benchmark import table
 from mera_tl.config import RunConfig
 from mera_tl.frames import RunFolder, find_runs, spi_intervals
-from mera_tl.page import figure_block, table_html, write_page
+from mera_tl.page import figure_block, prompt_html, table_html, write_page
 
 N_EXAMPLES = 10
 
@@ -221,7 +221,7 @@ def _examples(run: RunFolder) -> str:
             f"{row['row']}: true {_word(row['label'])}; answered {_word(row['prediction_before'])} "
             f"(error {row['error_before']:.2f}), steered {_word(row['prediction_after'])} "
             f"(error {row['error_after']:.2f})</p>"
-            f"<pre>{html.escape(prompts[row['row']])}</pre></div>\n"
+            f"{prompt_html(prompts[row['row']])}</div>\n"
         )
     counts = run.record(str(method))["transitions"]
     intro = (

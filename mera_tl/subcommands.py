@@ -126,6 +126,35 @@ class Table:
     """How to print them."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write a page about one or more runs that opens anywhere, with its figures beside it."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or folders of such folders."""
+    out: Path | None = None
+    """The page. Default: report.html in the first folder."""
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Show, token by token and layer by layer, what a method of a run does to one prompt."""
+
+    run: Path
+    """Folder of the run."""
+    row: int
+    """Row of the task (the examples of a report name theirs)."""
+    method: str = "optimal_probe"
+    """A method with a probe."""
+    out: Path | None = None
+    """The page. Default: explain/<method>-<row>.html in the run's folder, with a .json beside."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what works on this machine, and what to do about the rest."""
+
+
 COMMANDS = (
     Run,
     Collect,
@@ -135,9 +164,12 @@ COMMANDS = (
     Benchmark,
     Demo,
     Table,
+    Report,
+    Explain,
     Plan,
     Monitor,
     Tasks,
     Methods,
     Models,
+    Doctor,
 )

@@ -63,7 +63,8 @@ def coverage(df: pd.DataFrame, *, delta: float = 0.05, n: int = 250) -> go.Figur
     figure.update_xaxes(title="gain at the best of ten thresholds (points)", row=1, col=2)
     figure.update_yaxes(title="share of calibrations", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(range=[0, 1.3 * delta], dtick=0.01, row=1, col=1)
-    return finish(figure, "Is the guarantee kept, and at what cost?")
+    caption = "Share of simulated calibrations; dashed: what is promised"
+    return finish(figure, "Is the guarantee kept, and at what cost?", caption)
 
 
 def size_of_the_test(df: pd.DataFrame) -> go.Figure:
@@ -85,9 +86,7 @@ def size_of_the_test(df: pd.DataFrame) -> go.Figure:
                 mode="lines",
                 line={"color": BOUND_COLOURS[bound], "dash": dash},
             )
-    figure.add_hline(
-        y=1, line_dash="dash", annotation_text="promised", annotation_position="top left"
-    )
+    figure.add_hline(y=1, line={"color": GREY, "dash": "dash"}, name="promised", showlegend=True)
     ticks = [1, 2, 5, 10, 20, 50, 100, 250, 500, 1000]
     figure.update_xaxes(title="examples", type="log", tickvals=ticks)
     figure.update_yaxes(title="greatest error probability / level", range=[0, 1.1])

@@ -26,7 +26,7 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
     Takes the evidence of one certificate, one row per threshold: `threshold`, `gain`, `lower`,
     `chosen` and, the same in every row, `method`, `knob` (what the grid varies: threshold or
     strength), `n`, `min_gain`, `confidence` and `base`, the unsteered accuracy (NaN where unknown:
-    the axis is then the gain).
+    the axis is then the gain); `task`, if there, is named.
     """
     df = df.sort_values("threshold")
     terms = df.iloc[0]
@@ -73,8 +73,9 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
 def _terms(df: pd.DataFrame) -> str:
     """Say in one line what the evidence of a certificate is."""
     terms, certified = df.iloc[0], sum(df["lower"] >= df["min_gain"])
+    place = f" on {terms['task']}" if "task" in df else ""
     return (
-        f"{terms['method']}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
+        f"{terms['method']}{place}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
         f"{terms['knob']}s certified, confidence {terms['confidence']:g}"
     )
 
@@ -191,7 +192,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
             y=[str(layer) for layer in grid.index],
             text=[list(tokens["token"])] * len(grid),
             hovertemplate=f"%{{text}}, layer %{{y}}<br>{column}: %{{z:.3f}}<extra></extra>",
-            colorscale="Cividis" if error else "Greens",
+            colorscale="Cividis" if error else ((0, "rgba(0,158,115,.06)"), (1, GREEN)),
             zmin=0,
             zmax=1 if error else None,
             showscale=row != 2,
@@ -203,4 +204,5 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     figure.update_xaxes(ticktext=list(tokens["token"]), tickangle=-60, row=3, col=1)
     figure.update_yaxes(title="layer", type="category", showgrid=False)
     height = 260 + 3 * max(80, 18 * df["layer"].nunique())
-    return finish(figure, title, caption, height=height)
+    meta = {"min_width": 170 + 19 * len(tokens)}
+    return finish(figure, title, caption, height=height, meta=meta)

@@ -64,7 +64,8 @@ TEMPLATE = go.layout.Template(
     layout={
         # This grey has a contrast above 4 on white and on black.
         "font": {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "color": "#757575"},
-        "title": {"x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top", "font": {"size": 18}},
+        # Hung from the top edge in pixels: a share of the height would wander in tall figures.
+        "title": {"x": 0.01, "y": 1, "yanchor": "top", "pad": {"t": 14}, "font": {"size": 18}},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": _AXIS,

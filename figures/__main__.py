@@ -1,0 +1,33 @@
+"""Build the gallery: every script of this folder, then PNGs where a browser is found."""
+
+import importlib
+import json
+from pathlib import Path
+
+import plotly.io
+
+from figures import OUT
+from figures.pictures import find_browser, take_picture
+
+SCRIPTS = sorted(
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if path.stem not in ("__init__", "__main__", "pictures")
+)
+
+
+def main() -> None:
+    for name in SCRIPTS:
+        importlib.import_module(f"figures.{name}").main()
+    browser = find_browser()
+    for path in sorted(OUT.glob("*.json")):
+        figure = plotly.io.from_json(json.dumps(json.loads(path.read_text())))
+        if browser is not None:
+            take_picture(figure, path.with_suffix(".png"), browser)
+        path.unlink()
+    without = "" if browser else "; no PNG, since neither chromium nor chrome was found"
+    print(f"{len(SCRIPTS)} scripts, {len(list(OUT.iterdir()))} files in {OUT.name}{without}")
+
+
+if __name__ == "__main__":
+    main()
