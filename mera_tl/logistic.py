@@ -127,7 +127,8 @@ def _minimise(
             v[unfinished] for v in (live, residual, gradient, excess)
         )
         support = coef[live] != 0
-        size = 8 + int(support.sum(-1).max()) if l1.any() else coef.shape[1]
+        largest = int(support.sum(-1).max())
+        size = largest + max(8, largest // 4) if l1.any() else coef.shape[1]
         chosen = torch.where(support, torch.inf, excess).topk(min(size, coef.shape[1])).indices
         parabola = _Parabola.at(loss, live, chosen, margin[live])
         w, rates = coef[live].gather(1, chosen), (l1[live], l2[live])
@@ -224,8 +225,9 @@ class _Parabola:
         slope = gradient - self.centre * pull[:, None]
         if l1.any():
             cross = (hessian @ coef[..., None])[..., 0] - slope
-            # The parabola is only a model: a dozen steps on it are as good as its exact minimum.
-            w = active_newton(hessian, cross, l1[:, None], coef[:, None], max_steps=12)
+            # The parabola is only a model: some steps on it are as good as its exact minimum.
+            n_steps = 12 + coef.shape[1] // 8
+            w = active_newton(hessian, cross, l1[:, None], coef[:, None], max_steps=n_steps)
             step = w[:, 0] - coef
         else:
             step = -torch.linalg.solve_ex(hessian, slope).result

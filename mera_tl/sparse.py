@@ -37,7 +37,7 @@ def active_newton(
     slack = tolerance * torch.maximum(l1, 1e-3 * cross.abs().amax(-1)[owner])
     for _ in range(max_steps):
         w = coef[live]
-        gradient = _support_gradient(gram, cross, w, owner[live])
+        gradient = _gradient(gram, cross, coef, shape[1], live)
         pull = gradient + l1[live, None] * w.sign()
         excess = torch.where(w != 0, pull.abs(), gradient.abs() - l1[live, None])
         unfinished = (excess.amax(-1) > slack[live]) & (idle[live] < 12)
@@ -68,16 +68,22 @@ def active_newton(
     return coef.view(shape)
 
 
-def _support_gradient(
+def _gradient(
     gram: Float[Tensor, "problem d_model d_model"],
     cross: Float[Tensor, "problem d_model"],
-    coef: Float[Tensor, "live d_model"],
-    owner: Int[Tensor, " live"],
+    coef: Float[Tensor, "fit d_model"],
+    n_penalties: int,
+    live: Int[Tensor, " live"],
 ) -> Float[Tensor, "live d_model"]:
-    """Return `Gw - c`, reading only the rows of G where w is not zero."""
-    support = coef.abs().topk(max(int((coef != 0).sum(-1).max()), 1)).indices
-    rows = gram[owner[:, None], support]
-    return (coef.gather(1, support)[:, None] @ rows)[:, 0] - cross[owner]
+    """Return `Gw - c` of the live fits."""
+    w, owner = coef[live], live // n_penalties
+    size = max(int((w != 0).sum(-1).max()), 1)
+    if 8 * size > coef.shape[1]:
+        images = coef.view(len(gram), n_penalties, -1) @ gram
+        return images.flatten(0, 1)[live] - cross[owner]
+    # While the support is small, only the rows of G that it meets are read.
+    support = w.abs().topk(size).indices
+    return (w.gather(1, support)[:, None] @ gram[owner[:, None], support])[:, 0] - cross[owner]
 
 
 def _padded(
