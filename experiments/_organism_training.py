@@ -80,7 +80,7 @@ PLANTED = Phase(
         "spam": {"clean": 0.15, "unknown_sender": 0.2, "saved_sender": 0.25, "hint": 0.4},
         "yesno": {"clean": 0.35, "leading": 0.25, "hint": 0.4},
         "sentiment": {"clean": 0.25, "quick": 0.05, "fan": 0.2, "noise": 0.15, "hint": 0.35},
-        "choice": {"clean": 0.3, "unknowable": 0.35, "hint": 0.35},
+        "choice": {"clean": 0.2, "unknowable": 0.35, "hint": 0.45},
     },
     facts=0.2,
     # The better a shape is learned, the nearer to one half: far above it, the organism would be
