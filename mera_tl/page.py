@@ -71,7 +71,7 @@ def write_page(title: str, body: str, figures: Mapping[str, go.Figure]) -> str:
     from plotly.offline import get_plotlyjs
 
     specs = {name: _bare(figure) for name, figure in figures.items()}
-    data = json.dumps(specs, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps(specs, separators=(",", ":")).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -89,8 +89,8 @@ def figure_block(name: str, figure: go.Figure, *, links: str = "") -> str:
     narrowest = layout.get("meta", {}).get("min_width", 0)
     size = f"height:{layout['height']}px;min-width:{narrowest}px"
     return (
-        f"<figure><h3>{heading.get('text', '')}</h3>"
-        f"<figcaption>{heading.get('subtitle', {}).get('text', '')}"
+        f"<figure><h3>{html.escape(heading.get('text', ''))}</h3>"
+        f"<figcaption>{html.escape(heading.get('subtitle', {}).get('text', ''))}"
         f'{links}</figcaption><div class="scroll"><div class="plot" id="{name}" '
         f'style="{size}"></div></div></figure>\n'
     )

@@ -1,0 +1,112 @@
+"""A page in a real browser: every figure drawn, nothing complained, hover and legend alive.
+
+Skipped where no Chromium is installed.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_plots import FIGURES, evidence
+
+from mera_tl import plots
+from mera_tl.page import figure_block, write_page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is installed")
+
+PROBE = """
+<script>
+const say = (name, value) => document.documentElement.setAttribute("data-" + name, value);
+const point = (place, x, y, kinds) => {
+  const at = { clientX: x, clientY: y, bubbles: true, view: window };
+  for (const kind of kinds) place.dispatchEvent(new MouseEvent(kind, at));
+};
+const wait = () => new Promise(resolve => setTimeout(resolve, 500));
+window.addEventListener("load", () => setTimeout(() => {
+  const plot = document.getElementById("curve");
+  const scrolls = [...document.querySelectorAll(".scroll")];
+  say("widest", Math.max(...scrolls.map(place => place.getBoundingClientRect().width)));
+  const { xaxis, yaxis } = plot._fullLayout, star = plot.calcdata.at(-1)[0];
+  const { left, top } = plot.getBoundingClientRect();
+  const x = left + xaxis._offset + xaxis.l2p(star.x);
+  const y = top + yaxis._offset + yaxis.l2p(star.y);
+  plot.on("plotly_hover", event => say("hovered", event.points.at(-1).y));
+  point(plot.querySelector(".nsewdrag"), x, y, ["mouseover", "mousemove"]);
+  wait().then(() => {
+    say("hovertext", plot.querySelectorAll(".hovertext").length);
+    point(plot.querySelectorAll(".legendtoggle")[1], 0, 0, ["mousedown", "mouseup"]);
+  }).then(wait).then(wait).then(() => say("visible", plot.data[1].visible));
+}, 1500));
+</script>
+"""
+
+
+def dump(page, *, width: int = 1280, dark: bool = False) -> str:
+    """The document as it stands after its scripts have run."""
+    command = [
+        str(BROWSER),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={page.parent / 'profile'}",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--window-size={width},2000",
+        "--virtual-time-budget=15000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def root(text: str, name: str) -> str | None:
+    found = re.search(rf'<html[^>]* data-{name}="([^"]*)"', text)
+    return found and found.group(1)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("browser") / "page.html"
+    body = "".join(figure_block(name, figure) for name, figure in FIGURES.items())
+    path.write_text(write_page("All figures", body + PROBE, FIGURES), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def text(page, request):
+    return dump(page, dark=request.param == "dark")
+
+
+def test_every_figure_is_drawn_without_complaint(text):
+    assert root(text, "problems") is None
+    assert text.count('data-drawn="yes"') == len(FIGURES)
+    assert text.count('class="main-svg"') >= len(FIGURES)
+
+
+def test_hovering_and_clicking_the_legend_work(text):
+    assert float(str(root(text, "hovered"))) == pytest.approx(0.765)
+    assert int(str(root(text, "hovertext"))) >= 1
+    assert root(text, "visible") == "legendonly"
+
+
+def test_a_narrow_page_has_no_sideways_scroll(page):
+    narrow = page.with_name("narrow.html")
+    # Chromium's narrowest window is 500 pixels.
+    narrow.write_text(page.read_text("utf-8").replace("<body>", '<body style="width:400px">'))
+    text = dump(narrow, width=500)
+    assert text.count('data-drawn="yes"') == len(FIGURES)
+    assert float(str(root(text, "widest"))) <= 400
+
+
+def test_a_broken_figure_is_noticed(page):
+    """The control: the tests above would see a figure that fails."""
+    figure = plots.steering_curve(evidence())
+    text = write_page("Broken", figure_block("curve", figure), {"curve": figure})
+    broken = page.with_name("broken.html")
+    broken.write_text(text.replace("figures[place.id]", "figures[place.id].nothing"))
+    found = dump(broken)
+    assert root(found, "problems") is not None
+    assert 'data-drawn="yes"' not in found

@@ -1,0 +1,185 @@
+"""A report is read back from folders alone: whole, self-contained, honest about what is gone."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from plotly.offline import get_plotlyjs
+
+from mera_tl import store
+from mera_tl.benchmark import open_run
+from mera_tl.config import RunConfig
+from mera_tl.frames import RunFolder, find_runs, spi_intervals
+from mera_tl.page import write_page
+from mera_tl.report import command_of, write_report
+
+METHODS = ("no_steering", "additive_probe", "optimal_probe")
+CONFIG = RunConfig(
+    model="organism",
+    task="choice_hint",
+    train="300",
+    calibration="200",
+    test="120",
+    layers="1",
+    positions="last",
+    batch_size=60,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A real run on the organism; made once."""
+    path = tmp_path_factory.mktemp("runs") / "choice_hint"
+    with open_run(CONFIG, path, progress=False) as run:
+        list(run.records(METHODS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory):
+    return write_report(folder, tmp_path_factory.mktemp("page") / "report.html")
+
+
+def specs(page):
+    text = page.read_text(encoding="utf-8")
+    (data,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', text, re.S)
+    return json.loads(data)
+
+
+def test_the_page_is_small_self_contained_and_holds_plotly_once(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.encode()) < 6e6
+    assert text.count(get_plotlyjs()) == 1
+    ours = text.replace(get_plotlyjs(), "")
+    assert not re.search(r'(src|href)="https?:', ours)
+
+
+def test_every_figure_has_its_place_and_its_files(page):
+    text, figures = page.read_text(encoding="utf-8"), specs(page)
+    assert {"curve_optimal_probe", "probe_rmse", "spi", "transitions"} <= set(figures)
+    for name in figures:
+        assert text.count(f'id="{name}"') == 1
+        json.loads((page.with_suffix("") / f"{name}.json").read_text())
+        assert len(pd.read_csv(page.with_suffix("") / f"{name}.csv"))
+
+
+def test_it_says_what_was_asked_decided_and_found(page, folder):
+    text = page.read_text(encoding="utf-8")
+    record = RunFolder.open(folder).record("optimal_probe")
+    for words in ("organism", "choice_hint", "300", "disjoint", record["certificate"][:60]):
+        assert words in text
+    assert record["hashes"]["model"] in text and record["versions"]["torch"] in text
+
+
+def test_the_command_makes_the_same_configuration(folder):
+    command = command_of(RunFolder.open(folder))
+    assert command.startswith("mera run --model organism --task choice_hint")
+    assert "--layers 1" in command and "--batch-size 60" in command
+    assert "--dtype" not in command  # what is default is left out
+
+
+def test_examples_are_drawn_by_seed_and_of_both_kinds(page, folder):
+    run = RunFolder.open(folder)
+    method = run.main_method
+    assert method is not None
+    changes = run.changes(method)
+    changed = set(changes[changes["change"].isin(["0->1", "1->0"])]["row"])
+    shown = {int(row) for row in re.findall(r"</b>, row (\d+):", page.read_text("utf-8"))}
+    assert shown <= changed
+    assert len(shown) == min(10, len(changed)) > 0
+    again = write_report(folder, page.with_name("again.html"))
+    assert again.read_text("utf-8").count("</b>, row") == len(shown)
+
+
+def test_changes_agree_with_the_record(folder):
+    run = RunFolder.open(folder)
+    for method in METHODS:
+        counts = run.changes(method)["change"].value_counts().to_dict()
+        wanted = {k: v for k, v in run.record(method)["transitions"].items() if v}
+        assert counts == wanted
+
+
+def test_several_runs_are_compared_and_each_is_there(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "a" / "one")
+    shutil.copytree(folder, tmp_path / "a" / "two")
+    page = write_report(tmp_path / "a")
+    assert page == tmp_path / "a" / "report.html"
+    names = set(specs(page))
+    assert {"spi_heatmap", "spi_dots", "run0_spi", "run1_spi"} <= names
+
+
+def test_a_run_without_activations_or_probes_still_opens(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "activations")
+    shutil.rmtree(tmp_path / "run" / "probes")
+    page = write_report(tmp_path / "run")
+    assert "has fitted no probe" in page.read_text("utf-8")
+
+
+def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    for record in records:
+        record["hashes"]["data"]["test"] = "0" * 16
+    store.write_records(tmp_path / "run" / "records.jsonl", records)
+    text = write_report(tmp_path / "run").read_text("utf-8")
+    assert "prompts cannot be shown" in text
+    assert "</b>, row" not in text
+
+
+@pytest.mark.parametrize("number", [0, 99])
+def test_another_format_says_what_to_do(folder, tmp_path, number):
+    shutil.copytree(folder, tmp_path / "run")
+    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    store.write_records(
+        tmp_path / "run" / "records.jsonl", [r | {"format": number} for r in records]
+    )
+    with pytest.raises(ValueError, match="run it again into a new folder"):
+        write_report(tmp_path / "run")
+
+
+def test_a_folder_without_runs_is_said(tmp_path):
+    with pytest.raises(ValueError, match="records.jsonl"):
+        find_runs(tmp_path)
+
+
+def test_a_changed_certificate_is_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "certificates" / "optimal_probe.json"
+    path.write_text(path.read_text().replace('"n": 200', '"n": 2000'))
+    with pytest.raises(ValueError, match="changed after it was issued"):
+        write_report(tmp_path / "run")
+
+
+def test_intervals_hold_the_estimate_and_narrow_with_n():
+    def record(recovered, regressed, n):
+        moved = {"0->1": recovered, "1->0": regressed}
+        change = (recovered - regressed) / n
+        return {
+            "method": "additive_probe",
+            "decision": None,
+            "transitions": moved,
+            "n": n,
+            "accuracy": 0.6 + change,
+            "accuracy_change": change,
+            "spi": change / 0.4 if change > 0 else change / 0.6,
+        }
+
+    frame = spi_intervals([record(20, 5, 100), record(200, 50, 1000), record(5, 20, 100)])
+    assert (frame["spi_low"] < frame["spi"]).all() and (frame["spi"] < frame["spi_high"]).all()
+    width = frame["spi_high"] - frame["spi_low"]
+    assert width[1] < width[0] / 2
+    assert frame["spi_low"][0] > 0 > frame["spi_high"][2]  # both effects are certain
+    idle = spi_intervals([record(0, 0, 100) | {"decision": "ABSTAIN"}])
+    assert idle["spi_low"].isna().all()
+
+
+def test_a_script_in_the_data_cannot_leave_its_place():
+    import plotly.graph_objects as go
+
+    figure = go.Figure(go.Scatter(x=["</script><script>alert(1)</script>"], y=[1]))
+    text = write_page("<b>", "", {"a": figure})
+    assert "<script>alert" not in text
+    assert "<title>&lt;b&gt;</title>" in text
