@@ -32,7 +32,7 @@ class Rule(ABC):
         self,
         weights: Float[Tensor, "*option d"],
         direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, ""],
+        resid_norm: Float[Tensor, "*#option"],
     ) -> Float[Tensor, "*option d"]:
         """Return the shift of amount one, in a layer with this typical residual norm."""
 
@@ -53,7 +53,7 @@ class Adaptive(Rule):
         self,
         weights: Float[Tensor, "*option d"],
         direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, ""],  # noqa: ARG002  how far follows from the score alone
+        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002  how far follows from the score alone
     ) -> Float[Tensor, "*option d"]:
         """Return `-d / (w.d)`: it lowers the score by one.
 
@@ -82,9 +82,9 @@ class Additive(Rule):
         self,
         weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe has no say here
         direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, ""],
+        resid_norm: Float[Tensor, "*#option"],
     ) -> Float[Tensor, "*option d"]:
         """Return `-resid_norm * d / ||d||`; zero for a zero direction."""
         norm = direction.norm(dim=-1, keepdim=True)
         unit = direction / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        return torch.where(norm > 0, -resid_norm * unit, 0.0)
+        return torch.where(norm > 0, -resid_norm[..., None] * unit, 0.0)

@@ -1,15 +1,32 @@
-"""Where a probe reads and a rule writes: the residual stream itself, or another set of features.
+"""Where a probe reads and a rule writes: the residual stream itself, or the latents of an SAE.
 
 A space turns `resid_post` into features and writes a shift of features back. `ResidualSpace` is
-the identity.
+the identity. `SAESpace` reads `a = encode(h)` and writes
+
+    h + (a' - a) W_dec,   a' = max(0, a + shift),
+
+which keeps what the SAE does not explain of `h` and, where nothing shifts, `h` itself.
+
+**What holds in latents and what does not.** The rule's arithmetic is exact in `a + shift`. Keeping
+latents at zero or above takes back the part of a shift that would switch off what is off already,
+so the score of `a'` can stay above the limit. And an encoder is not its decoder's inverse:
+`encode(h')` is not `a'`. So nothing promises that the probe predicts at most the threshold
+afterwards; `latents.predictions` measures all three, and a certificate rests on answers alone.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, final
 
+import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
+
+MIN_GAIN = 0.1
+"""A shift that re-encodes to less than this share of itself is not stretched any further."""
 
 
 class Space(ABC):
@@ -17,9 +34,20 @@ class Space(ABC):
 
     name: str
 
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...] | None:
+        """The layers it has features of, in order; None for all."""
+
     @abstractmethod
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
         """Return the features of an activation, in float32."""
+
+    @abstractmethod
+    def target(
+        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the features that a shift aims at, among those that are possible."""
 
     @abstractmethod
     def write(
@@ -31,6 +59,12 @@ class Space(ABC):
     ) -> Float[Tensor, "*rows d_model"]:
         """Return the activation whose features have moved by `shift`, in the dtype of `resid`."""
 
+    @abstractmethod
+    def stretch(
+        self, direction: Float[Tensor, "*option d"], layer: int
+    ) -> Float[Tensor, "*option"]:
+        """Return how long a move along `direction` is in features, if of length one in `resid`."""
+
 
 @final
 @dataclass(frozen=True)
@@ -39,9 +73,23 @@ class ResidualSpace(Space):
 
     name = "raw"
 
+    @property
+    def layers(self) -> None:
+        """Every layer."""
+        return None
+
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
         """Return the activation in float32."""
         return resid.float()
+
+    def target(
+        self,
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the sum."""
+        return features + shift
 
     def write(
         self,
@@ -53,3 +101,130 @@ class ResidualSpace(Space):
         """Return the shifted activation, cast once at the end."""
         # A float32 shift added to a bfloat16 stream would promote everything after it.
         return (features + shift).to(resid.dtype)
+
+    def stretch(
+        self,
+        direction: Float[Tensor, "*option d"],
+        layer: int,  # noqa: ARG002  the same in every layer
+    ) -> Float[Tensor, "*option"]:
+        """Return one: features are the stream."""
+        return torch.ones(direction.shape[:-1])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SAESpace(Space):
+    """Latents of sparse autoencoders, one for each of some layers; see `sae.load_saes`."""
+
+    name = "sae"
+
+    saes: Mapping[int, Any] = field(repr=False)
+    """sae-lens SAEs by layer: standard, JumpReLU or TopK, without normalisation of their input."""
+    correction: Literal["none", "gain"] = "none"
+    """`gain` stretches a shift so that, to first order, it is found again after re-encoding."""
+
+    def __post_init__(self) -> None:
+        if not self.saes:
+            raise ValueError("An SAE space needs at least one SAE; pass {layer: sae}.")
+        if self.correction not in ("none", "gain"):
+            raise ValueError(f'correction={self.correction!r} is neither "none" nor "gain".')
+        widths = {layer: sae.cfg.d_sae for layer, sae in self.saes.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"The SAEs have different numbers of latents ({widths} by layer); "
+                "pass SAEs of one width."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have an SAE."""
+        return tuple(sorted(self.saes))
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents in a layer."""
+        return next(iter(self.saes.values())).cfg.d_sae
+
+    @torch.no_grad()
+    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
+        """Return the latents."""
+        return self.saes[layer].encode(resid.float()).float()
+
+    @torch.no_grad()
+    def reconstruct(
+        self, resid: Float[Tensor, "*rows d_model"], layer: int
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Return what the SAE makes of an activation."""
+        sae = self.saes[layer]
+        return sae.decode(sae.encode(resid.float())).to(resid.dtype)
+
+    def target(
+        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the shifted latents, none below zero; a TopK keeps the latents that are on."""
+        moved = (features + shift).clamp(min=0)
+        return torch.where(features > 0, moved, features) if self.keeps_support(layer) else moved
+
+    def write(
+        self,
+        resid: Float[Tensor, "*rows d_model"],
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Return the activation plus the decoded change of its latents."""
+        change = self.target(features, shift, layer) - features
+        touched = change.flatten(0, -2).any(0).nonzero()[:, 0]
+        decoder, encoder = self._decoders[layer], self._encoders[layer]
+        # A probe of few latents touches few: then only their rows of the decoder are read.
+        if len(touched) < change.shape[-1] // 4:
+            change, decoder, encoder = change[..., touched], decoder[touched], encoder[touched]
+        moved = change @ decoder
+        if self.correction == "gain":
+            found = (einsum(moved, encoder, "... d_model, d d_model -> ... d") * change).sum(-1)
+            asked = change.square().sum(-1).clamp(min=torch.finfo(change.dtype).tiny)
+            moved = moved / (found / asked).clamp(min=MIN_GAIN)[..., None]
+        return (resid.float() + moved).to(resid.dtype)
+
+    def stretch(
+        self, direction: Float[Tensor, "*option d"], layer: int
+    ) -> Float[Tensor, "*option"]:
+        """Return the length of a direction over the length of what it decodes to."""
+        decoder = self._decoders[layer]
+        length = (direction.to(decoder) @ decoder).norm(dim=-1).to(direction.device)
+        return torch.where(length > 0, direction.norm(dim=-1) / length, 0.0)
+
+    def decode(self, direction: Float[Tensor, "*option d"], layer: int) -> Tensor:
+        """Return the direction in the residual stream that a direction of latents decodes to."""
+        return direction.to(self._decoders[layer]) @ self._decoders[layer]
+
+    def keeps_support(self, layer: int) -> bool:
+        """Whether only latents that are on may move: the k largest are on, and no others."""
+        cfg = self.saes[layer].cfg
+        # A BatchTopK is saved as the JumpReLU that it amounts to, with what it was trained as.
+        return "topk" in (cfg.architecture(), cfg.metadata.get("training_architecture")) or (
+            cfg.metadata.get("training_architecture") == "batchtopk"
+        )
+
+    @cached_property
+    def _decoders(self) -> dict[int, Float[Tensor, "d_sae d_model"]]:
+        """Rows that latents add to the stream: scaled where the SAE counts in unit rows."""
+        return {
+            layer: sae.W_dec.detach().float() / self._scale(sae)[:, None]
+            for layer, sae in self.saes.items()
+        }
+
+    @cached_property
+    def _encoders(self) -> dict[int, Float[Tensor, "d_sae d_model"]]:
+        """Rows along which latents are read."""
+        return {
+            layer: sae.W_enc.detach().float().T * self._scale(sae)[:, None]
+            for layer, sae in self.saes.items()
+        }
+
+    @staticmethod
+    def _scale(sae: Any) -> Float[Tensor, " d_sae"]:
+        decoder = sae.W_dec.detach().float()
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            return decoder.norm(dim=-1)
+        return torch.ones(len(decoder), device=decoder.device)

@@ -44,6 +44,12 @@ class Steering:
                     f"layers={self.layers} but the probe has {n_layers} layers, numbered 0 to "
                     f"{n_layers - 1}; pass layers=({n_layers - 1},) for the last."
                 )
+            without = sorted(set(self.layers) - set(self.space.layers or self.layers))
+            if without:
+                raise ValueError(
+                    f"layers={self.layers} but there is no SAE of layer {without[0]}, only of "
+                    f"{', '.join(map(str, self.space.layers or ()))}; choose among them."
+                )
         elif self.layers not in ("all", "best"):
             raise ValueError(
                 f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers.'
@@ -60,7 +66,7 @@ class Steering:
     def layer_numbers(self) -> tuple[int, ...]:
         """The layers that are steered, in order."""
         if self.layers == "all":
-            return tuple(range(self.probe.weights.shape[0]))
+            return self.space.layers or tuple(range(self.probe.weights.shape[0]))
         if self.layers == "best":
             return (self.probe.best_layer,)
         return tuple(sorted(set(self.layers)))  # pyright: ignore[reportArgumentType]
@@ -84,7 +90,9 @@ class Steering:
     def _hook(self, layer: int) -> "SteerHook":
         weights = self.probe.weights[layer].float()
         direction = weights if self.direction is None else self.direction[..., layer, :].float()
-        step = self.rule.step(weights.expand_as(direction), direction, self.probe.resid_norm[layer])
+        # One unit of strength is as long in the residual stream, whatever the space.
+        unit = self.probe.resid_norm[layer] * self.space.stretch(direction, layer)
+        step = self.rule.step(weights.expand_as(direction), direction, unit)
         return SteerHook(
             layer,
             weights,
