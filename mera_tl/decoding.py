@@ -7,7 +7,8 @@ A hook thus knows where it is, with or without a cache, in a batch or alone.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,16 +60,19 @@ class Decoding:
     """
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks) -> None:
-        self._model = model
+        self.model = model
         self._points = [model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
         self._tokens, self._mask = left_pad(prompts, model.device)
         self._cache = model.new_cache(len(prompts))
         self._eos = torch.tensor(model.eos_ids, dtype=torch.long, device=model.device)
+        self._start()
+
+    def _start(self) -> None:
         self._answers: Int[Tensor, " batch"] | None = None
-        self.rows = torch.arange(len(prompts), device=model.device)
+        self.rows = torch.arange(len(self._tokens), device=self._tokens.device)
         self.n_steered = torch.zeros_like(self.rows)
         self.n_steerable = torch.zeros_like(self.rows)
-        self.peak = torch.full((len(prompts),), -torch.inf, device=model.device)
+        self.peak = torch.full(self.rows.shape, -torch.inf, device=self.rows.device)
 
     def prompt(self) -> Float[Tensor, "batch d_vocab"]:
         """Run the prompts; return the logits at their final tokens."""
@@ -83,6 +87,26 @@ class Decoding:
         self._answers = answers
         return self._forward(self._tokens[:, -1:], self._mask[:, -1:], n_prompt=1)
 
+    def prompt_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
+        """Run the prompts once more from their start, the unsteered answers known."""
+        self._cache = self.model.new_cache(len(self._tokens))
+        self._answers = answers
+        return self._forward(self._tokens, self._mask, n_prompt=self._tokens.shape[1])
+
+    def fork(self, rows: Int[Tensor, " kept"], fwd_hooks: FwdHooks) -> "Decoding":
+        """Return some rows of this batch, to be run on under other hooks; this one stays as it is.
+
+        Forwards replace the tensors of a cache and never write into them, so the two may share.
+        """
+        other = copy(self)
+        other._points = [self.model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
+        other._tokens, other._mask = self._tokens[rows], self._mask[rows]
+        other._cache = replace(self._cache, entries=[copy(entry) for entry in self._cache.entries])
+        other._start()
+        if len(rows) < len(self._tokens) or not torch.equal(rows, self.rows):
+            other._select(rows)
+        return other
+
     def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Feed one token to every remaining row; return the logits that follow it."""
         columns = tokens[:, None]
@@ -92,13 +116,17 @@ class Decoding:
         """Go on with some of the remaining rows only."""
         if rows.all():
             return
+        self._select(rows)
+        self._answers = None if self._answers is None else self._answers[rows]
+        self.rows = self.rows[rows]
+
+    def _select(self, rows: Tensor) -> None:
+        """Keep some rows of the cache, by number or by truth value."""
         for entry in self._cache.entries:
             here = rows.to(entry.past_keys.device)
             entry.past_keys = entry.past_keys[here]
             entry.past_values = entry.past_values[here]
         self._cache.previous_attention_mask = self._cache.previous_attention_mask[rows]
-        self._answers = None if self._answers is None else self._answers[rows]
-        self.rows = self.rows[rows]
 
     def is_end(self, tokens: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Return where a token ends the reply."""
@@ -110,7 +138,7 @@ class Decoding:
         window = Window(mask.bool(), n_prompt, self._answers)
         for point in self._points:
             point.ctx["window"] = window
-        logits = self._model.next_token_logits(tokens, mask, self._cache)
+        logits = self.model.next_token_logits(tokens, mask, self._cache)
         for point in self._points:
             if "steered" in point.ctx:  # left by a steering hook
                 here, left = self.rows.device, point.ctx

@@ -289,21 +289,19 @@ def fit_directions(
 
 
 def direction(statistics: Statistics, kind: str) -> Direction:
-    """Return a direction, zero in the layers (and for the answers) where it would not do.
+    """Return a direction; what the data could not answer is logged and stays in `notes`.
 
-    It does not do where it does not lower the probe's score (`w.d` is not positive): there the rule
-    has no finite step. What was left out is logged and stays in `notes`.
+    Zero where there are too few examples to compare. Where it raises the probe's score (`w.d` is
+    not positive) MERA's rule moves nothing, which the notes say too.
     """
     vectors = _FORMULAS[kind](statistics)
-    slope = einsum(vectors, statistics.weights, "... layer d, layer d -> ... layer")
-    usable = slope > 0
-    notes = _notes(kind, statistics, vectors, usable)
+    notes = _notes(kind, statistics, vectors)
     for note in notes:
         logger.info("%s: %s", kind, note)
-    return Direction(kind, (vectors * usable[..., None]).float(), notes)
+    return Direction(kind, vectors.float(), notes)
 
 
-def _notes(kind: str, s: Statistics, vectors: Tensor, usable: Tensor) -> tuple[str, ...]:
+def _notes(kind: str, s: Statistics, vectors: Tensor) -> tuple[str, ...]:
     notes = []
     n_right = int((s.n * s.right).sum())
     n_wrong = int(s.n.sum()) - n_right
@@ -314,11 +312,14 @@ def _notes(kind: str, s: Statistics, vectors: Tensor, usable: Tensor) -> tuple[s
         few = (wrong < MIN_EXAMPLES) | (right < MIN_EXAMPLES)
         if few.any():
             notes.append(f"classes {few.nonzero()[:, 0].tolist()} have too few wrong or right")
-    against = ~usable & (vectors != 0).any(-1)
+    empty = ~(vectors != 0).any(-1)
+    slope = einsum(vectors, s.weights, "... layer d, layer d -> ... layer")
+    against = (slope <= 0) & ~empty
     if against.any():
         layers = sorted(set(against.nonzero()[:, -1].tolist()))
-        notes.append(f"raises the probe's score in layers {layers}, so nothing moves there")
-    empty = ~(vectors != 0).any(-1)
+        notes.append(
+            f"raises the probe's score in layers {layers}, where MERA's rule moves nothing"
+        )
     if empty.any() and kind == "answer_controlled":
         answers = sorted(set(empty.nonzero()[:, 0].tolist()))
         notes.append(f"answers {answers} have no comparable errors, so nothing moves there")

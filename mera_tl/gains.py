@@ -18,7 +18,7 @@ from mera_tl.models import Model
 from mera_tl.outcomes import Outcomes
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
-from mera_tl.rules import Adaptive, Additive
+from mera_tl.rules import Adaptive, Additive, Gated
 from mera_tl.steering import Steering
 from mera_tl.tasks import Calibration as CalibrationRole
 from mera_tl.tasks import Task
@@ -84,7 +84,7 @@ def threshold_grid(
         thresholds, desc="thresholds", disable=None if settings.progress else True
     ):
         steered = steering.at(threshold)
-        assert isinstance(steered.rule, Adaptive)
+        assert isinstance(steered.rule, Adaptive | Gated)
         reached = (base.peak > steered.rule.limit).nonzero()[:, 0]
         if not len(reached):
             runs.append(base)

@@ -81,7 +81,8 @@ def option_tokens(model: Model, options: Sequence[str]) -> OptionTokens:
         chosen[option] = single[option] or first[option] - others
         if not encoded[option]:
             raise ValueError(
-                f"Option {option!r} is not in the vocabulary of {model.name}; rename it in the task."
+                f"Option {option!r} is not in the vocabulary of {model.name}; "
+                "rename it in the task."
             )
         if not chosen[option] or single[option] & others:
             shared = sorted((single[option] or first[option]) & others)
@@ -135,15 +136,50 @@ def read_batch(
         logits = decoding.prompt()
         if on_prompt is not None:
             on_prompt(decoding.rows)
-        if any(getattr(hook, "per_answer", False) for _, hook in fwd_hooks):
-            logits = decoding.last_token_again(options.class_logits(logits).argmax(-1))
-        probs = options.class_logits(logits).softmax(-1)
-        predictions = probs.argmax(-1)
-        if settings.readout == "exact":
-            n_new = settings.max_new_tokens
-            predictions, probs = _decode(decoding, logits, options, n_new, on_answer)
-        counts = (decoding.n_steered, decoding.n_steerable, decoding.peak)
-        return Reading(predictions.cpu(), probs.cpu(), *(count.cpu() for count in counts))
+        per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
+        if per_answer:
+            answers = options.class_logits(logits).argmax(-1)
+            everywhere = any(hook.positions == "all" for hook in per_answer)
+            again = decoding.prompt_again if everywhere else decoding.last_token_again
+            logits = again(answers)
+        return _read(decoding, logits, options, settings, on_answer)
+
+
+def read_again(
+    decoding: Decoding,
+    rows: Int[Tensor, " kept"],
+    options: OptionTokens,
+    settings: ReadSettings,
+    fwd_hooks: FwdHooks,
+    *,
+    answers: Int[Tensor, " kept"],
+) -> Reading:
+    """Read some rows of a batch under hooks that act from the final prompt token on.
+
+    `decoding` has run its prompts without hooks, and no further; `answers` are what it was about to
+    answer. Costs one token instead of a prompt, and equals `read_batch` with these hooks.
+    """
+    with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
+        fork = decoding.fork(rows, fwd_hooks)
+        logits = fork.last_token_again(answers)
+        return _read(fork, logits, options, settings, None)
+
+
+def _read(
+    decoding: Decoding,
+    logits: Float[Tensor, "batch d_vocab"],
+    options: OptionTokens,
+    settings: ReadSettings,
+    on_answer: Observer | None,
+) -> Reading:
+    """Read the answers of a batch whose prompts have been run."""
+    probs = options.class_logits(logits).softmax(-1)
+    predictions = probs.argmax(-1)
+    if settings.readout == "exact":
+        n_new = settings.max_new_tokens
+        predictions, probs = _decode(decoding, logits, options, n_new, on_answer)
+    counts = (decoding.n_steered, decoding.n_steerable, decoding.peak)
+    return Reading(predictions.cpu(), probs.cpu(), *(count.cpu() for count in counts))
 
 
 def _decode(

@@ -68,6 +68,34 @@ class Adaptive(Rule):
 
 @final
 @dataclass(frozen=True)
+class Gated(Rule):
+    """Where the score exceeds `limit`, move by a length that the direction itself sets.
+
+    For directions that are differences of means, whose length is that of the error in the data; the
+    probe only says whether. It need not fall along the direction.
+    """
+
+    limit: float = math.inf
+    """On the score scale: the logit of `threshold`. Infinity never moves anything."""
+    strength: float = 1.0
+    """How many directions to move."""
+
+    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+        """Return the strength where the score exceeds the limit."""
+        return torch.where(score > self.limit, self.strength, 0.0)
+
+    def step(
+        self,
+        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe only opens the gate
+        direction: Float[Tensor, "*option d"],
+        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002
+    ) -> Float[Tensor, "*option d"]:
+        """Return `-d`."""
+        return -direction
+
+
+@final
+@dataclass(frozen=True)
 class Additive(Rule):
     """Fixed-strength steering: every token, whatever its score."""
 

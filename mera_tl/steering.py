@@ -5,7 +5,7 @@ space writes it back. A `Steering` is a frozen value; `at(threshold)` gives anot
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum
@@ -15,10 +15,10 @@ from torch import Tensor
 from mera_tl.decoding import Window
 from mera_tl.models import resid_post
 from mera_tl.probes import LinearProbe
-from mera_tl.rules import Adaptive, Rule
+from mera_tl.rules import Adaptive, Gated, Rule
 from mera_tl.spaces import ResidualSpace, Space
 
-Positions = Literal["all", "last", "generated"]
+Positions = Literal["all", "last", "final", "generated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,10 @@ class Steering:
     layers: Literal["all", "best"] | tuple[int, ...] = "all"
     """All layers, the probe's best one, or these."""
     positions: Positions = "all"
-    """Every token; from the final prompt token on (last); or generated tokens only."""
+    """Every token; from the final prompt token on (last); that token alone (final); or generated
+    tokens only."""
+    by_answer: tuple[LinearProbe, ...] = ()
+    """One probe per unsteered answer, read in place of `probe`; none to read `probe` always."""
 
     def __post_init__(self) -> None:
         n_layers = self.probe.weights.shape[0]
@@ -54,8 +57,9 @@ class Steering:
             raise ValueError(
                 f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers.'
             )
-        if self.positions not in ("all", "last", "generated"):
-            raise ValueError(f'positions={self.positions!r} is not "all", "last" or "generated".')
+        if self.positions not in get_args(Positions):
+            wanted = ", ".join(get_args(Positions))
+            raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
         if self.direction is not None and self.direction.shape[-2:] != self.probe.weights.shape:
             raise ValueError(
                 f"A direction of shape {tuple(self.direction.shape)} does not fit a probe of shape "
@@ -72,7 +76,7 @@ class Steering:
         return tuple(sorted(set(self.layers)))  # pyright: ignore[reportArgumentType]
 
     def at(self, threshold: float) -> "Steering":
-        """Return the same steering with MERA's rule at `threshold` (the paper's alpha).
+        """Return the same steering at `threshold` (the paper's alpha): MERA's rule, or a gate.
 
         Raises:
             ValueError: if the threshold, a predicted error, is not in (0, 1).
@@ -81,27 +85,26 @@ class Steering:
             raise ValueError(
                 f"threshold={threshold} is not a predicted error strictly between 0 and 1."
             )
-        return replace(self, rule=Adaptive(limit=torch.logit(torch.tensor(threshold)).item()))
+        limit = torch.logit(torch.tensor(threshold)).item()
+        if isinstance(self.rule, Gated):
+            return replace(self, rule=replace(self.rule, limit=limit))
+        return replace(self, rule=Adaptive(limit))
 
     def fwd_hooks(self) -> list[tuple[str, "SteerHook"]]:
         """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`."""
         return [(resid_post(layer), self._hook(layer)) for layer in self.layer_numbers]
 
     def _hook(self, layer: int) -> "SteerHook":
-        weights = self.probe.weights[layer].float()
+        weights, bias = self.probe.weights[layer].float(), self.probe.bias[layer].float()
+        if self.by_answer:
+            weights = torch.stack([probe.weights[layer].float() for probe in self.by_answer])
+            bias = torch.stack([probe.bias[layer].float() for probe in self.by_answer])
         direction = weights if self.direction is None else self.direction[..., layer, :].float()
+        w, d = torch.broadcast_tensors(weights, direction)
         # One unit of strength is as long in the residual stream, whatever the space.
-        unit = self.probe.resid_norm[layer] * self.space.stretch(direction, layer)
-        step = self.rule.step(weights.expand_as(direction), direction, unit)
-        return SteerHook(
-            layer,
-            weights,
-            self.probe.bias[layer].float(),
-            step,
-            self.rule,
-            self.space,
-            self.positions,
-        )
+        unit = self.probe.resid_norm[layer] * self.space.stretch(d, layer)
+        step = self.rule.step(w, d, unit)
+        return SteerHook(layer, weights, bias, step, self.rule, self.space, self.positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +116,18 @@ class SteerHook:
     """
 
     layer: int
-    weights: Float[Tensor, " d"]
-    bias: Float[Tensor, ""]
-    step: Float[Tensor, "*option d"]
+    # TransformerLens names every hook it puts on by its repr: printing tensors took longer than
+    # running a small model.
+    weights: Float[Tensor, "*#option d"] = field(repr=False)
+    bias: Float[Tensor, "*#option"] = field(repr=False)
+    step: Float[Tensor, "*option d"] = field(repr=False)
     rule: Rule
     space: Space
     positions: Positions
 
     @property
     def per_answer(self) -> bool:
-        """Whether the direction depends on the unsteered answer, which must then be known."""
+        """Whether the unsteered answer must be known, for the direction or for the probe."""
         return self.step.ndim == 2
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
@@ -135,10 +140,14 @@ class SteerHook:
             return resid
         here = resid[:, start:]
         features = self.space.read(here, self.layer)
-        score = einsum(features, self.weights.to(here.device), "batch pos d, d -> batch pos")
-        score = score + self.bias.to(here.device)
+        weights, bias, step = (
+            self._for_rows(values, window).to(here.device)
+            for values in (self.weights, self.bias[..., None], self.step)
+        )
+        score = einsum(features, weights.expand(len(here), -1), "batch pos d, batch d -> batch pos")
+        score = score + bias
         amount = self.rule.amount(score)
-        step = self._steps(window).to(here.device)
+        step = step[:, None]
         moved = (amount != 0) & (step != 0).any(-1)
         if window is not None:
             real = window.real[:, start:].to(here.device)
@@ -155,13 +164,19 @@ class SteerHook:
         )
         return steered
 
-    def _steps(self, window: Window | None) -> Float[Tensor, "#batch #pos d"]:
-        """Return the shift of amount one for every token of a pass."""
-        if not self.per_answer:
-            return self.step[None, None]
+    @staticmethod
+    def _for_rows(
+        values: Float[Tensor, "*option d"], window: Window | None
+    ) -> Float[Tensor, "#batch d"]:
+        """Return what holds for every row of a pass, where it depends on the unsteered answer."""
+        if values.ndim == 1:
+            return values[None]
         assert window is not None and window.answers is not None  # __call__ has looked
-        return self.step[window.answers][:, None]
+        return values[window.answers.to(values.device)]
 
     def _first_column(self, n_columns: int, window: Window | None) -> int:
         n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
-        return {"all": 0, "last": max(0, n_prompt - 1), "generated": n_prompt}[self.positions]
+        last = max(0, n_prompt - 1)
+        final = last if n_prompt else n_columns
+        starts = {"all": 0, "last": last, "final": final, "generated": n_prompt}
+        return starts[self.positions]

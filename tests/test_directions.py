@@ -20,6 +20,7 @@ from mera_tl.directions import (
     pattern,
 )
 from mera_tl.outcomes import Outcomes
+from mera_tl.rules import Adaptive
 
 D = 24
 CONTROLLED = (controlled_pattern, controlled_contrastive)
@@ -312,14 +313,16 @@ def test_a_class_without_errors_weighs_nothing():
     torch.testing.assert_close(found.vectors, expected.float())
 
 
-def test_a_direction_that_raises_the_score_is_zero_and_that_is_said():
+def test_a_direction_that_raises_the_score_moves_nothing_and_that_is_said():
     planted = one_sided()
     w = planted.weights()
     s = planted.statistics(torch.stack([w[0], -w[1]]))
     found = direction(s, "contrastive")
     assert found.vectors[0].norm() > 0
-    assert torch.equal(found.vectors[1], torch.zeros(D))
     assert "layers [1]" in found.notes[0]
+    for layer, moves in ((0, True), (1, False)):
+        step = Adaptive(0.0).step(s.weights[layer].float(), found.vectors[layer], torch.tensor(1.0))
+        assert bool(step.any()) == moves
 
 
 @pytest.mark.parametrize("kind", ["euclidean", "pattern", "controlled_pattern"])

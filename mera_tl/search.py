@@ -1,0 +1,262 @@
+"""Search freely on training data, certify once.
+
+A grid of thresholds costs confidence: ten are tested, so each is tested ten times more strictly.
+What is searched on *training* data costs none. A part of the training split, not used to fit, tries
+every direction, penalty, set of layers, scope and threshold; one candidate is chosen; and the
+calibration split, never seen, tests that one with the whole delta.
+
+Candidates race: a quarter of the judging examples see all of them, the next quarter the better
+ones, the other half the best; a few of those are tried on the whole prompt too.
+"""
+
+import html
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from mera_tl import store
+from mera_tl.activations import Activations
+from mera_tl.candidates import (
+    MEANS,
+    MIN_ERRORS,
+    Bench,
+    Candidate,
+    Fitted,
+    Tried,
+    choose,
+    steering_of,
+    tabulate,
+)
+from mera_tl.directions import KINDS
+from mera_tl.models import Model
+from mera_tl.outcomes import Metric
+from mera_tl.probes import LinearProbe
+from mera_tl.readout import ReadSettings
+from mera_tl.steering import Steering
+from mera_tl.tasks import Task, Train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is searched over, and how."""
+
+    directions: tuple[str, ...] = KINDS
+    penalties: tuple[float, ...] = (0.03, 3.0)
+    """Of the ridge probe: from well-fitting to strongly regularised."""
+    thresholds: tuple[float, ...] = (0.01, 0.05, 0.2, 0.35, 0.5, 0.7)
+    """The paper's alpha."""
+    layers: tuple[tuple[int, ...], ...] | None = None
+    """Sets of layers; None is every layer alone, all, and halves and thirds in a row."""
+    search_share: float = 1 / 3
+    """Share of the training examples that judge; the others fit."""
+    gates: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    """Thresholds of directions that move by their own length, read by one probe per answer."""
+    strengths: tuple[float, ...] = (1.0, 1.5, 2.5)
+    """How many such directions to move."""
+    keep: tuple[int, int] = (160, 48)
+    """How many candidates see half of the examples, and all of them."""
+    everywhere: int = 2
+    """How many of the best of each direction are also tried on the whole prompt."""
+    metric: Metric = "correct"
+    caution: float = 1.0
+    """Standard errors that are subtracted from a candidate's mean gain."""
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What was tried on training data, and what was chosen."""
+
+    chosen: Candidate
+    steering: Steering
+    """The chosen candidate's, at its threshold."""
+    table: pd.DataFrame
+    """One row per candidate: n, recoveries, regressions, gain, value."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers of examples and the direction's notes."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
+        folder = Path(folder)
+        store.write_records(folder / "candidates.jsonl", self.table.to_dict("records"))
+        self.steering.probe.save(folder / "probe")
+        for answer, probe in enumerate(self.steering.by_answer):
+            probe.save(folder / f"probe_of_answer_{answer}")
+        if self.steering.direction is not None:
+            tensors = {"direction": self.steering.direction}
+            store.save_tensors(folder / "direction.safetensors", tensors)
+        store.write_json(
+            folder / "search.json", {"chosen": asdict(self.chosen), "details": dict(self.details)}
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Search":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if a file is missing or damaged.
+        """
+        folder = Path(folder)
+        plain = store.read_json(folder / "search.json")
+        chosen = Candidate(**(plain["chosen"] | {"layers": tuple(plain["chosen"]["layers"])}))
+        probe = LinearProbe.load(folder / "probe")
+        found = sorted(folder.glob("probe_of_answer_*"), key=lambda path: int(path.name[16:]))
+        by_answer = tuple(map(LinearProbe.load, found))
+        path, direction = folder / "direction.safetensors", None
+        if path.exists():
+            direction = store.load_tensors(path)["direction"]
+        table = pd.DataFrame(store.read_records(folder / "candidates.jsonl"))
+        return cls(
+            chosen, steering_of(chosen, probe, by_answer, direction), table, plain["details"]
+        )
+
+    def _repr_html_(self) -> str:
+        best = self.table.sort_values("value", ascending=False).head(10)
+        return f"<p>{html.escape(str(self.chosen))}</p>" + best.to_html(index=False)
+
+
+def search(
+    model: Model,
+    task: Task[Train],
+    activations: Activations,
+    *,
+    choices: Choices | None = None,
+    settings: ReadSettings | None = None,
+    seed: int = 0,
+) -> Search:
+    """Choose how to steer, on training data alone.
+
+    `activations` are those of `task`, unsteered. The choice promises nothing: the gain in the table
+    is that of the best of many. `calibrate` its steering at its one threshold.
+
+    Raises:
+        ValueError: if the task is not a training split, or the activations are not its own.
+    """
+    choices, settings = choices or Choices(), settings or ReadSettings()
+    require_training(task, activations)
+    fit, judge = divide(task, choices.search_share, seed)
+    learned = activations.subset(torch.tensor(fit))
+    fitted = fit_all(learned, choices, seed)
+    held_out = activations.subset(torch.tensor(judge))
+    bench = Bench(model, task.subset(judge), held_out, fitted, choices.metric, settings)
+    names = [name for name in candidates(choices, model.n_layers) if name.penalty in fitted]
+    table = _race(bench, names, choices, seed)
+    chosen = choose(table, choices.caution)
+    details = {
+        "n_fit": len(fit),
+        "n_search": len(judge),
+        "notes": fitted[chosen.penalty].directions[chosen.direction].notes,
+    }
+    return Search(chosen, bench.steering(chosen), tabulate(table, choices.caution), details)
+
+
+def require_training(task: Task[Any], activations: Activations) -> None:
+    """Refuse anything but a training split with its own activations.
+
+    Raises:
+        ValueError: saying what was got.
+    """
+    if task.role != "train":
+        raise ValueError(
+            f"A search needs the training split, got the {task.role} split of {task.name}; "
+            "pass task.split(...).train and keep the others for the certificate and the test."
+        )
+    rows = [example.row for example in task.examples]
+    if activations.outcomes.rows.tolist() != rows:
+        raise ValueError(
+            f"The {len(activations.outcomes)} activations are not of the {len(task)} examples of "
+            f"{task.name}; pass collect(model, task)."
+        )
+
+
+def divide(task: Task[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the places of the examples that fit and of those that judge, no text in both."""
+    groups: dict[str, list[int]] = {}
+    for place, example in enumerate(task.examples):
+        groups.setdefault(example.key, []).append(place)
+    shuffled = list(groups.values())
+    random.Random(f"search/{seed}").shuffle(shuffled)
+    judge: list[int] = []
+    while shuffled and len(judge) < round(share * len(task)):
+        judge.extend(shuffled.pop())
+    return sorted(place for group in shuffled for place in group), sorted(judge)
+
+
+def candidates(choices: Choices, n_layers: int) -> list[Candidate]:
+    """List what is tried from the final prompt token on."""
+    layers = choices.layers if choices.layers is not None else _layer_sets(n_layers)
+    mera = product(choices.directions, choices.penalties, layers, choices.thresholds)
+    found = [Candidate(d, penalty, where, "last", t) for d, penalty, where, t in mera]
+    means = [kind for kind in choices.directions if kind in MEANS]
+    gated = product(means, layers, choices.gates, choices.strengths)
+    return found + [Candidate(d, None, where, "last", t, s) for d, where, t, s in gated]
+
+
+def _layer_sets(n_layers: int) -> list[tuple[int, ...]]:
+    """Return up to twelve single layers, three ranges that cover the model, and all layers."""
+    step = -(-n_layers // 12)
+    singles = [(layer,) for layer in range(0, n_layers, step)]
+    width = -(-n_layers // 3)
+    starts = (0, (n_layers - width) // 2, n_layers - width)
+    ranges = [tuple(range(start, start + width)) for start in starts]
+    return list(dict.fromkeys([*singles, *ranges, tuple(range(n_layers))]))
+
+
+def fit_all(
+    activations: Activations, choices: Choices, seed: int = 0
+) -> dict[float | None, Fitted]:
+    """Fit every probe and direction that candidates ask for, by their penalty.
+
+    Without a handful of wrong and of right examples there is nothing to read per answer.
+    """
+    kinds, n_right = choices.directions, int(activations.correct.sum())
+    fitted: dict[float | None, Fitted] = {
+        penalty: Fitted.ridge(activations, penalty, kinds, seed=seed)
+        for penalty in choices.penalties
+    }
+    if min(n_right, len(activations.outcomes) - n_right) >= MIN_ERRORS:
+        fitted[None] = Fitted.per_answer(activations, kinds, seed=seed)
+    return fitted
+
+
+# --- the race -----------------------------------------------------------------------------------
+
+
+def _race(bench: Bench, names: Sequence[Candidate], choices: Choices, seed: int) -> list[Tried]:
+    """Try all candidates on a quarter of the examples, the better on more, the best on all.
+
+    The best of every direction are also tried on the whole prompt, which costs a prompt each.
+    """
+    order = torch.randperm(len(bench.task), generator=torch.Generator().manual_seed(seed)).tolist()
+    quarter, half = len(order) // 4, len(order) // 2
+    nothing = torch.full((len(order),), torch.nan, dtype=torch.double)
+    field = [Tried(name, nothing) for name in names]
+    field = bench.advance(field, order[:quarter], f"search: {len(field)} candidates")
+    ahead, out = _leaders(field, choices.caution, choices.keep[0], choices.everywhere)
+    ahead = bench.advance(ahead, order[quarter:half], f"search: the best {len(ahead)}")
+    mera = [each for each in ahead if each.candidate.strength is None]
+    best, _ = _leaders(mera, choices.caution, 0, choices.everywhere)
+    wide = [Tried(replace(each.candidate, positions="all"), nothing) for each in best]
+    ahead += bench.advance(wide, order[:half], f"search: {len(wide)} on all positions")
+    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], 0)
+    return bench.advance(ahead, order[half:], f"search: the best {len(ahead)}") + more + out
+
+
+def _leaders(
+    field: Sequence[Tried], caution: float, keep: int, of_each: int
+) -> tuple[list[Tried], list[Tried]]:
+    """Return the `keep` best and the best `of_each` direction; and the others."""
+    ranked = sorted(field, key=lambda each: -each.value(caution))
+    ahead = ranked[:keep]
+    for kind in dict.fromkeys(each.candidate.direction for each in ranked):
+        mine = [each for each in ranked if each.candidate.direction == kind][:of_each]
+        ahead += [each for each in mine if each not in ahead]
+    return ahead, [each for each in ranked if each not in ahead]

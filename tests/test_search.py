@@ -1,0 +1,351 @@
+"""The laws of searching: cheap equals plain, only training data, the simplest of the best."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from conftest import make_task, mixed_options, random_probe, talking_task
+
+from mera_tl.activations import collect
+from mera_tl.candidates import Bench, Candidate, Fitted, Tried, choose, tabulate
+from mera_tl.decoding import Decoding, hooked_pass
+from mera_tl.directions import Direction
+from mera_tl.evaluation import evaluate
+from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
+from mera_tl.gains import calibrate
+from mera_tl.models import load_model
+from mera_tl.outcomes import Outcomes
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings, option_tokens, read_again, read_batch
+from mera_tl.rules import Adaptive, Gated
+from mera_tl.search import Choices, Search, candidates, divide, search
+from mera_tl.steering import Steering
+from mera_tl.tasks import load_task
+
+QUIET = ReadSettings(progress=False)
+WIDE = replace(QUIET, batch_size=128)
+
+
+def split(task, n=16):
+    return task.split(0, calibration=n, test=n)
+
+
+# --- steering per answer ------------------------------------------------------------------------
+
+
+def steerings(model):
+    """MERA's rule, a gate, a direction per answer, a probe per answer, in several scopes."""
+    probe, other = random_probe(model), random_probe(model, seed=1)
+    direction = torch.stack([0.5 * probe.weights, -2 * other.weights])
+    return {
+        "mera": Steering(probe, layers=(0, 1), positions="last", rule=Adaptive(-0.5)),
+        "direction per answer": Steering(
+            probe, direction, layers=(1,), positions="last", rule=Adaptive(-0.5)
+        ),
+        "gate, probe per answer": Steering(
+            probe,
+            direction,
+            layers=(1, 2),
+            positions="last",
+            rule=Gated(-0.5, 1.5),
+            by_answer=(probe, other),
+        ),
+        "final token only": Steering(probe, positions="final", rule=Gated(-0.5)),
+    }
+
+
+@pytest.mark.parametrize("readout", ["last", "exact"])
+def test_going_on_from_a_prompt_that_was_run_equals_running_it_again(model, readout):
+    task = talking_task(model, 16)
+    options = option_tokens(model, task.options)
+    prompts = model.tokenize([example.prompt for example in task.examples])
+    settings = replace(QUIET, readout=readout)
+    with torch.inference_mode(), hooked_pass(model, ()):
+        decoding = Decoding(model, prompts, ())
+        answers = options.class_logits(decoding.prompt()).argmax(-1)
+    plain = read_batch(model, prompts, options, settings)
+    for rows in (torch.arange(16), torch.tensor([3, 4, 9])):
+        for name, steering in steerings(model).items():
+            hooks = steering.fwd_hooks()
+            cheap = read_again(decoding, rows, options, settings, hooks, answers=answers[rows])
+            whole = read_batch(model, prompts, options, settings, hooks)
+            assert torch.equal(cheap.predictions, whole.predictions[rows]), name
+            assert (cheap.probs - whole.probs[rows]).abs().max() < 1e-4, name
+            assert torch.equal(cheap.n_steered, whole.n_steered[rows]), name
+            assert (whole.probs - plain.probs).abs().max() > 1e-3, name  # they do something
+
+
+def test_a_probe_per_answer_reads_only_the_rows_of_its_answer(model):
+    task = make_task(16, options=mixed_options(model))
+    probe = random_probe(model)
+    shut = replace(probe, weights=torch.zeros_like(probe.weights), bias=probe.bias - 50)
+    steering = Steering(probe, positions="last", rule=Gated(-5.0), by_answer=(shut, probe))
+    plain = evaluate(model, task, settings=replace(QUIET, readout="last"))
+    moved = evaluate(model, task, steering.fwd_hooks(), settings=replace(QUIET, readout="last"))
+    assert 0 < (plain.predictions == 1).sum() < 16
+    assert torch.equal(moved.n_steered > 0, plain.predictions == 1)
+    change = (
+        (moved.probs - plain.probs).abs().amax(-1)
+    )  # the second run of a token is not bit-equal
+    assert change[plain.predictions == 0].max() < 1e-5 < 1e-3 < change.max()
+
+
+def test_a_gate_moves_by_the_directions_own_length():
+    rule, d = Gated(0.0, 1.5), torch.tensor([3.0, 4.0])
+    score = torch.tensor([-1.0, 0.0, 1e-3, 9.0])
+    shift = rule.amount(score)[:, None] * rule.step(torch.zeros(2), d, torch.tensor(1.0))
+    assert torch.equal(shift.norm(dim=-1), torch.tensor([0.0, 0.0, 7.5, 7.5]))
+    assert torch.equal(Gated().amount(score), torch.zeros(4))
+    assert Steering(random_probe(_Tiny), rule=rule).at(0.5).rule == rule  # the gate stays a gate
+
+
+class _Tiny:
+    n_layers, d_model = 2, 8
+
+
+def test_an_infinite_limit_is_bit_equal_to_no_steering(model, task):
+    plain = evaluate(model, task, settings=QUIET)
+    for steering in steerings(model).values():
+        inert = replace(steering, rule=Gated()).fwd_hooks()
+        change = (evaluate(model, task, inert, settings=QUIET).probs - plain.probs).abs().max()
+        again = any(hook.per_answer for _, hook in inert)  # a token run twice is not bit-equal
+        assert change < 1e-5 if again else change == 0
+
+
+# --- candidates ---------------------------------------------------------------------------------
+
+
+def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
+    """Rows that answer at once are skipped below the limit; those that answer later never are."""
+    model = models["llama"]
+    train = split(talking_task(model, 80)).train
+    activations = collect(model, train, settings=QUIET)
+    assert activations.outcomes.answered.any()
+    probe, other = random_probe(model), random_probe(model, seed=1)
+    directions = {
+        "one": Direction("one", probe.weights),
+        "two": Direction("two", torch.stack([probe.weights, -other.weights])),
+    }
+    fitted = {3.0: Fitted(probe, (), directions), None: Fitted(probe, (probe, other), directions)}
+    bench = Bench(model, train, activations, fitted, "error", QUIET)
+    names = [
+        Candidate("one", 3.0, (0, 2), "last", 0.6),
+        Candidate("two", None, (1,), "last", 0.7, 0.5),
+        Candidate("one", 3.0, (1,), "all", 0.5),
+    ]
+    places = list(range(0, len(train), 2))
+    gains = bench.gains(names, places, "")
+    assert gains[:, 1::2].isnan().all()
+    for name, row in zip(names, gains, strict=True):
+        steered = evaluate(model, train, bench.steering(name).fwd_hooks(), settings=QUIET)
+        expected = steered.gain(activations.outcomes, "error")
+        assert (row[::2] - expected[::2]).abs().max() < 1e-5
+        assert (row[::2] != 0).any()
+    base = activations.outcomes
+    correct = replace(bench, metric="correct").gains(names[:1], places, "")[0, ::2]
+    steered = evaluate(model, train, bench.steering(names[0]).fwd_hooks(), settings=QUIET)
+    assert torch.equal(correct, steered.gain(base)[::2])
+
+
+def tried(recoveries, regressions, *, n=100, shift=0, **words):
+    gains = torch.zeros(n).double()
+    gains[shift : shift + recoveries] = 1
+    gains[n - regressions :] = -1
+    words = {"layers": (0,), "positions": "last", "threshold": 0.1} | words
+    return Tried(Candidate("pattern", 3.0, **words), gains)
+
+
+def test_the_best_is_chosen_and_of_near_ties_the_simplest():
+    best = tried(40, 2, layers=(0, 1))
+    assert choose([tried(10, 0), best, tried(0, 0)]) == best.candidate
+    one_less = tried(39, 2)
+    assert choose([best, one_less]) == one_less.candidate  # fewer layers
+    milder = tried(40, 2, layers=(0, 1), threshold=0.5)
+    assert choose([best, milder]) == milder.candidate
+    many_less = tried(30, 2)
+    assert choose([best, many_less]) == best.candidate
+    # the same net gain at the price of more regressions is worth less
+    assert choose([tried(38, 0, threshold=0.01), tried(60, 22)]).threshold == 0.01
+
+
+def test_a_candidate_that_has_not_seen_everything_cannot_win():
+    partial = tried(50, 0)
+    partial.gains[50:] = torch.nan
+    assert partial.value(1.0) == 1.0
+    complete = tried(5, 0)
+    assert choose([partial, complete]) == complete.candidate
+    table = tabulate([partial, complete])
+    assert table["n"].tolist() == [100, 50]
+    assert table["recoveries"].tolist() == [5, 50]
+
+
+def test_where_nothing_helps_the_least_harmful_is_chosen():
+    harmless = tried(0, 0, layers=(0, 1, 2))
+    assert choose([tried(1, 30), harmless, tried(2, 9)]) == harmless.candidate
+
+
+def test_the_candidates_cover_every_scope():
+    names = candidates(Choices(), 8)
+    assert len(names) == len(set(names))
+    layers = {name.layers for name in names}
+    assert {(layer,) for layer in range(8)} <= layers
+    assert tuple(range(8)) in layers
+    assert {len(each) for each in layers} == {1, 3, 8}
+    assert len({name.layers for name in candidates(Choices(), 40)}) <= 16
+    assert all((name.penalty is None) == (name.strength is not None) for name in names)
+
+
+# --- the search ---------------------------------------------------------------------------------
+
+
+@cache
+def organism():
+    return load_model("organism", device="cpu")
+
+
+@cache
+def planted(name="spam_cue"):
+    splits = load_task(name).split(0, train=360, calibration=150, test=200)
+    return splits, collect(organism(), splits.train, settings=WIDE)
+
+
+SMALL = Choices(
+    directions=("contrastive", "controlled_contrastive", "answer_controlled"),
+    layers=((1,), (2,), (1, 2)),
+    thresholds=(0.1, 0.35),
+    gates=(0.5,),
+)
+
+
+@cache
+def found():
+    splits, activations = planted()
+    return search(organism(), splits.train, activations, choices=SMALL, settings=WIDE)
+
+
+def test_the_parts_are_disjoint_and_no_text_is_in_both():
+    task = split(make_task(100)).train
+    twice = replace(
+        task, examples=task.examples + tuple(replace(e, row=e.row + 1000) for e in task.examples)
+    )
+    fit, judge = divide(twice, 1 / 3, seed=0)
+    assert sorted(fit + judge) == list(range(len(twice)))
+    texts = [{twice.examples[i].key for i in part} for part in (fit, judge)]
+    assert not texts[0] & texts[1]
+    assert len(judge) == pytest.approx(len(twice) / 3, abs=8)
+    assert divide(twice, 1 / 3, seed=0) == (fit, judge)
+    assert divide(twice, 1 / 3, seed=1) != (fit, judge)
+
+
+def test_a_search_sees_nothing_but_training_data():
+    splits, activations = planted()
+    for other in (splits.calibration, splits.test):
+        with pytest.raises(ValueError, match="needs the training split"):
+            search(organism(), other, activations)
+        with pytest.raises(ValueError, match="needs the training split"):
+            search_flip(other, activations)
+    with pytest.raises(ValueError, match="are not of the"):
+        search(organism(), splits.train.subset(range(50)), activations)
+
+
+def test_searched_and_certified_once_it_corrects_a_planted_failure_on_test():
+    splits, _ = planted()
+    result = found()
+    base = evaluate(organism(), splits.test, settings=WIDE)
+    assert base.accuracy < 0.85
+    protocol = Protocol(thresholds=(result.chosen.threshold,))
+    decision = calibrate(
+        organism(), splits.calibration, result.steering, protocol=protocol, settings=WIDE
+    )
+    assert decision.n_thresholds == 1
+    assert not decision.abstained
+    steered = evaluate(organism(), splits.test, decision.fwd_hooks(result.steering), settings=WIDE)
+    assert steered.accuracy > 0.93
+    # the direction that holds no class fixed is in the same table, and far behind
+    by_kind = result.table.groupby("direction")["recoveries"].max()
+    assert by_kind["answer_controlled"] > 2 * by_kind["contrastive"]
+
+
+def test_the_table_keeps_what_was_tried_and_the_winner_saw_everything():
+    result = found()
+    assert len(result.table) >= len(candidates(SMALL, 4))
+    assert result.table["n"].iloc[0] == result.details["n_search"]
+    assert set(result.table["positions"]) == {"last", "all"}
+    again = search(organism(), planted()[0].train, planted()[1], choices=SMALL, settings=WIDE)
+    assert again.chosen == result.chosen
+    assert again.table.equals(result.table)
+
+
+def test_a_saved_search_steers_the_same(tmp_path):
+    result, test = found(), planted()[0].test.subset(range(40))
+    result.save(tmp_path)
+    loaded = Search.load(tmp_path)
+    assert loaded.chosen == result.chosen
+    runs = [
+        evaluate(organism(), test, each.steering.fwd_hooks(), settings=WIDE)
+        for each in (result, loaded)
+    ]
+    assert torch.equal(runs[0].probs, runs[1].probs)
+    assert (runs[0].n_steered > 0).any()
+    assert len(loaded.table) == len(result.table)
+
+
+def test_without_errors_nothing_can_be_found():
+    splits, activations = planted()
+    base = activations.outcomes
+    flawless = replace(activations, outcomes=replace(base, predictions=base.labels))
+    result = search(organism(), splits.train, flawless, choices=SMALL, settings=WIDE)
+    assert result.table["gain"].max() <= 0
+
+
+# --- flip ---------------------------------------------------------------------------------------
+
+
+def some_outcomes():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.4, 0.35, 0.25], [0.0, 0.0, 0.0]])
+    zeros = torch.zeros(4, dtype=torch.long)
+    return Outcomes(
+        options=("a", "b", "c"),
+        rows=torch.arange(4),
+        labels=torch.tensor([1, 2, 1, 0]),
+        predictions=torch.tensor([0, 2, 0, -1]),
+        probs=probs,
+        n_steered=zeros,
+        n_steerable=zeros,
+        peak=torch.tensor([2.0, -1.0, -1.0, 5.0]),
+    )
+
+
+def test_flipping_exchanges_the_two_best_options_where_error_is_predicted():
+    base = some_outcomes()
+    after = flipped(base, base.peak, 0.5)
+    assert after.predictions.tolist() == [1, 2, 0, -1]
+    assert torch.equal(after.probs[0], torch.tensor([0.3, 0.5, 0.2]))
+    assert torch.equal(after.probs[1:], base.probs[1:])
+    assert after.transitions(base) == {"0->0": 2, "0->1": 1, "1->0": 0, "1->1": 1}
+
+
+def test_flip_is_searched_certified_and_helps_on_test():
+    splits, activations = planted("yesno_hint")
+    result = search_flip(splits.train, activations)
+    decision = certify_flip(
+        organism(), splits.calibration, result, protocol=Protocol(), settings=WIDE
+    )
+    assert decision.threshold == result.chosen.threshold
+    base = evaluate(organism(), splits.test, settings=WIDE)
+    read = evaluate(organism(), splits.test, reading_hooks(result.steering), settings=WIDE)
+    assert (read.probs - base.probs).abs().max() < 1e-5  # reading moves nothing
+    assert torch.isfinite(read.peak).all()
+    assert flipped(read, read.peak, decision.threshold).accuracy > base.accuracy + 0.1
+
+
+def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
+    model = models["llama"]
+    train = split(talking_task(model, 60)).train
+    activations = collect(model, train, settings=QUIET)
+    probe = random_probe(model)
+    hooks = reading_hooks(Steering(probe, layers=(1,)))
+    read = evaluate(model, train, hooks, settings=QUIET)
+    expected = probe.score(activations.resid("last"))[1]
+    assert (read.peak - expected).abs().max() < 1e-4
