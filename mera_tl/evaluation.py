@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mera_tl.models import FwdHooks, Model
 from mera_tl.outcomes import Outcomes
+from mera_tl.progress import is_watched
 from mera_tl.readout import (
     OptionTokens,
     Reading,
@@ -59,8 +60,8 @@ def run_batches(
     """Run batches of prompt indices, longest first, halving the batch when memory runs out."""
     results: list[tuple[list[int], Reading]] = []
     pending = list(by_length(prompts, settings.batch_size))[::-1]
-    # disable=None: a bar only where a person is watching
-    with tqdm(total=len(prompts), desc=title, disable=None if settings.progress else True) as bar:
+    hidden = not (settings.progress and is_watched())
+    with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
         while pending:
             batch = pending.pop()
             try:

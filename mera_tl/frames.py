@@ -1,5 +1,6 @@
 """Run folders read back as data frames, the shape in which figures and reports take them."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -15,10 +16,8 @@ from torch import Tensor
 from mera_tl import store
 from mera_tl.activations import Activations
 from mera_tl.benchmark import FORMAT
-from mera_tl.bounds import lower_bound, unconditional
 from mera_tl.certificate import Calibration
 from mera_tl.config import RunConfig, parse_layers
-from mera_tl.outcomes import spi
 from mera_tl.probes import LinearProbe
 from mera_tl.tasks import Task, load_task
 
@@ -61,7 +60,22 @@ class RunFolder:
     def title(self) -> str:
         """Model, task and seed."""
         first = self.records[0]
-        return f"{first['model']} on {first['task']}, seed {first['seed']}"
+        space = "" if first["space"] == "raw" else " in SAE space"
+        return f"{first['model']} on {first['task']}{space}, seed {first['seed']}"
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this run again; what is default is left out."""
+        config = self.config
+        parts = ["mera run --model", shlex.quote(config.model), "--task", shlex.quote(config.task)]
+        for field in fields(RunConfig):
+            value = getattr(config, field.name)
+            if value == field.default or field.name in ("model", "task"):
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            parts += [flag] if value is True else [flag, shlex.quote(str(value))]
+        methods = [record["method"] for record in self.records]
+        return " ".join([*parts, "--methods", *methods, "--out", shlex.quote(self.path.name)])
 
     def record(self, method: str) -> dict[str, Any]:
         """Return the record of a method."""
@@ -125,7 +139,12 @@ class RunFolder:
         )
 
     def cloud(self, method: str) -> "Cloud | None":
-        """Return the training activations as a method's probe sees them, if both are kept."""
+        """Return the training activations as a method's probe sees them, if both are kept.
+
+        None in SAE space, where a probe does not read the activations themselves.
+        """
+        if self.record(method)["space"] != "raw":
+            return None
         kind = self.record(method)["details"].get("probe")
         folder = self.path / "probes" / str(kind)
         activations = self.path / "activations"
@@ -225,26 +244,17 @@ def evidence_frame(certificate: Calibration, method: str) -> pd.DataFrame:
     )
 
 
-def spi_intervals(records: Sequence[dict[str, Any]], *, level: float = 0.05) -> pd.DataFrame:
-    """Return records with `spi_low` and `spi_high`, from the exact paired test on both sides.
+def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return records with the ends of their interval as `spi_low` and `spi_high`.
 
-    NaN where nothing was steered.
+    NaN where nothing was steered: there is nothing uncertain in it.
     """
-    frame = pd.DataFrame(list(records))
-    lows, highs = [], []
+    ends = []
     for record in records:
-        recovered, regressed = (record["transitions"][change] for change in ("0->1", "1->0"))
         idle = record["method"] == "no_steering" or record["decision"] == "ABSTAIN"
-        base, n = record["accuracy"] - record["accuracy_change"], record["n"]
-        if idle:
-            lows.append(np.nan)
-            highs.append(np.nan)
-            continue
-        sides = ((recovered, regressed), (regressed, recovered))
-        low, high = (lower_bound(unconditional(*side, n, level / 2), level / 2) for side in sides)
-        lows.append(spi(max(0.0, base + low), base))
-        highs.append(spi(min(1.0, base - high), base))
-    return frame.assign(spi_low=lows, spi_high=highs)
+        ends.append((np.nan, np.nan) if idle else record["spi_interval"])
+    low, high = zip(*ends, strict=True)
+    return pd.DataFrame(list(records)).assign(spi_low=low, spi_high=high)
 
 
 def find_runs(folders: str | Path | Sequence[str | Path]) -> list[RunFolder]:

@@ -16,6 +16,7 @@ from mera_tl.certificate import Calibration
 from mera_tl.evaluation import evaluate
 from mera_tl.models import Model
 from mera_tl.outcomes import Outcomes
+from mera_tl.progress import is_watched
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
 from mera_tl.rules import Adaptive, Additive, Gated
@@ -81,7 +82,7 @@ def threshold_grid(
     quiet = replace(settings, progress=False)
     runs = []
     for threshold in tqdm(
-        thresholds, desc="thresholds", disable=None if settings.progress else True
+        thresholds, desc="thresholds", disable=not (settings.progress and is_watched())
     ):
         steered = steering.at(threshold)
         assert isinstance(steered.rule, Adaptive | Gated)

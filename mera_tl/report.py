@@ -8,9 +8,7 @@ import html
 import importlib.util
 import math
 import random
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ import plotly.graph_objects as go
 
 from mera_tl import plots, store
 from mera_tl.benchmark import table
-from mera_tl.config import RunConfig
-from mera_tl.frames import RunFolder, find_runs, spi_intervals
+from mera_tl.frames import RunFolder, find_runs, records_frame
 from mera_tl.page import figure_block, prompt_html, table_html, write_page
 
 N_EXAMPLES = 10
@@ -156,7 +153,7 @@ def _probes(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
 
 
 def _effects(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
-    frame = spi_intervals(run.records)
+    frame = records_frame(run.records)
     yield figures.place(f"{prefix}spi", plots.spi_dots(frame), frame)
     yield figures.place(f"{prefix}transitions", plots.transitions(frame), frame)
     yield table_html(table(run.records).drop(columns=["model", "task"]))
@@ -258,6 +255,7 @@ def _side_effects(run: RunFolder) -> str:
                 "weighted F1": record["f1"],
                 "unanswered": record["unanswered"],
                 "tokens steered": record["steered_share"],
+                **_free_text(record),
                 **{f'answers "{option}"': int(count) for option, count in sorted(said.items())},
             }
         )
@@ -269,25 +267,11 @@ def _side_effects(run: RunFolder) -> str:
     ) + table_html(frame.astype(dict.fromkeys(counts, int)))
 
 
-def command_of(run: RunFolder) -> str:
-    """Return the command line that makes this run again."""
-    config = run.config
-    parts = [
-        "mera",
-        "run",
-        "--model",
-        shlex.quote(config.model),
-        "--task",
-        shlex.quote(config.task),
-    ]
-    for field in fields(RunConfig):
-        value = getattr(config, field.name)
-        if value == field.default or field.name in ("model", "task"):
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        parts += [flag] if value is True else [flag, shlex.quote(str(value))]
-    methods = [record["method"] for record in run.records]
-    return " ".join([*parts, "--methods", *methods, "--out", shlex.quote(run.path.name)])
+def _free_text(record: dict[str, Any]) -> dict[str, float]:
+    told = record.get("free_text")
+    if not told:
+        return {}
+    return {"perplexity": told["perplexity"], "distinct word pairs": told["distinct_2"]}
 
 
 def _provenance(run: RunFolder, figures: _Figures) -> str:
@@ -298,7 +282,7 @@ def _provenance(run: RunFolder, figures: _Figures) -> str:
     rows += [{"what": f"{role} data", "value": value} for role, value in hashes["data"].items()]
     rows += [{"what": name, "value": value} for name, value in first["versions"].items()]
     return (
-        f"<pre>{html.escape(command_of(run))}\nmera report {html.escape(run.path.name)}</pre>\n"
+        f"<pre>{html.escape(run.command)}\nmera report {html.escape(run.path.name)}</pre>\n"
         f"<p>Hashes and versions:</p>\n{table_html(pd.DataFrame(rows))}"
         f'<p class="soft">{html.escape(figures.write_images())}</p>\n'
     )
@@ -321,7 +305,7 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> Iterator[str]:
         yield f"<h3>{html.escape(run.title)}</h3>\n"
         yield from _decisions(run)
     yield "<h2>Methods by task</h2>\n"
-    frame = spi_intervals(records)
+    frame = records_frame(records)
     yield figures.place("spi_heatmap", plots.spi_heatmap(frame), frame)
     yield figures.place("spi_dots", plots.spi_dots(frame), frame)
     yield figures.place("transitions", plots.transitions(frame), frame)

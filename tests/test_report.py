@@ -11,9 +11,9 @@ from plotly.offline import get_plotlyjs
 from mera_tl import store
 from mera_tl.benchmark import open_run
 from mera_tl.config import RunConfig
-from mera_tl.frames import RunFolder, find_runs, spi_intervals
+from mera_tl.frames import RunFolder, find_runs, records_frame
 from mera_tl.page import write_page
-from mera_tl.report import command_of, write_report
+from mera_tl.report import write_report
 
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 CONFIG = RunConfig(
@@ -74,7 +74,7 @@ def test_it_says_what_was_asked_decided_and_found(page, folder):
 
 
 def test_the_command_makes_the_same_configuration(folder):
-    command = command_of(RunFolder.open(folder))
+    command = RunFolder.open(folder).command
     assert command.startswith("mera run --model organism --task choice_hint")
     assert "--layers 1" in command and "--batch-size 60" in command
     assert "--dtype" not in command  # what is default is left out
@@ -153,27 +153,13 @@ def test_a_changed_certificate_is_refused(folder, tmp_path):
         write_report(tmp_path / "run")
 
 
-def test_intervals_hold_the_estimate_and_narrow_with_n():
-    def record(recovered, regressed, n):
-        moved = {"0->1": recovered, "1->0": regressed}
-        change = (recovered - regressed) / n
-        return {
-            "method": "additive_probe",
-            "decision": None,
-            "transitions": moved,
-            "n": n,
-            "accuracy": 0.6 + change,
-            "accuracy_change": change,
-            "spi": change / 0.4 if change > 0 else change / 0.6,
-        }
-
-    frame = spi_intervals([record(20, 5, 100), record(200, 50, 1000), record(5, 20, 100)])
-    assert (frame["spi_low"] < frame["spi"]).all() and (frame["spi"] < frame["spi_high"]).all()
-    width = frame["spi_high"] - frame["spi_low"]
-    assert width[1] < width[0] / 2
-    assert frame["spi_low"][0] > 0 > frame["spi_high"][2]  # both effects are certain
-    idle = spi_intervals([record(0, 0, 100) | {"decision": "ABSTAIN"}])
-    assert idle["spi_low"].isna().all()
+def test_what_was_not_steered_has_no_interval(folder):
+    frame = records_frame(RunFolder.open(folder).records).set_index("method")
+    assert frame.loc["additive_probe", ["spi_low", "spi_high"]].notna().all()
+    assert frame.loc["no_steering", ["spi_low", "spi_high"]].isna().all()
+    steered = frame["spi_low"].notna()
+    assert (frame["spi_low"] <= frame["spi"])[steered].all()
+    assert (frame["spi"] <= frame["spi_high"])[steered].all()
 
 
 def test_a_script_in_the_data_cannot_leave_its_place():

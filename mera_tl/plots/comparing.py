@@ -22,11 +22,14 @@ _SCALE = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
 _SPI = "SPI: share of what could be won (or lost)"
 
 
-def _where_of(df: pd.DataFrame) -> Any:
-    """Name the place of every record: its task, and its model where there are several."""
-    if len(set(df["model"])) == 1:
-        return df["task"]
-    return df["model"].map(lambda name: str(name).rsplit("/", 1)[-1]) + "<br>" + df["task"]
+def _with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
+    """Name the place of every record: its task, and model and space where there are several."""
+    where: Any = df["task"]
+    if len(set(df["model"])) > 1:
+        where = df["model"].map(lambda name: str(name).rsplit("/", 1)[-1]) + "<br>" + where
+    if space and len(set(df["space"])) > 1:
+        where = where + df["space"].map(lambda name: "" if name == "raw" else " (SAE)")
+    return df.assign(where=where)
 
 
 def _examples(df: pd.DataFrame) -> str:
@@ -38,7 +41,7 @@ def _examples(df: pd.DataFrame) -> str:
 
 def spi_heatmap(df: pd.DataFrame) -> go.Figure:
     """Draw the mean SPI of every method on every task and model; "-" where all runs abstained."""
-    df = df.assign(where=_where_of(df))
+    df = _with_place(df)
     methods, places = in_order(df, "method"), in_order(df, "where")
     mean = df.pivot_table(index="method", columns="where", values="spi").loc[methods, places]
     abstained = df.assign(off=df["decision"] == "ABSTAIN").pivot_table(
@@ -80,7 +83,7 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
 
     Takes columns `spi_low` and `spi_high` where known; several seeds are dots of their own.
     """
-    df = df.assign(where=_where_of(df))
+    df = _with_place(df)
     figure, methods, places = _panels(df)
     for row, place in enumerate(places, start=1):
         for method in methods:
@@ -120,7 +123,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
 
     The records' `transitions` hold counts of 0->0, 0->1, 1->0 and 1->1.
     """
-    df = df.assign(where=_where_of(df))
+    df = _with_place(df)
     figure, methods, places = _panels(df)
     for row, place in enumerate(places, start=1):
         rows = rows_where(df, where=place)
@@ -177,7 +180,7 @@ def _height(methods: list[str], places: list[str]) -> int:
 
 def raw_against_sae(df: pd.DataFrame) -> go.Figure:
     """Draw the SPI of each method and task in raw space and in SAE space, joined by a line."""
-    df = df.assign(where=_where_of(df))
+    df = _with_place(df, space=False)
     df = df.assign(place=df["where"].str.replace("<br>", ", ") + ": " + df["method"])
     wide = df.pivot_table(index="place", columns="space", values="spi", sort=False).dropna()
     figure = go.Figure()
