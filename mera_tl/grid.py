@@ -1,4 +1,4 @@
-"""Models x tasks x seeds, every method on each: a grid of runs that survives anything.
+"""Models x tasks x seeds x spaces, every method on each: a grid of runs that survives anything.
 
 Each run has its own folder and shares its model, activations, probes and unsteered outcomes among
 all methods; each method's record is written whole, so a grid that was killed goes on where it was.
@@ -7,7 +7,7 @@ again.
 """
 
 import logging
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mera_tl import store
 from mera_tl.benchmark import Run, load_configured, open_run
+from mera_tl.cluster import map_jobs
 from mera_tl.config import GridConfig, RunConfig
 from mera_tl.methods import find_method
 from mera_tl.models import Model
@@ -24,48 +25,67 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 
-def run_grid(config: GridConfig, folder: str | Path, *, progress: bool = True) -> list[Record]:
-    """Run every job that is not done; return and write one record per job.
+@dataclass(frozen=True)
+class GridJob:
+    """One run of a grid, as it is sent to a worker."""
+
+    config: RunConfig
+    methods: tuple[str, ...]
+    folder: str
+
+
+def run_grid(
+    config: GridConfig,
+    folder: str | Path,
+    *,
+    ray: str | None = None,
+    gpus: float = 0.0,
+    progress: bool = True,
+) -> list[Record]:
+    """Run every job that is not done; return and write one record per job, in a fixed order.
+
+    `ray` and `gpus` are as in `cluster.map_jobs`; all nodes must see `folder`, the models and data.
 
     Raises:
         ValueError: if a method is unknown, or another process works in the folder.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     for name in config.methods:
         find_method(name)
-    runs, records, load = config.runs(), [], _LatestModel()
-    total = len(runs) * len(config.methods)
-    with (
-        store.lock(folder),
-        tqdm(total=total, desc="jobs", disable=None if progress else True) as bar,
-    ):
-        for run in runs:
-            for record in _records(run, config.methods, folder / run_name(run), load):
-                records.append(record)
-                bar.update()
+    jobs = [GridJob(run, config.methods, str(folder / run_name(run))) for run in config.runs()]
+    found: dict[int, list[Record]] = {}
+    bar = tqdm(total=len(jobs), desc="runs", disable=None if progress else True)
+    with store.lock(folder), bar:
+        for place, result in map_jobs(run_job, jobs, ray=ray, gpus=gpus):
+            job = jobs[place]
+            if isinstance(result, Exception):
+                result = [_failure(job.config, name, result) for name in job.methods]
+            found[place] = result
+            bar.update()
+            records = [record for place in sorted(found) for record in found[place]]
             store.write_records(folder / "records.jsonl", records)
+    return [record for place in sorted(found) for record in found[place]]
+
+
+def run_job(job: GridJob) -> list[Record]:
+    """Do one run; return one record per method, saying why where something failed."""
+    records: list[Record] = []
+    try:
+        with open_run(job.config, job.folder, progress=False, load=_latest_model) as run:
+            for name in job.methods:
+                records.append(_attempt(run, name))
+    except Exception as error:  # names or data that do not load: all that is left fails alike
+        left = job.methods[len(records) :]
+        records += [_failure(job.config, name, error) for name in left]
     return records
 
 
 def run_name(config: RunConfig) -> str:
     """Return the folder name of a run: readable, and different for different configurations."""
-    names = (Path(config.model).name, Path(config.task).stem, f"seed{config.seed}")
+    names = [Path(config.model).name, Path(config.task).stem, f"seed{config.seed}"]
+    if config.space != "raw":
+        names.append(config.space)
     return "-".join((*names, store.fingerprint(config.to_json())[:6]))
-
-
-def _records(
-    config: RunConfig, methods: tuple[str, ...], folder: Path, load: "_LatestModel"
-) -> Iterator[Record]:
-    """Yield one record per method; where something fails, a record that says why."""
-    left = list(methods)
-    try:
-        with open_run(config, folder, progress=False, load=load) as run:
-            while left:
-                record = _attempt(run, left[0])
-                del left[0]
-                yield record
-    except Exception as error:  # names or data that do not load: all that is left fails alike
-        yield from (_failure(config, name, error) for name in left)
 
 
 def _attempt(run: Run, method: str) -> Record:
@@ -77,8 +97,9 @@ def _attempt(run: Run, method: str) -> Record:
 
 def _failure(config: RunConfig, method: str, error: Exception) -> Record:
     logger.error("%s on %s, %s failed", config.model, config.task, method, exc_info=error)
-    names = {"model": config.model, "task": config.task, "method": method, "seed": config.seed}
-    return {**names, "failure": f"{type(error).__name__}: {error}"}
+    names = {"model": config.model, "task": config.task, "method": method}
+    place = {"space": config.space, "seed": config.seed}
+    return {**names, **place, "failure": f"{type(error).__name__}: {error}"}
 
 
 class _LatestModel:
@@ -94,3 +115,7 @@ class _LatestModel:
             self._model = None  # the old one goes before the new one comes
             self._key, self._model = key, load_configured(config)
         return self._model
+
+
+_latest_model = _LatestModel()
+"""Of this process: a worker that does one job after another loads each model once."""

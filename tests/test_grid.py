@@ -49,6 +49,7 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
     import mera_tl.grid
 
     counts = {"collect": 0, "load": 0}
+    monkeypatch.setattr(mera_tl.grid, "_latest_model", mera_tl.grid._LatestModel())
     real_collect, real_load = mera_tl.benchmark.collect, mera_tl.grid.load_configured
 
     def counted(name, function):
