@@ -24,11 +24,13 @@ from mera_tl.activations import Activations, collect
 from mera_tl.config import RunConfig, parse_layers
 from mera_tl.continuations import free_text
 from mera_tl.evaluation import evaluate
-from mera_tl.methods import METHODS, Setting, Treatment, find_method
+from mera_tl.methods import METHODS, Setting, Treatment, find_method, require_space
 from mera_tl.models import Model, load_model
 from mera_tl.outcomes import Outcomes, accuracy_interval, paired_p_value, spi, spi_interval
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings, option_tokens
+from mera_tl.sae import default_source, load_saes
+from mera_tl.spaces import ResidualSpace, Space
 from mera_tl.tasks import Splits, load_task
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,21 @@ class Run:
                 f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "
                 f"layers, numbered 0 to {self.model.n_layers - 1}; choose among them."
             )
+        _ = self.space  # SAEs that are not there, or do not fit, fail before anything is run
+
+    @cached_property
+    def space(self) -> Space:
+        """Where probes read and rules write."""
+        config = self.config
+        if config.space == "raw":
+            return ResidualSpace()
+        return load_saes(
+            config.sae or default_source(config.model),
+            parse_layers(config.layers),
+            self.model,
+            sibling=config.sae_sibling,
+            correction=config.sae_correction,
+        )
 
     @cached_property
     def activations(self) -> Activations:
@@ -109,6 +126,7 @@ class Run:
             probe_position=config.probe_position,
             strength=config.strength,
             read=self.read,
+            space=self.space,
             seed=config.seed,
             folder=self.folder,
         )
@@ -127,6 +145,7 @@ class Run:
         """Yield one record per method, computing those that are not in the folder yet."""
         for name in methods:
             find_method(name)  # every name is checked before the first costs anything
+            require_space(name, self.config.space)
         for name in methods:
             yield self.record(name)
 
@@ -140,6 +159,7 @@ class Run:
         return done[name]
 
     def _evaluate(self, name: str) -> dict[str, Any]:
+        require_space(name, self.config.space)
         base = self.base
         started = time.perf_counter()
         treatment = METHODS[name](self.setting)
@@ -153,7 +173,7 @@ class Run:
             "model": self.model.name,
             "task": self.splits.test.name,
             "method": name,
-            "space": "raw",
+            "space": self.config.space,
             "seed": self.config.seed,
             **scores(outcomes, base),
             **_decision(treatment),
@@ -267,6 +287,7 @@ def table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
             "model": record["model"],
             "task": record["task"],
             "method": record["method"],
+            "space": record["space"],
             "n": record["n"],
             "accuracy": record["accuracy"],
             "error": record["error"],

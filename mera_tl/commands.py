@@ -20,7 +20,7 @@ Rows = Sequence[dict[str, Any]]
 # --- run and its steps --------------------------------------------------------------------------
 
 
-def _config_of(command: ask.Run) -> RunConfig:
+def _config_of(command: RunConfig) -> RunConfig:
     return RunConfig(**{f.name: getattr(command, f.name) for f in fields(RunConfig)})
 
 
@@ -98,6 +98,27 @@ def benchmark(command: ask.Benchmark) -> None:
     print(f"\n{len(done)} of {len(records)} jobs done; records in {command.out / 'records.jsonl'}")
     if len(done) < len(records):
         sys.exit(1)
+
+
+def sae(command: ask.Sae) -> None:
+    """Train SAEs, and print what they explain of prompts that they have not seen."""
+    from mera_tl.benchmark import Run
+    from mera_tl.config import parse_layers
+    from mera_tl.latents import reconstruction
+    from mera_tl.sae import default_source, load_saes
+    from mera_tl.sae_training import TrainOptions, hold_out, train_saes
+
+    opened = Run(_config_of(command), Path())
+    layers, source = parse_layers(command.layers), command.sae or default_source(command.model)
+    fit, judge = hold_out(opened.splits.train)
+    if command.action == "train":
+        source = str(command.out or Path("saes") / Path(command.model).name)
+        options = TrainOptions(**{f.name: getattr(command, f.name) for f in fields(TrainOptions)})
+        train_saes(opened.model, fit, layers, source, options=options, settings=opened.read)
+    space = load_saes(source, layers, opened.model, sibling=command.sae_sibling)
+    table = reconstruction(opened.model, judge, space, settings=opened.read)
+    print(f"\n{len(judge)} prompts of {judge.name}, SAEs in {source}:\n")
+    print(table.to_string(index=False, float_format="%.3f"))
 
 
 def _say_splits(opened: Any) -> None:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any, Literal
 
+SpaceName = Literal["raw", "sae"]
 DEFAULT_METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
 
 
@@ -23,6 +24,13 @@ class RunOptions:
     """Test examples, likewise. Default: 20 %."""
     layers: str = "all"
     """Steered layers: all, best, or numbers (0,2-4)."""
+    sae: str | None = None
+    """SAEs of --space sae: a folder, RELEASE:layer_{layer}/ID, or "organism". Default: the
+    organism's own, else saes/<model>, where `mera sae train` writes."""
+    sae_sibling: bool = False
+    """Use the SAEs of a base model on its instruction-tuned sibling."""
+    sae_correction: Literal["none", "gain"] = "none"
+    """Stretch shifts of latents so that, to first order, re-encoding finds them again (gain)."""
     positions: Literal["all", "last", "generated"] = "all"
     """Steered tokens: all, from the final prompt token on (last), or generated ones."""
     probe_position: Literal["last", "exact"] = "last"
@@ -61,6 +69,8 @@ class RunConfig(RunOptions):
     """An official name, a local Hugging Face folder, or "organism"."""
     task: str
     """A task's name (`mera tasks`), or the path of a task file (.toml, .yaml)."""
+    space: SpaceName = "raw"
+    """Where probes read and rules write: the residual stream, or the latents of SAEs."""
     seed: int = 0
     """Of the split, the probes' folds and the order of the betting bound."""
 
@@ -81,13 +91,17 @@ class GridConfig(RunOptions):
     """Methods to compare (`mera methods` lists them)."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the split."""
+    spaces: tuple[SpaceName, ...] = ("raw",)
+    """Spaces to compare: raw, sae."""
 
     def runs(self) -> list[RunConfig]:
-        """Return one configuration per model, task and seed, models outermost."""
+        """Return one configuration per model, task, seed and space, models outermost."""
         shared = {f.name: getattr(self, f.name) for f in fields(RunOptions)}
         return [
-            RunConfig(model=model, task=task, seed=seed, **shared)
-            for model, task, seed in product(self.models, self.tasks, self.seeds)
+            RunConfig(model=model, task=task, seed=seed, space=space, **shared)
+            for model, task, seed, space in product(
+                self.models, self.tasks, self.seeds, self.spaces
+            )
         ]
 
 

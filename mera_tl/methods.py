@@ -17,12 +17,14 @@ from mera_tl.activations import Activations
 from mera_tl.certificate import Calibration
 from mera_tl.evaluation import evaluate
 from mera_tl.gains import calibrate
+from mera_tl.latents import fit_latent_probe
 from mera_tl.models import FwdHooks, Model
 from mera_tl.outcomes import Outcomes
 from mera_tl.probes import Kind, LinearProbe, Rank, fit_error_probe, fit_ranked_probe
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
 from mera_tl.rules import Additive
+from mera_tl.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering import Positions, Steering
 from mera_tl.tasks import Splits, Task
 
@@ -51,12 +53,15 @@ class Setting:
     strength: float = 0.1
     """Of the fixed-strength methods, in units of the layer's typical residual norm."""
     read: ReadSettings = field(default_factory=ReadSettings)
+    space: Space = field(default_factory=ResidualSpace)
     seed: int = 0
     folder: Path | None = None
     """Where probes and certificates are kept and found again."""
 
     def probe(self, kind: Kind) -> LinearProbe:
         """Fit a probe of this kind on the training split, once."""
+        if isinstance(self.space, SAESpace):
+            return self._kept_probe(kind, partial(fit_latent_probe, space=self.space, kind=kind))
         return self._kept_probe(kind, partial(fit_error_probe, kind=kind))
 
     def ranked_probe(self, rank: Rank) -> LinearProbe:
@@ -97,7 +102,7 @@ class Setting:
 
     def steering(self, probe: LinearProbe) -> Steering:
         """Return the probe's steering in this setting's scope."""
-        return Steering(probe, layers=self.layers, positions=self.positions)
+        return Steering(probe, space=self.space, layers=self.layers, positions=self.positions)
 
     @cached_property
     def _probes(self) -> dict[str, LinearProbe]:
@@ -147,6 +152,32 @@ def find_method(name: str) -> Method:
             "(`mera methods` lists all)."
         )
     return METHODS[name]
+
+
+IN_LATENTS = (
+    "no_steering",
+    "prompt_steering",
+    "additive_probe",
+    "additive_logistic_probe",
+    "vanilla_contrastive",
+    "optimal_probe",
+    "optimal_logistic_probe",
+    "optimal_contrastive",
+)
+"""What works in SAE space too; the first two read nothing."""
+
+
+def require_space(name: str, space: str) -> None:
+    """Refuse a method in a space it does not work in.
+
+    Raises:
+        ValueError: naming the methods that do.
+    """
+    if space != "raw" and name not in IN_LATENTS:
+        raise ValueError(
+            f"{name} works in the residual stream only; in SAE space there are "
+            f"{', '.join(IN_LATENTS)}."
+        )
 
 
 # --- baselines ----------------------------------------------------------------------------------

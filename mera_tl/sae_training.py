@@ -19,7 +19,7 @@ from mera_tl.decoding import left_pad
 from mera_tl.evaluation import tokenize_task
 from mera_tl.models import Model, resid_post
 from mera_tl.readout import ReadSettings, by_length
-from mera_tl.sae import require_sae_lens, starts_with_bos
+from mera_tl.sae import Layers, require_sae_lens, starts_with_bos
 from mera_tl.tasks import Task
 
 Architecture = Literal["standard", "jumprelu", "topk", "batchtopk"]
@@ -39,7 +39,7 @@ class TrainOptions:
     """Latents that are on at a time, for topk and batchtopk."""
     n_steps: int = 1500
     """Training steps."""
-    batch: int = 1024
+    step_tokens: int = 1024
     """Tokens in a step."""
     max_tokens: int = 200_000
     """Tokens to learn from at most, of prompts taken in their order."""
@@ -50,7 +50,7 @@ class TrainOptions:
 def train_saes(
     model: Model,
     task: Task[Any],
-    layers: Sequence[int],
+    layers: Layers,
     out: str | Path,
     *,
     options: TrainOptions | None = None,
@@ -64,20 +64,21 @@ def train_saes(
     """
     require_sae_lens()
     options, settings = options or TrainOptions(), settings or ReadSettings()
+    layers = layers if isinstance(layers, tuple) else tuple(range(model.n_layers))
     wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
     if wrong or not layers:
         raise ValueError(
-            f"layers={tuple(layers)} but {model.name} has {model.n_layers} layers, numbered 0 to "
+            f"layers={layers} but {model.name} has {model.n_layers} layers, numbered 0 to "
             f"{model.n_layers - 1}; choose among them."
         )
     prompts = tokenize_task(model, task, settings)
     paths = []
     for layer in layers:
         resid = _read_tokens(model, prompts, layer, options, settings)
-        if len(resid) < options.batch:
+        if len(resid) < options.step_tokens:
             raise ValueError(
                 f"{task.name} has {len(resid)} tokens to learn from, fewer than one step of "
-                f"{options.batch}; pass more examples."
+                f"{options.step_tokens}; pass more examples."
             )
         path = Path(out) / f"layer_{layer}"
         # A copy: the trainer takes a generator of its own from the global one.
@@ -88,6 +89,12 @@ def train_saes(
         sae.save_inference_model(path)
         paths.append(path)
     return paths
+
+
+def hold_out(task: Task[Any]) -> tuple[Task[Any], Task[Any]]:
+    """Return the examples to train on, and the last tenth to judge by."""
+    n = len(task) - max(1, len(task) // 10)
+    return task.subset(range(n)), task.subset(range(n, len(task)))
 
 
 @torch.no_grad()
@@ -130,8 +137,8 @@ def _train(
 
     sae = _new_sae(model, layer, options)
     config = SAETrainerConfig(
-        total_training_samples=options.batch * options.n_steps,
-        train_batch_size_samples=options.batch,
+        total_training_samples=options.step_tokens * options.n_steps,
+        train_batch_size_samples=options.step_tokens,
         lr=3e-3,
         lr_end=3e-4,
         lr_scheduler_name="cosineannealing",
@@ -139,7 +146,9 @@ def _train(
         logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=10,
     )
-    return SAETrainer(cfg=config, sae=sae, data_provider=_shuffled(resid, options.batch)).fit()
+    return SAETrainer(
+        cfg=config, sae=sae, data_provider=_shuffled(resid, options.step_tokens)
+    ).fit()
 
 
 def _new_sae(model: Model, layer: int, options: TrainOptions) -> Any:

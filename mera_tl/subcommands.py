@@ -52,6 +52,33 @@ class Benchmark(GridConfig):
     """Folder of the grid."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sae(RunConfig):
+    """Train SAEs on a task's activations, or report what SAEs explain of them.
+
+    The last tenth of the training split is kept for the report; other splits are not looked at.
+    """
+
+    action: tyro.conf.Positional[Literal["train", "report"]]
+    """train: train and save, then report; report: SAEs that are there (--sae)."""
+    out: Path | None = None
+    """Where to save layer_0, layer_1, ... Default: saes/<model>, where --space sae looks."""
+    architecture: Literal["standard", "jumprelu", "topk", "batchtopk"] = "standard"
+    """Of the SAE."""
+    expansion: int = 4
+    """Latents per dimension of the residual stream."""
+    sparsity: float = 2.0
+    """Weight of the sparsity penalty (standard, jumprelu)."""
+    k: int = 16
+    """Latents that are on at a time (topk, batchtopk)."""
+    n_steps: int = 1500
+    """Training steps."""
+    step_tokens: int = 1024
+    """Tokens in a step."""
+    max_tokens: int = 200_000
+    """Tokens to learn from at most."""
+
+
 @dataclass(frozen=True)
 class Demo:
     """Run the whole product on the embedded organism, offline, in about a minute."""
@@ -162,6 +189,7 @@ COMMANDS = (
     Calibrate,
     Evaluate,
     Benchmark,
+    Sae,
     Demo,
     Table,
     Report,

@@ -438,7 +438,7 @@ def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path)
     from mera_tl.sae_training import TrainOptions, train_saes
 
     model, task = models["llama"], make_task(60)
-    options = {"n_steps": 150, "batch": 128, "architecture": "topk"}
+    options = {"n_steps": 150, "step_tokens": 128, "architecture": "topk"}
     train_saes(
         model, task, (1,), tmp_path / "long", options=TrainOptions(**options), settings=QUIET
     )

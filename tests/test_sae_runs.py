@@ -1,0 +1,124 @@
+"""SAE space from the command line: train, report, run, compare, refuse."""
+
+import sys
+
+import pytest
+from test_cli import mera, write_task
+
+from mera_tl import store
+from mera_tl.config import GridConfig
+from mera_tl.grid import run_grid
+from mera_tl.methods import IN_LATENTS, METHODS, require_space
+
+STARRED = IN_LATENTS[2:]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, toy, tmp_path_factory):
+    """SAEs of layers 0 and 1, as `mera sae train` leaves them."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = tmp_path_factory.mktemp("saes")
+        options = ["--layers", "0-1", "--n-steps", 40, "--step-tokens", 64, "--expansion", 2]
+        told = ["sae", "train", "--model", checkpoints["llama"], "--task", toy, "--out", out]
+        assert mera(patch, *told, *options) == 0
+    return out
+
+
+def arguments(checkpoints, toy, trained, out, **changes):
+    options = {"model": checkpoints["llama"], "task": toy, "train": 30, "calibration": 15}
+    options |= {"test": 15, "space": "sae", "sae": trained, "out": out} | changes
+    return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+
+
+def test_training_leaves_saes_that_a_report_reads(monkeypatch, capsys, checkpoints, toy, trained):
+    assert sorted(path.name for path in trained.iterdir()) == ["layer_0", "layer_1"]
+    told = ["--model", checkpoints["llama"], "--task", toy, "--sae", trained]
+    assert mera(monkeypatch, "sae", "report", *told) == 0
+    printed = capsys.readouterr().out
+    for column in ("explained_variance", "l0", "dead", "recovered"):
+        assert column in printed
+
+
+def test_every_starred_method_runs_in_latents(
+    monkeypatch, capsys, checkpoints, toy, trained, tmp_path
+):
+    told = arguments(checkpoints, toy, trained, tmp_path / "run")
+    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", *STARRED) == 0
+    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    assert [r["method"] for r in records] == [
+        "no_steering",
+        *sorted(STARRED, key=list(METHODS).index),
+    ]
+    assert {r["space"] for r in records} == {"sae"}
+    by_method = {r["method"]: r for r in records}
+    assert by_method["additive_probe"]["steered_share"] == 1.0
+    assert by_method["optimal_probe"]["certificate"]
+    probe = store.load_tensors(tmp_path / "run" / "probes" / "ridge" / "probe.safetensors")
+    assert probe["weights"].shape == (3, 64)
+    assert probe["weights"][:2].any(-1).all()
+    assert not probe["weights"][2].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": "sub_optimal_probe"}, "sub_optimal_probe works in the residual stream only"),
+        ({"sae": "nowhere"}, "There are no SAEs at 'nowhere'"),
+        ({"layers": "2"}, "none of layer 2"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_run(
+    monkeypatch, capsys, checkpoints, toy, trained, tmp_path, changes, sentence
+):
+    told = arguments(checkpoints, toy, trained, tmp_path / "run", **changes)
+    assert mera(monkeypatch, "run", *told) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.split("mera: ")[1].splitlines()) == 1
+    assert not (tmp_path / "run" / "activations").exists()
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys, checkpoints, toy, trained, tmp_path):
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    assert mera(monkeypatch, "run", *arguments(checkpoints, toy, trained, tmp_path / "run")) == 2
+    assert "pip install mera-tl[sae]" in capsys.readouterr().err
+
+
+def test_a_grid_compares_both_spaces_on_the_same_splits(checkpoints, toy, trained, tmp_path):
+    config = GridConfig(
+        models=(str(checkpoints["llama"]),),
+        tasks=(toy,),
+        methods=("no_steering", "additive_logistic_probe"),
+        spaces=("raw", "sae"),
+        sae=str(trained),
+        train="30",
+        calibration="15",
+        test="15",
+        layers="0-1",
+        strength=0.5,
+        readout="last",
+    )
+    records = run_grid(config, tmp_path, progress=False)
+    assert [(r["method"], r["space"]) for r in records] == [
+        (method, space) for space in ("raw", "sae") for method in config.methods
+    ]
+    raw, sae = (
+        {r["method"]: r for r in records if r["space"] == space} for space in ("raw", "sae")
+    )
+    assert raw["no_steering"]["error"] == sae["no_steering"]["error"]
+    assert raw["no_steering"]["hashes"]["data"] == sae["no_steering"]["hashes"]["data"]
+    moved = [r["additive_logistic_probe"]["error"] for r in (raw, sae)]
+    assert len({raw["no_steering"]["error"], *moved}) == 3
+
+
+def test_which_methods_work_in_latents():
+    assert set(IN_LATENTS) <= set(METHODS)
+    for name in METHODS:
+        require_space(name, "raw")
+    with pytest.raises(ValueError, match="in SAE space there are no_steering"):
+        require_space("tuned_contrastive", "sae")
