@@ -23,8 +23,9 @@ from mera_tl import store
 from mera_tl.activations import Activations, collect
 from mera_tl.config import RunConfig, parse_layers
 from mera_tl.continuations import free_text
+from mera_tl.controlled import METHODS
 from mera_tl.evaluation import evaluate
-from mera_tl.methods import METHODS, Setting, Treatment, find_method, require_space
+from mera_tl.methods import Setting, Treatment, find_method, require_space
 from mera_tl.models import Model, load_model
 from mera_tl.outcomes import Outcomes, accuracy_interval, paired_p_value, spi, spi_interval
 from mera_tl.protocol import Protocol

@@ -231,7 +231,7 @@ def tasks(command: ask.Tasks) -> None:  # noqa: ARG001
 
 def methods(command: ask.Methods) -> None:  # noqa: ARG001
     """Print the methods."""
-    from mera_tl.methods import METHODS
+    from mera_tl.controlled import METHODS
 
     rows = [
         {"method": name, "is": (function.__doc__ or "").strip().splitlines()[0]}

@@ -5,7 +5,7 @@ from itertools import product
 from typing import Any, Literal
 
 SpaceName = Literal["raw", "sae"]
-DEFAULT_METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
+DEFAULT_METHODS = ("no_steering", "optimal_probe", "flip", "searched")
 
 
 @dataclass(frozen=True, kw_only=True)

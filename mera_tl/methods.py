@@ -121,12 +121,16 @@ class Treatment:
     details: dict[str, Any] = field(default_factory=dict)
     """What a reader of the record should know: strength, layer, penalty."""
     probe: LinearProbe | None = None
+    answer: Callable[[Outcomes], Outcomes] | None = None
+    """What becomes of the answers, for a method that changes them and not the activations."""
 
     def apply(self, setting: Setting, task: Task[Any]) -> Outcomes:
         """Answer a task under this treatment."""
         if self.instruction is not None:
             task = task.with_instruction(self.instruction)
-        return evaluate(setting.model, task, self.fwd_hooks, settings=setting.read, title="test")
+        hooks, read = self.fwd_hooks, setting.read
+        outcomes = evaluate(setting.model, task, hooks, settings=read, title="test")
+        return outcomes if self.answer is None else self.answer(outcomes)
 
 
 Method = Callable[[Setting], Treatment]

@@ -52,20 +52,21 @@ class Choices:
     directions: tuple[str, ...] = KINDS
     penalties: tuple[float, ...] = (0.03, 3.0)
     """Of the ridge probe: from well-fitting to strongly regularised."""
-    thresholds: tuple[float, ...] = (0.01, 0.05, 0.2, 0.35, 0.5, 0.7)
+    thresholds: tuple[float, ...] = (0.01, 0.05, 0.2, 0.35, 0.5)
     """The paper's alpha."""
     layers: tuple[tuple[int, ...], ...] | None = None
     """Sets of layers; None is every layer alone, all, and halves and thirds in a row."""
     search_share: float = 1 / 3
     """Share of the training examples that judge; the others fit."""
-    gates: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    gates: tuple[float, ...] = (0.3, 0.5, 0.7)
     """Thresholds of directions that move by their own length, read by one probe per answer."""
-    strengths: tuple[float, ...] = (1.0, 1.5, 2.5)
+    strengths: tuple[float, ...] = (1.0, 2.0)
     """How many such directions to move."""
     keep: tuple[int, int] = (160, 48)
     """How many candidates see half of the examples, and all of them."""
     everywhere: int = 2
-    """How many of the best of each direction are also tried on the whole prompt."""
+    """How many of the best of each direction and probe stay in the race whatever they are worth,
+    and are also tried on the whole prompt."""
     metric: Metric = "correct"
     caution: float = 1.0
     """Standard errors that are subtracted from a candidate's mean gain."""
@@ -86,7 +87,8 @@ class Search:
     def save(self, folder: str | Path) -> None:
         """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
         folder = Path(folder)
-        store.write_records(folder / "candidates.jsonl", self.table.to_dict("records"))
+        rows = self.table.astype(object).where(self.table.notna(), None)
+        store.write_records(folder / "candidates.jsonl", rows.to_dict("records"))
         self.steering.probe.save(folder / "probe")
         for answer, probe in enumerate(self.steering.by_answer):
             probe.save(folder / f"probe_of_answer_{answer}")
@@ -148,7 +150,7 @@ def search(
     held_out = activations.subset(torch.tensor(judge))
     bench = Bench(model, task.subset(judge), held_out, fitted, choices.metric, settings)
     names = [name for name in candidates(choices, model.n_layers) if name.penalty in fitted]
-    table = _race(bench, names, choices, seed)
+    table = race(bench, names, choices, seed)
     chosen = choose(table, choices.caution)
     details = {
         "n_fit": len(fit),
@@ -230,7 +232,7 @@ def fit_all(
 # --- the race -----------------------------------------------------------------------------------
 
 
-def _race(bench: Bench, names: Sequence[Candidate], choices: Choices, seed: int) -> list[Tried]:
+def race(bench: Bench, names: Sequence[Candidate], choices: Choices, seed: int) -> list[Tried]:
     """Try all candidates on a quarter of the examples, the better on more, the best on all.
 
     The best of every direction are also tried on the whole prompt, which costs a prompt each.
@@ -246,17 +248,21 @@ def _race(bench: Bench, names: Sequence[Candidate], choices: Choices, seed: int)
     best, _ = _leaders(mera, choices.caution, 0, choices.everywhere)
     wide = [Tried(replace(each.candidate, positions="all"), nothing) for each in best]
     ahead += bench.advance(wide, order[:half], f"search: {len(wide)} on all positions")
-    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], 0)
+    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], choices.everywhere)
     return bench.advance(ahead, order[half:], f"search: the best {len(ahead)}") + more + out
 
 
 def _leaders(
     field: Sequence[Tried], caution: float, keep: int, of_each: int
 ) -> tuple[list[Tried], list[Tried]]:
-    """Return the `keep` best and the best `of_each` direction; and the others."""
+    """Return the `keep` best and the best `of_each` direction and probe; and the others."""
     ranked = sorted(field, key=lambda each: -each.value(caution))
     ahead = ranked[:keep]
-    for kind in dict.fromkeys(each.candidate.direction for each in ranked):
-        mine = [each for each in ranked if each.candidate.direction == kind][:of_each]
-        ahead += [each for each in mine if each not in ahead]
-    return ahead, [each for each in ranked if each not in ahead]
+    groups: dict[Any, list[Tried]] = {}
+    for each in ranked:
+        way = each.candidate
+        groups.setdefault((way.direction, way.penalty, way.positions), []).append(each)
+    ahead += [each for group in groups.values() for each in group[:of_each]]
+    names = {each.candidate for each in ahead}
+    behind = [each for each in ranked if each.candidate not in names]
+    return list({each.candidate: each for each in ahead}.values()), behind
