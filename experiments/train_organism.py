@@ -87,6 +87,7 @@ def main(config: Config) -> None:
     }
     card["saes"] = saes.train_all(model, tokenizer.backend_tokenizer, config.out / "saes")
     card["total_seconds"] = round(time.monotonic() - started)
+    card["cpu_seconds"] = round(time.process_time())  # what a core of one's own takes
     card["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     store.write_json(config.out / "card.json", card)
     print(cards.card_table(card))
