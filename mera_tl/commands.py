@@ -87,7 +87,7 @@ def benchmark(command: ask.Benchmark) -> None:
     from mera_tl.grid import run_grid
 
     config = GridConfig(**{f.name: getattr(command, f.name) for f in fields(GridConfig)})
-    records = run_grid(config, command.out)
+    records = run_grid(config, command.out, ray=command.ray, gpus=command.gpus)
     done = [record for record in records if "failure" not in record]
     if done:
         _print_records(done)
@@ -140,7 +140,7 @@ def _print_records(records: Rows) -> None:
 
 # --- the rest -----------------------------------------------------------------------------------
 
-DEMO_TASKS = ("spam_cue", "yesno_bias", "sentiment_noise")
+DEMO_TASKS = ("spam_cue", "sentiment_fan", "sentiment_noise")
 DEMO_METHODS = (
     "no_steering",
     "prompt_steering",
@@ -148,6 +148,8 @@ DEMO_METHODS = (
     "vanilla_contrastive",
     "optimal_probe",
     "optimal_logistic_probe",
+    "flip",
+    "searched",
 )
 
 

@@ -49,7 +49,11 @@ class Benchmark(GridConfig):
     """Compare methods over models, tasks and seeds; killed and started again, it goes on."""
 
     out: Path = Path("runs/benchmark")
-    """Folder of the grid."""
+    """Folder of the grid; on a cluster, one that all nodes see."""
+    ray: str | None = None
+    """Run on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
+    gpus: float = 0.0
+    """GPUs that each run asks Ray for."""
 
 
 @dataclass(frozen=True, kw_only=True)
