@@ -163,13 +163,13 @@ def demo(command: ask.Demo) -> None:
         config = RunConfig(
             model="organism",
             task=task,
-            train="1000",
+            train="900",
             calibration="400",
             test="500",
             seed=command.seed,
             layers="1",
             positions="last",
-            batch_size=100,
+            batch_size=250,
         )
         with open_run(config, command.out / f"{task}-seed{command.seed}") as opened:
             _say_splits(opened)
