@@ -19,14 +19,17 @@ from mera_tl.activations import Activations
 from mera_tl.decoding import Decoding, hooked_pass
 from mera_tl.directions import Direction, fit_directions
 from mera_tl.evaluation import evaluate, run_batches, tokenize_task
+from mera_tl.latents import fit_latent_probe
 from mera_tl.models import Model
 from mera_tl.outcomes import Metric
 from mera_tl.probes import LinearProbe, fit_error_probe
 from mera_tl.readout import OptionTokens, Reading, ReadSettings, option_tokens, read_again
 from mera_tl.rules import Adaptive, Gated
+from mera_tl.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering import Positions, Steering
 from mera_tl.tasks import Task, Train
 
+RAW = ResidualSpace()
 MEANS = ("contrastive", "controlled_contrastive", "answer_controlled")
 """Directions that are differences of means, and so have a length of their own."""
 
@@ -45,20 +48,27 @@ class Fitted:
 
     @staticmethod
     def ridge(
-        activations: Activations, penalty: float, kinds: Sequence[str], *, seed: int = 0
+        activations: Activations,
+        penalty: float,
+        kinds: Sequence[str],
+        *,
+        space: Space = RAW,
+        seed: int = 0,
     ) -> "Fitted":
         """Fit the probe of MERA's rule and its directions."""
-        probe = fit_error_probe(activations, kind="ridge", penalty=penalty, seed=seed)
-        return Fitted(probe, (), fit_directions(activations, probe, kinds))
+        probe = _fit(activations, space, kind="ridge", penalty=penalty, seed=seed)
+        return Fitted(probe, (), fit_directions(features(activations, space), probe, kinds))
 
     @staticmethod
-    def per_answer(activations: Activations, kinds: Sequence[str], *, seed: int = 0) -> "Fitted":
+    def per_answer(
+        activations: Activations, kinds: Sequence[str], *, space: Space = RAW, seed: int = 0
+    ) -> "Fitted":
         """Fit one logistic probe per unsteered answer; where errors are few, that of all examples.
 
         Error is an exclusive or of the truth and the answer, which no linear probe can read. Given
         the answer it is the truth, which one can.
         """
-        pooled = fit_error_probe(activations, kind="logistic", seed=seed)
+        pooled = _fit(activations, space, kind="logistic", seed=seed)
         probes = []
         for answer in range(len(activations.outcomes.options)):
             chosen = activations.outcomes.predictions == answer
@@ -67,8 +77,9 @@ class Fitted:
                 probes.append(pooled)
                 continue
             part = activations.subset(chosen.nonzero()[:, 0])
-            probes.append(fit_error_probe(part, kind="logistic", seed=seed))
-        return Fitted(pooled, tuple(probes), fit_directions(activations, pooled, kinds))
+            probes.append(_fit(part, space, kind="logistic", seed=seed))
+        directions = fit_directions(features(activations, space), pooled, kinds)
+        return Fitted(pooled, tuple(probes), directions)
 
     def score(
         self,
@@ -81,6 +92,25 @@ class Fitted:
             chosen = (answers == answer).nonzero()[:, 0]
             score[:, chosen] = probe.score(resid[:, chosen])
         return score
+
+
+def _fit(activations: Activations, space: Space, **options: Any) -> LinearProbe:
+    if isinstance(space, SAESpace):
+        return fit_latent_probe(activations, space, **options)
+    return fit_error_probe(activations, **options)
+
+
+def features(activations: Activations, space: Space) -> Activations:
+    """Return activations as a space reads them; zero in the layers where an SAE space has none."""
+    if not isinstance(space, SAESpace):
+        return activations
+    read = {}
+    for position in activations.by_position:
+        resid = activations.resid(position)  # pyright: ignore[reportArgumentType]
+        read[position] = torch.zeros(resid.shape[1], len(resid), space.d_sae)
+        for layer in space.layers:
+            read[position][:, layer] = space.read(resid[layer], layer)
+    return replace(activations, by_position=read)
 
 
 @dataclass(frozen=True)
@@ -102,12 +132,14 @@ def steering_of(
     probe: LinearProbe,
     by_answer: tuple[LinearProbe, ...],
     direction: Tensor | None,
+    space: Space = RAW,
 ) -> Steering:
     """Return a candidate's steering, at its threshold."""
     steering = Steering(
         probe,
         direction,
         rule=Adaptive() if candidate.strength is None else Gated(strength=candidate.strength),
+        space=space,
         layers=candidate.layers,
         positions=candidate.positions,
         by_answer=by_answer,
@@ -189,12 +221,13 @@ class Bench:
     """By the penalty of candidates."""
     metric: Metric
     settings: ReadSettings
+    space: Space = RAW
 
     def steering(self, candidate: Candidate) -> Steering:
         """Return a candidate's steering."""
         fitted = self.fitted[candidate.penalty]
         direction = fitted.directions[candidate.direction].vectors
-        return steering_of(candidate, fitted.probe, fitted.by_answer, direction)
+        return steering_of(candidate, fitted.probe, fitted.by_answer, direction, self.space)
 
     def advance(self, field: Sequence[Tried], places: Sequence[int], title: str) -> list[Tried]:
         """Return the candidates with their gains at these places too."""
@@ -270,7 +303,8 @@ class Bench:
     @cached_property
     def _scores(self) -> dict[float | None, Float[Tensor, "layer example"]]:
         """The unsteered scores at the final prompt token."""
-        resid, answers = self.activations.resid("last"), self.activations.outcomes.predictions
+        read = features(self.activations, self.space)
+        resid, answers = read.resid("last"), read.outcomes.predictions
         return {key: fitted.score(resid, answers) for key, fitted in self.fitted.items()}
 
 

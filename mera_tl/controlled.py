@@ -10,18 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from mera_tl.activations import Activations
+from mera_tl.candidates import RAW, features
 from mera_tl.certificate import Calibration
 from mera_tl.directions import fit_direction
 from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.methods import METHODS, Setting, Treatment, method
 from mera_tl.outcomes import Outcomes
 from mera_tl.search import Choices, Search, search
-from mera_tl.spaces import SAESpace
+from mera_tl.spaces import Space
 
 __all__ = ["METHODS"]
 
@@ -55,17 +51,17 @@ def searched(setting: Setting) -> Treatment:
     """Choose direction, probe, layers, scope and threshold on training data; certify that one."""
 
     def look() -> Search:
-        choices = Choices(metric=setting.protocol.metric)
+        choices = Choices(metric=setting.protocol.metric, seed=setting.seed)
         return search(
             setting.model,
             setting.splits.train,
             setting.activations,
             choices=choices,
             settings=setting.read,
-            seed=setting.seed,
+            space=setting.space,
         )
 
-    found = _kept_search(setting, "searched", look)
+    found = _kept_search(setting, "searched", look, setting.space)
     once = replace(setting.protocol, thresholds=(found.chosen.threshold,), weights=None)
     decision = setting.decide("searched", found.steering, once)
     hooks = decision.fwd_hooks(found.steering)
@@ -76,13 +72,12 @@ def searched(setting: Setting) -> Treatment:
 @method
 def flip(setting: Setting) -> Treatment:
     """Answer the second-best option where the predicted error is too high; steer nothing."""
-    choices = Choices(metric=setting.protocol.metric)
+    choices = Choices(metric=setting.protocol.metric, seed=setting.seed)
     look = partial(
         search_flip,
         setting.splits.train,
         setting.activations,
         choices=choices,
-        seed=setting.seed,
     )
     found = _kept_search(setting, "flip", look)
     kept = None if setting.folder is None else setting.folder / "certificates" / "flip.json"
@@ -114,10 +109,7 @@ def flip(setting: Setting) -> Treatment:
 def _along(kind: str, name: str, setting: Setting) -> Treatment:
     """Calibrate MERA's rule along a direction; steer at the certified threshold or not at all."""
     probe = setting.probe("ridge")
-    readings: Any = setting.activations
-    if isinstance(setting.space, SAESpace):
-        readings = _Latents(setting.activations, setting.space)
-    direction = fit_direction(readings, probe, kind)
+    direction = fit_direction(features(setting.activations, setting.space), probe, kind)
     steering = replace(setting.steering(probe), direction=direction.vectors)
     decision = setting.decide(name, steering)
     details = {
@@ -131,26 +123,13 @@ def _along(kind: str, name: str, setting: Setting) -> Treatment:
     )
 
 
-class _Latents:
-    """Activations as an SAE space reads them; zero in the layers that have no SAE."""
-
-    def __init__(self, activations: Activations, space: SAESpace) -> None:
-        self.outcomes, self._activations, self._space = activations.outcomes, activations, space
-
-    def resid(self, position: Any) -> Float[Tensor, "layer example d_sae"]:
-        """Return the latents at a position."""
-        resid = self._activations.resid(position)
-        latents = torch.zeros(*resid.shape[:2], self._space.d_sae)
-        for layer in self._space.layers:
-            latents[layer] = self._space.read(resid[layer], layer)
-        return latents
-
-
-def _kept_search(setting: Setting, name: str, look: Callable[[], Search]) -> Search:
+def _kept_search(
+    setting: Setting, name: str, look: Callable[[], Search], space: Space = RAW
+) -> Search:
     """Search once per run folder."""
     folder: Path | None = None if setting.folder is None else setting.folder / "searches" / name
     if folder is not None and (folder / "search.json").exists():
-        return Search.load(folder)
+        return Search.load(folder, space)
     setting.splits.train.require_classes()
     found = look()
     if folder is not None:

@@ -44,7 +44,7 @@ def flipped(outcomes: Outcomes, score: Float[Tensor, " example"], threshold: flo
 
 
 def search_flip(
-    task: Task[Train], activations: Activations, *, choices: Choices | None = None, seed: int = 0
+    task: Task[Train], activations: Activations, *, choices: Choices | None = None
 ) -> Search:
     """Choose probe, layer and threshold on training data; needs no model.
 
@@ -53,9 +53,9 @@ def search_flip(
     """
     choices = choices or Choices()
     require_training(task, activations)
-    fit, judge = divide(task, choices.search_share, seed)
+    fit, judge = divide(task, choices.search_share, choices.seed)
     learned, held_out = (activations.subset(torch.tensor(part)) for part in (fit, judge))
-    fitted = fit_all(learned, replace(choices, directions=()), seed)
+    fitted = fit_all(learned, replace(choices, directions=()))
     base, resid = held_out.outcomes, held_out.resid("last")
     tried = []
     for penalty, probes in fitted.items():

@@ -167,8 +167,14 @@ IN_LATENTS = (
     "optimal_probe",
     "optimal_logistic_probe",
     "optimal_contrastive",
+    "pattern_probe",
+    "controlled_pattern",
+    "controlled_contrastive",
+    "answer_controlled",
+    "searched",
+    "flip",
 )
-"""What works in SAE space too; the first two read nothing."""
+"""What works in SAE space too; the first two read nothing, flip reads the residual stream."""
 
 
 def require_space(name: str, space: str) -> None:

@@ -26,6 +26,7 @@ from mera_tl.activations import Activations
 from mera_tl.candidates import (
     MEANS,
     MIN_ERRORS,
+    RAW,
     Bench,
     Candidate,
     Fitted,
@@ -39,6 +40,7 @@ from mera_tl.models import Model
 from mera_tl.outcomes import Metric
 from mera_tl.probes import LinearProbe
 from mera_tl.readout import ReadSettings
+from mera_tl.spaces import SAESpace, Space
 from mera_tl.steering import Steering
 from mera_tl.tasks import Task, Train
 
@@ -70,6 +72,8 @@ class Choices:
     metric: Metric = "correct"
     caution: float = 1.0
     """Standard errors that are subtracted from a candidate's mean gain."""
+    seed: int = 0
+    """Of who fits and who judges, and of the probes' folds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +104,8 @@ class Search:
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Search":
-        """Read what `save` wrote.
+    def load(cls, folder: str | Path, space: Space = RAW) -> "Search":
+        """Read what `save` wrote, for the space that it was searched in.
 
         Raises:
             ValueError: if a file is missing or damaged.
@@ -117,7 +121,7 @@ class Search:
             direction = store.load_tensors(path)["direction"]
         table = pd.DataFrame(store.read_records(folder / "candidates.jsonl"))
         return cls(
-            chosen, steering_of(chosen, probe, by_answer, direction), table, plain["details"]
+            chosen, steering_of(chosen, probe, by_answer, direction, space), table, plain["details"]
         )
 
     def _repr_html_(self) -> str:
@@ -132,7 +136,7 @@ def search(
     *,
     choices: Choices | None = None,
     settings: ReadSettings | None = None,
-    seed: int = 0,
+    space: Space = RAW,
 ) -> Search:
     """Choose how to steer, on training data alone.
 
@@ -144,13 +148,14 @@ def search(
     """
     choices, settings = choices or Choices(), settings or ReadSettings()
     require_training(task, activations)
-    fit, judge = divide(task, choices.search_share, seed)
+    fit, judge = divide(task, choices.search_share, choices.seed)
     learned = activations.subset(torch.tensor(fit))
-    fitted = fit_all(learned, choices, seed)
+    fitted = fit_all(learned, choices, space)
+    layers = space.layers if isinstance(space, SAESpace) else range(model.n_layers)
     held_out = activations.subset(torch.tensor(judge))
-    bench = Bench(model, task.subset(judge), held_out, fitted, choices.metric, settings)
-    names = [name for name in candidates(choices, model.n_layers) if name.penalty in fitted]
-    table = race(bench, names, choices, seed)
+    bench = Bench(model, task.subset(judge), held_out, fitted, choices.metric, settings, space)
+    names = [name for name in candidates(choices, layers) if name.penalty in fitted]
+    table = race(bench, names, choices)
     chosen = choose(table, choices.caution)
     details = {
         "n_fit": len(fit),
@@ -192,9 +197,9 @@ def divide(task: Task[Any], share: float, seed: int) -> tuple[list[int], list[in
     return sorted(place for group in shuffled for place in group), sorted(judge)
 
 
-def candidates(choices: Choices, n_layers: int) -> list[Candidate]:
+def candidates(choices: Choices, available: Sequence[int]) -> list[Candidate]:
     """List what is tried from the final prompt token on."""
-    layers = choices.layers if choices.layers is not None else _layer_sets(n_layers)
+    layers = choices.layers if choices.layers is not None else _layer_sets(available)
     mera = product(choices.directions, choices.penalties, layers, choices.thresholds)
     found = [Candidate(d, penalty, where, "last", t) for d, penalty, where, t in mera]
     means = [kind for kind in choices.directions if kind in MEANS]
@@ -202,18 +207,17 @@ def candidates(choices: Choices, n_layers: int) -> list[Candidate]:
     return found + [Candidate(d, None, where, "last", t, s) for d, where, t, s in gated]
 
 
-def _layer_sets(n_layers: int) -> list[tuple[int, ...]]:
+def _layer_sets(available: Sequence[int]) -> list[tuple[int, ...]]:
     """Return up to twelve single layers, three ranges that cover the model, and all layers."""
-    step = -(-n_layers // 12)
-    singles = [(layer,) for layer in range(0, n_layers, step)]
-    width = -(-n_layers // 3)
-    starts = (0, (n_layers - width) // 2, n_layers - width)
-    ranges = [tuple(range(start, start + width)) for start in starts]
-    return list(dict.fromkeys([*singles, *ranges, tuple(range(n_layers))]))
+    n, every = len(available), tuple(available)
+    singles = [(layer,) for layer in every[:: -(-n // 12)]]
+    width = -(-n // 3)
+    ranges = [every[start : start + width] for start in (0, (n - width) // 2, n - width)]
+    return list(dict.fromkeys([*singles, *ranges, every]))
 
 
 def fit_all(
-    activations: Activations, choices: Choices, seed: int = 0
+    activations: Activations, choices: Choices, space: Space = RAW
 ) -> dict[float | None, Fitted]:
     """Fit every probe and direction that candidates ask for, by their penalty.
 
@@ -221,23 +225,24 @@ def fit_all(
     """
     kinds, n_right = choices.directions, int(activations.correct.sum())
     fitted: dict[float | None, Fitted] = {
-        penalty: Fitted.ridge(activations, penalty, kinds, seed=seed)
+        penalty: Fitted.ridge(activations, penalty, kinds, space=space, seed=choices.seed)
         for penalty in choices.penalties
     }
     if min(n_right, len(activations.outcomes) - n_right) >= MIN_ERRORS:
-        fitted[None] = Fitted.per_answer(activations, kinds, seed=seed)
+        fitted[None] = Fitted.per_answer(activations, kinds, space=space, seed=choices.seed)
     return fitted
 
 
 # --- the race -----------------------------------------------------------------------------------
 
 
-def race(bench: Bench, names: Sequence[Candidate], choices: Choices, seed: int) -> list[Tried]:
+def race(bench: Bench, names: Sequence[Candidate], choices: Choices) -> list[Tried]:
     """Try all candidates on a quarter of the examples, the better on more, the best on all.
 
     The best of every direction are also tried on the whole prompt, which costs a prompt each.
     """
-    order = torch.randperm(len(bench.task), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(choices.seed)
+    order = torch.randperm(len(bench.task), generator=generator).tolist()
     quarter, half = len(order) // 4, len(order) // 2
     nothing = torch.full((len(order),), torch.nan, dtype=torch.double)
     field = [Tried(name, nothing) for name in names]

@@ -186,13 +186,13 @@ def test_where_nothing_helps_the_least_harmful_is_chosen():
 
 
 def test_the_candidates_cover_every_scope():
-    names = candidates(Choices(), 8)
+    names = candidates(Choices(), range(8))
     assert len(names) == len(set(names))
     layers = {name.layers for name in names}
     assert {(layer,) for layer in range(8)} <= layers
     assert tuple(range(8)) in layers
     assert {len(each) for each in layers} == {1, 3, 8}
-    assert len({name.layers for name in candidates(Choices(), 40)}) <= 16
+    assert len({name.layers for name in candidates(Choices(), range(40))}) <= 16
     assert all((name.penalty is None) == (name.strength is not None) for name in names)
 
 
@@ -269,7 +269,7 @@ def test_searched_and_certified_once_it_corrects_a_planted_failure_on_test():
 
 def test_the_table_keeps_what_was_tried_and_the_winner_saw_everything():
     result = found()
-    assert len(result.table) >= len(candidates(SMALL, 4))
+    assert len(result.table) >= len(candidates(SMALL, range(4)))
     assert result.table["n"].iloc[0] == result.details["n_search"]
     assert set(result.table["positions"]) == {"last", "all"}
     again = search(organism(), planted()[0].train, planted()[1], choices=SMALL, settings=WIDE)

@@ -1,0 +1,206 @@
+"""The arms of `reading_is_not_steering`: from one search, each direction's own best, certified."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mera_tl import Activations, Model, Outcomes, certify, evaluate, scoring
+from mera_tl.candidates import Bench, Candidate, Fitted, choose
+from mera_tl.certificate import Calibration
+from mera_tl.directions import fit_directions
+from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
+from mera_tl.outcomes import spi
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings
+from mera_tl.search import Choices, candidates, divide, fit_all, race
+from mera_tl.tasks import Splits
+
+Fits = Mapping[float | None, Fitted]
+WEAK, STRONG = 0.03, 3.0
+
+ARMS: dict[str, Callable[[Candidate], bool]] = {
+    "euclidean, weak ridge": lambda c: c.direction == "euclidean" and c.penalty == WEAK,
+    "euclidean, strong ridge": lambda c: c.direction == "euclidean" and c.penalty == STRONG,
+    **{
+        kind: lambda c, kind=kind: c.direction == kind and c.strength is None
+        for kind in (
+            "pattern",
+            "contrastive",
+            "controlled_pattern",
+            "controlled_contrastive",
+            "answer_controlled",
+        )
+    },
+    **{
+        f"{kind}, read per answer": lambda c, kind=kind: c.direction == kind and c.penalty is None
+        for kind in ("contrastive", "controlled_contrastive", "answer_controlled")
+    },
+    "searched": lambda c: True,  # noqa: ARG005
+}
+"""What each arm may choose from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A model on a split of a task."""
+
+    model: Model
+    splits: Splits
+    train: Activations
+    test: Activations
+    calibration: Outcomes
+    """Unsteered."""
+    read: ReadSettings
+    seed: int
+
+    @cached_property
+    def parts(self) -> tuple[list[int], list[int]]:
+        return divide(self.splits.train, Choices().search_share, self.seed)
+
+    @cached_property
+    def learned(self) -> Activations:
+        return self.train.subset(torch.tensor(self.parts[0]))
+
+    def run(self, choices: Choices, change: Callable[[Fits], Fits]) -> Iterator[dict[str, Any]]:
+        fitted = change(fit_all(self.learned, choices))
+        judge = self.parts[1]
+        held_out = self.train.subset(torch.tensor(judge))
+        task = self.splits.train.subset(judge)
+        bench = Bench(self.model, task, held_out, fitted, "correct", self.read)
+        names = [c for c in candidates(choices, range(self.model.n_layers)) if c.penalty in fitted]
+        tried = race(bench, names, choices)
+        for arm, allowed in ARMS.items():
+            mine = [each for each in tried if allowed(each.candidate)]
+            if mine:
+                yield {"arm": arm, **self.judged(bench, choose(mine))}
+
+    def judged(self, bench: Bench, chosen: Candidate) -> dict[str, Any]:
+        """Certify on the calibration split; measure on test whether certified or not."""
+        steering, read = bench.steering(chosen), self.read
+        hooks = steering.fwd_hooks()
+        steered = evaluate(self.model, self.splits.calibration, hooks, settings=read)
+        gains = steered.gain(self.calibration).numpy()[None]
+        terms = Protocol(thresholds=(chosen.threshold,))
+        decision = certify(gains, terms.thresholds, protocol=terms)
+        outcomes = evaluate(self.model, self.splits.test, hooks, settings=read)
+        layer, base = chosen.layers[0], self.test.outcomes
+        fitted = bench.fitted[chosen.penalty]
+        score = fitted.score(self.test.resid("last"), base.predictions)[layer]
+        return {
+            **of_choice(chosen),
+            **of_outcomes(decision, outcomes, base),
+            "auroc": float(scoring.auroc(score, ~base.correct)),
+            "r2": float(1 - (score.sigmoid() - base.error).square().mean() / base.error.var()),
+            **self._geometry(fitted, chosen, score),
+        }
+
+    def _geometry(self, fitted: Fitted, chosen: Candidate, score: Any) -> dict[str, Any]:
+        """Measure the shift against the activation, and the direction against two others."""
+        layer, directions = chosen.layers[0], fitted.directions
+        d = directions[chosen.direction].vectors[..., layer, :]
+        w = fitted.probe.weights[layer]
+        excess = score - torch.logit(torch.tensor(chosen.threshold))
+        per_row = d if d.ndim == 1 else d[self.test.outcomes.predictions.clamp(min=0)]
+        slope = (per_row * w).sum(-1)
+        amount = excess / slope.clamp(min=1e-9) if chosen.strength is None else chosen.strength
+        moved = (excess > 0) & ((slope > 0) | torch.tensor(chosen.strength is not None))
+        size = (amount * per_row.norm(dim=-1) / self.test.resid("last")[layer].norm(dim=-1))[moved]
+        cosine = torch.nn.functional.cosine_similarity
+        return {
+            "moved_share": float(moved.float().mean()),
+            "relative_shift": float(size.median()) if len(size) else None,
+            "cosine_to_probe": float(cosine(d, w, dim=-1).mean()),
+            "cosine_to_controlled": float(
+                cosine(d, directions["controlled_contrastive"].vectors[layer], dim=-1).mean()
+            ),
+        }
+
+    def flip(self, choices: Choices) -> dict[str, Any]:
+        """Judge the baseline that steers nothing."""
+        found = search_flip(self.splits.train, self.train, choices=choices)
+        calibration = self.splits.calibration
+        decision = certify_flip(
+            self.model, calibration, found, protocol=Protocol(), settings=self.read
+        )
+        hooks = reading_hooks(found.steering)
+        read = evaluate(self.model, self.splits.test, hooks, settings=self.read)
+        outcomes = flipped(read, read.peak, found.chosen.threshold)
+        base = self.test.outcomes
+        measured = {"auroc": float(scoring.auroc(read.peak, ~base.correct))}
+        return {
+            "arm": "flip",
+            **of_choice(found.chosen),
+            **of_outcomes(decision, outcomes, base),
+            **measured,
+        }
+
+
+def of_choice(chosen: Candidate) -> dict[str, Any]:
+    return {
+        "direction": chosen.direction,
+        "penalty": chosen.penalty,
+        "layers": list(chosen.layers),
+        "positions": chosen.positions,
+        "threshold": chosen.threshold,
+        "strength": chosen.strength,
+    }
+
+
+def of_outcomes(decision: Calibration, outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
+    """`spi` is of the decision: zero when abstaining; `spi_uncertified` of steering regardless."""
+    changes = outcomes.transitions(base)
+    regardless = spi(outcomes.accuracy, base.accuracy)
+    return {
+        "certified": not decision.abstained,
+        "accuracy": base.accuracy if decision.abstained else outcomes.accuracy,
+        "spi": 0.0 if decision.abstained else regardless,
+        "spi_uncertified": regardless,
+        "recoveries": changes["0->1"],
+        "regressions": changes["1->0"],
+        "calibration_recoveries": decision.evidence[0].recoveries,
+        "calibration_regressions": decision.evidence[0].regressions,
+        "n_calibration": decision.n,
+        "n_test": len(base),
+    }
+
+
+# --- ablations ----------------------------------------------------------------------------------
+
+
+def shuffled(trial: Trial, fits: Fits) -> Fits:
+    """Tell the directions wrong classes, dealt out at random; the probes stay as they are.
+
+    For one direction per class, who is wrong stays true. For one per answer the answers stay, and a
+    class that is true of nothing cannot be held fixed.
+    """
+    base = trial.learned.outcomes
+    generator = torch.Generator().manual_seed(trial.seed)
+    labels = base.labels[torch.randperm(len(base), generator=generator)]
+    wrong = torch.where(base.correct, labels, (labels + 1) % len(base.options))
+    per_class = replace(base, labels=labels, predictions=wrong)
+    per_answer = replace(base, labels=labels)
+    changed = {}
+    for key, fitted in fits.items():
+        directions = dict(fitted.directions)
+        for kind in directions:
+            told = per_answer if kind == "answer_controlled" else per_class
+            learned = replace(trial.learned, outcomes=told)
+            directions |= fit_directions(learned, fitted.probe, (kind,))
+        changed[key] = replace(fitted, directions=directions)
+    return changed
+
+
+def partly_known(trial: Trial, fits: Fits, share: float) -> Fits:
+    """Give the directions only some of the examples: the classes of the others are not known."""
+    n = round(share * len(trial.learned.outcomes))
+    generator = torch.Generator().manual_seed(trial.seed)
+    told = trial.learned.subset(
+        torch.randperm(len(trial.learned.outcomes), generator=generator)[:n]
+    )
+    return {
+        key: replace(fitted, directions=fit_directions(told, fitted.probe, list(fitted.directions)))
+        for key, fitted in fits.items()
+    }
