@@ -252,7 +252,8 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     ends = []
     for record in records:
         idle = record["method"] == "no_steering" or record["decision"] == "ABSTAIN"
-        ends.append((np.nan, np.nan) if idle else record["spi_interval"])
+        known = None if idle else record.get("spi_interval")  # records of 0.1.0 have none
+        ends.append(known or (np.nan, np.nan))
     low, high = zip(*ends, strict=True)
     return pd.DataFrame(list(records)).assign(spi_low=low, spi_high=high)
 

@@ -45,6 +45,10 @@ PENALTIES: Mapping[str, float | Sequence[float]] = {
 probe hides in directions of little variance and changes no answer."""
 
 
+_SHOWN = ("layer", "nonzero", "rmse", "rmse_sd", "rmse_dummy", "r2", "auroc", "ece")
+"""Columns of the table that a notebook shows; `table` has all."""
+
+
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
     """One linear map per layer whose score predicts the log-odds of error."""
@@ -130,7 +134,8 @@ class LinearProbe:
 
     def _repr_html_(self) -> str:
         title = f"LinearProbe: {self.kind}, penalty {self.penalty:g}, position {self.position}"
-        rows = self.table.to_html(index=False, float_format="%.3f") if self.metrics else ""
+        shown = [name for name in _SHOWN if self.metrics and name in self.metrics[0]]
+        rows = self.table[shown].to_html(index=False, float_format="%.3f") if shown else ""
         return f"<p>{html.escape(title)}, best layer {self.best_layer}</p>{rows}"
 
 

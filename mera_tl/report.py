@@ -130,6 +130,19 @@ def _decisions(run: RunFolder) -> Iterator[str]:
         yield "<p>No method of this run asks for a certificate; all are measured below.</p>\n"
 
 
+def _decision_rows(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Yield the certificates of a run in a line each."""
+    for method, certificate in run.certificates.items():
+        yield {
+            "run": run.title,
+            "method": method,
+            "decision": certificate.decision.value,
+            "threshold": certificate.threshold,
+            "gain at least": None if certificate.abstained else certificate.best.lower,
+            "gain on test": run.record(method)["accuracy_change"],
+        }
+
+
 def _certificates(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
     """Yield the curves: those of the main method in sight, the others folded away."""
     order = sorted(run.certificates, key=lambda method: method != run.main_method)
@@ -301,9 +314,8 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> Iterator[str]:
         f"{html.escape(', '.join(tasks))}, and where is that certain enough to do it?</p>\n"
     )
     yield "<h2>The decisions</h2>\n"
-    for run in runs:
-        yield f"<h3>{html.escape(run.title)}</h3>\n"
-        yield from _decisions(run)
+    yield "<p>The certificates in words stand with each run below.</p>\n"
+    yield table_html(pd.DataFrame([row for run in runs for row in _decision_rows(run)]))
     yield "<h2>Methods by task</h2>\n"
     frame = records_frame(records)
     yield figures.place("spi_heatmap", plots.spi_heatmap(frame), frame)

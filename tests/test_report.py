@@ -129,6 +129,16 @@ def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
     assert "</b>, row" not in text
 
 
+def test_records_from_before_intervals_and_free_text_still_open(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    later = {"spi_interval", "accuracy_interval", "p_value", "free_text"}
+    old = [{k: v for k, v in record.items() if k not in later} for record in records]
+    assert len(old[0]) < len(records[0])
+    store.write_records(tmp_path / "run" / "records.jsonl", old)
+    assert "spi" in specs(write_report(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("number", [0, 99])
 def test_another_format_says_what_to_do(folder, tmp_path, number):
     shutil.copytree(folder, tmp_path / "run")

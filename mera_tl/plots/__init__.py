@@ -9,6 +9,7 @@ be read, `steering` what one steering does, `comparing` methods, tasks and space
 from mera_tl.plots.comparing import raw_against_sae, spi_dots, spi_heatmap, transitions
 from mera_tl.plots.guarantee import coverage, sample_size_curves, size_of_the_test
 from mera_tl.plots.reading import geometry, predicted_error, probe_error
+from mera_tl.plots.searching import search_table
 from mera_tl.plots.steering import (
     calibration_evidence,
     error_before_after,
@@ -29,6 +30,7 @@ __all__ = [
     "probe_error",
     "raw_against_sae",
     "sample_size_curves",
+    "search_table",
     "size_of_the_test",
     "spi_dots",
     "spi_heatmap",

@@ -19,7 +19,7 @@ from mera_tl.plots.style import (
 )
 
 _SCALE = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
-_SPI = "SPI: share of what could be won (or lost)"
+_SPI = "SPI is the share won of what could be won, or lost of what could be lost"
 
 
 def _with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
@@ -112,9 +112,10 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
                 col=1,
             )
     figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5)
-    figure.update_xaxes(title=_SPI, row=len(places), col=1)
-    bars = "; bars: 95 % confidence" if "spi_low" in df else ""
-    caption = f"{_examples(df)}; hollow: abstained{bars}"
+    figure.update_xaxes(title="SPI", row=len(places), col=1)
+    known = "spi_low" in df and df["spi_low"].notna().to_numpy().any()
+    bars = "; bars: 95 % confidence" if known else ""
+    caption = f"{_examples(df)}; hollow: abstained{bars}. {_SPI}"
     return finish(figure, "Who helps, and how surely", caption, height=_height(methods, places))
 
 
@@ -146,7 +147,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 row=row,
                 col=1,
             )
-    figure.update_xaxes(tickformat=".0%", range=[0, 1.001], dtick=0.25)
+    figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25, ticklabeloverflow="allow")
     figure.update_xaxes(title="share of test examples", row=len(places), col=1)
     height = _height(methods, places)
     caption = f"{_examples(df)}; against the unsteered answers"
@@ -199,8 +200,8 @@ def raw_against_sae(df: pd.DataFrame) -> go.Figure:
             x=wide[space], y=list(wide.index), mode="markers", name=name, marker=marker
         )
     figure.add_vline(x=0, line={"color": GREY, "width": 1})
-    figure.update_xaxes(title=_SPI, range=[-1.05, 1.05])
+    figure.update_xaxes(title="SPI", range=[-1.05, 1.05])
     figure.update_yaxes(autorange="reversed")
     height = 190 + 30 * len(wide)
     title, meta = "Raw directions against SAE latents", {"min_width": 540}
-    return finish(figure, title, _examples(df), height=height, meta=meta)
+    return finish(figure, title, f"{_examples(df)}. {_SPI}", height=height, meta=meta)

@@ -84,13 +84,20 @@ TEMPLATE = go.layout.Template(
 
 
 def colour_of(method: str) -> str:
-    """Return the colour of a method, the same in every figure; grey for one without."""
-    return _METHODS.get(method, (GREY, ""))[0]
+    """Return the colour of a method, the same in every figure; grey for one without.
+
+    What follows a comma is a variant and does not count.
+    """
+    return _look(method)[0]
 
 
 def symbol_of(method: str) -> str:
     """Return the marker symbol of a method."""
-    return _METHODS.get(method, ("", "x"))[1]
+    return _look(method)[1]
+
+
+def _look(method: str) -> tuple[str, str]:
+    return _METHODS.get(method.partition(",")[0], (GREY, "x"))
 
 
 def finish(figure: go.Figure, title: str, caption: str = "", **layout: Any) -> go.Figure:
@@ -132,4 +139,5 @@ def in_order(df: pd.DataFrame, column: str) -> list[str]:
     known = list(_METHODS)
     if column != "method":
         return values
-    return sorted(values, key=lambda name: known.index(name) if name in known else len(known))
+    place = {name: i for i, name in enumerate(known)}
+    return sorted(values, key=lambda name: place.get(name.partition(",")[0], len(known)))

@@ -1,0 +1,79 @@
+"""What a search on training data tried: every candidate by what it recovers and what it breaks."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from mera_tl.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, finish
+
+_COLOURS = {
+    "euclidean": GREY,
+    "pattern": SKY,
+    "contrastive": ORANGE,
+    "controlled_pattern": BLUE,
+    "controlled_contrastive": GREEN,
+    "answer_controlled": VERMILLION,
+    "flip": PINK,
+}
+
+
+def search_table(df: pd.DataFrame) -> go.Figure:
+    """Draw each candidate's recoveries against its regressions, in shares of what it has seen.
+
+    Takes `Search.table`. A star is the most valuable one; pale marks left the race early; crosses
+    read one probe per answer. Points above the dashed line gain.
+    """
+    figure = go.Figure()
+    complete = df["n"] == df["n"].max()
+    x, y = 100 * df["regressions"] / df["n"], 100 * df["recoveries"] / df["n"]
+    text = np.array([_words(row) for row in df.to_dict("records")])
+    symbols = np.array(["circle" if _is_number(p) else "x" for p in df["penalty"]])
+    top = float(max(x.max(), y.max(), 1))
+    diagonal = {"x": [0, top], "y": [0, top], "showlegend": False, "hoverinfo": "skip"}
+    figure.add_scatter(**diagonal, mode="lines", line={"color": GREY, "dash": "dash", "width": 1})
+    for direction in dict.fromkeys(df["direction"]):
+        mine = (df["direction"] == direction).to_numpy()
+        figure.add_scatter(
+            x=x[mine],
+            y=y[mine],
+            name=direction,
+            mode="markers",
+            marker={
+                "color": _COLOURS.get(direction, GREY),
+                "symbol": symbols[mine],
+                "opacity": [0.9 if seen else 0.25 for seen in complete[mine]],
+            },
+            text=text[mine],
+            hovertemplate="%{text}<br>%{y:.1f} % recovered, %{x:.1f} % broken<extra></extra>",
+        )
+    best = df["value"].where(complete).to_numpy(dtype=float)
+    best = int(np.nanargmax(best))
+    star = {"symbol": "star", "size": 17, "color": "rgba(0,0,0,0)", "line": {"width": 2}}
+    figure.add_scatter(
+        x=[x[best]],
+        y=[y[best]],
+        name="most valuable",
+        mode="markers",
+        marker=star,
+        hoverinfo="skip",
+    )
+    figure.update_xaxes(title="regressions (% of examples)", rangemode="tozero")
+    figure.update_yaxes(title="recoveries (% of examples)", rangemode="tozero")
+    caption = f"{len(df)} candidates, up to {df['n'].max()} training examples that fitted nothing"
+    return finish(figure, "What the search tried", caption)
+
+
+def _words(row: dict[str, Any]) -> str:
+    layers = ", ".join(map(str, row["layers"]))
+    probe = f"ridge {row['penalty']:g}" if _is_number(row["penalty"]) else "one probe per answer"
+    return (
+        f"{row['direction']}, {probe}, layers {layers}, {row['positions']}, "
+        f"threshold {row['threshold']:g}"
+    )
+
+
+def _is_number(value: float | None) -> bool:
+    """Tell a number from the gaps that a table read from JSON (None) or built here (NaN) has."""
+    return value is not None and value == value
