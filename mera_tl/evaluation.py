@@ -6,7 +6,7 @@ not fit into memory is halved, and so are all after it.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -25,6 +25,8 @@ from mera_tl.readout import (
 from mera_tl.tasks import Example, Task
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def evaluate(
@@ -53,12 +55,12 @@ def evaluate(
 
 def run_batches(
     prompts: Sequence[Sequence[int]],
-    run: Callable[[list[int]], Reading],
+    run: Callable[[list[int]], Result],
     settings: ReadSettings,
     title: str,
-) -> list[tuple[list[int], Reading]]:
+) -> list[tuple[list[int], Result]]:
     """Run batches of prompt indices, longest first, halving the batch when memory runs out."""
-    results: list[tuple[list[int], Reading]] = []
+    results: list[tuple[list[int], Result]] = []
     pending = list(by_length(prompts, settings.batch_size))[::-1]
     hidden = not (settings.progress and is_watched())
     with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
@@ -72,7 +74,7 @@ def run_batches(
                     raise
                 size = len(batch) // 2
                 logger.warning(
-                    "out of memory with %d prompts at once; going on with %d", *(len(batch), size)
+                    "out of memory with %d prompts at once; going on with %d", len(batch), size
                 )
                 left = sorted(
                     (i for b in [batch, *pending] for i in b), key=lambda i: -len(prompts[i])

@@ -1,7 +1,9 @@
 """Paired gains of a steering over a grid of thresholds, and the calibration that rests on them.
 
-The grid is cheap and exact: one unsteered pass reads every example's highest score; an example
-whose score never exceeds a limit cannot be moved at it, so its outcome is known.
+The grid is cheap and exact. One unsteered pass reads every example's highest score; an example
+whose score never exceeds a limit cannot be moved at it, so its outcome is known. A steering that
+acts from the final prompt token on shares the cache of all that comes before: each prompt is run
+once, each threshold costs the final token and the answer.
 """
 
 from collections.abc import Sequence
@@ -9,16 +11,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from mera_tl.calibration import certify
 from mera_tl.certificate import Calibration
-from mera_tl.evaluation import evaluate
+from mera_tl.decoding import Decoding, hooked_pass
+from mera_tl.evaluation import evaluate, gather, run_batches, tokenize_task
 from mera_tl.models import Model
 from mera_tl.outcomes import Outcomes
 from mera_tl.progress import is_watched
 from mera_tl.protocol import Protocol
-from mera_tl.readout import ReadSettings
+from mera_tl.readout import Reading, ReadSettings, option_tokens, read_again
 from mera_tl.rules import Adaptive, Additive, Gated
 from mera_tl.steering import Steering
 from mera_tl.tasks import Calibration as CalibrationRole
@@ -78,6 +82,10 @@ def threshold_grid(
     settings = settings or ReadSettings()
     # An infinite limit moves nothing, bit for bit, while its hooks read every score.
     reading = replace(steering, rule=Adaptive())
+    if steering.positions != "all":
+        steerings = [reading, *(steering.at(threshold) for threshold in thresholds)]
+        first, *others = _after_the_prompt(model, task, steerings, settings)
+        return first, others
     base = evaluate(model, task, reading.fwd_hooks(), settings=settings, title="unsteered")
     quiet = replace(settings, progress=False)
     runs = []
@@ -85,8 +93,7 @@ def threshold_grid(
         thresholds, desc="thresholds", disable=not (settings.progress and is_watched())
     ):
         steered = steering.at(threshold)
-        assert isinstance(steered.rule, Adaptive | Gated)
-        reached = (base.peak > steered.rule.limit).nonzero()[:, 0]
+        reached = (base.peak > _limit(steered)).nonzero()[:, 0]
         if not len(reached):
             runs.append(base)
             continue
@@ -94,6 +101,43 @@ def threshold_grid(
         run = evaluate(model, subset, steered.fwd_hooks(), settings=quiet)
         runs.append(base.with_rows(reached, run))
     return base, runs
+
+
+def _after_the_prompt(
+    model: Model, task: Task[Any], steerings: Sequence[Steering], settings: ReadSettings
+) -> list[Outcomes]:
+    """Return the outcomes of steerings that leave the prompt alone; the first moves nothing."""
+    options = option_tokens(model, task.options)
+    prompts = tokenize_task(model, task, settings)
+    plans = [(steering.fwd_hooks(), _limit(steering)) for steering in steerings]
+
+    def run(batch: list[int]) -> list[Reading]:
+        with torch.inference_mode(), hooked_pass(model, ()):
+            decoding = Decoding(model, [prompts[i] for i in batch], ())
+            answers = options.class_logits(decoding.prompt()).argmax(-1)
+        readings: list[Reading] = []
+        for hooks, limit in plans:
+            reached = torch.arange(len(batch))
+            if readings:
+                reached = (readings[0].peak > limit).nonzero()[:, 0]
+            if not len(reached):
+                readings.append(readings[0])
+                continue
+            rows = reached.to(answers.device)
+            read = read_again(decoding, rows, options, settings, hooks, answers=answers[rows])
+            readings.append(readings[0].with_rows(reached, read) if readings else read)
+        return readings
+
+    results = run_batches(prompts, run, settings, "thresholds")
+    return [
+        gather(task, options, [(batch, readings[k]) for batch, readings in results])
+        for k in range(len(plans))
+    ]
+
+
+def _limit(steering: Steering) -> float:
+    assert isinstance(steering.rule, Adaptive | Gated)
+    return steering.rule.limit
 
 
 def strength_grid(

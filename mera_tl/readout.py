@@ -115,6 +115,14 @@ class Reading:
     n_steerable: Int[Tensor, " batch"]
     peak: Float[Tensor, " batch"]
 
+    def with_rows(self, rows: Int[Tensor, " kept"], other: "Reading") -> "Reading":
+        """Return these answers with some rows taken from another reading."""
+        changed = {}
+        for name in ("predictions", "probs", "n_steered", "n_steerable", "peak"):
+            changed[name] = getattr(self, name).clone()
+            changed[name][rows] = getattr(other, name)
+        return Reading(**changed)
+
 
 def read_batch(
     model: Model,

@@ -1,0 +1,81 @@
+"""The cheap way over a grid of thresholds equals the plain way, and costs what it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_probe, talking_task
+
+from mera_tl.evaluation import evaluate
+from mera_tl.gains import calibrate, strength_grid, threshold_grid
+from mera_tl.protocol import Protocol
+from mera_tl.readout import ReadSettings
+from mera_tl.steering import Steering
+
+QUIET = ReadSettings(progress=False)
+THRESHOLDS = (0.9, 0.6, 0.5, 0.3, 0.1, 0.01)
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "generated"])
+def test_the_grid_equals_one_plain_run_per_threshold(model, positions):
+    task = talking_task(model)
+    steering = Steering(random_probe(model), positions=positions)
+    base, runs = threshold_grid(model, task, steering, THRESHOLDS, settings=QUIET)
+    plain = evaluate(model, task, settings=QUIET)
+    assert torch.equal(base.predictions, plain.predictions)
+    assert (base.probs - plain.probs).abs().max() < 1e-5
+    for threshold, run in zip(THRESHOLDS, runs, strict=True):
+        wanted = evaluate(model, task, steering.at(threshold).fwd_hooks(), settings=QUIET)
+        assert torch.equal(run.predictions, wanted.predictions)
+        assert (run.probs - wanted.probs).abs().max() < 1e-5
+        assert torch.equal(run.n_steered, wanted.n_steered)
+    shares = [run.steered_share for run in runs]
+    assert shares == sorted(shares)  # a lower threshold moves more
+    assert shares[-1] > 0
+
+
+def test_a_grid_after_the_prompt_runs_each_prompt_once(models, monkeypatch):
+    from mera_tl.models import Model
+
+    model, columns, real = models["llama"], [], Model.next_token_logits
+
+    def counted(self, tokens, mask, cache=None):
+        columns.append(tokens.numel())
+        return real(self, tokens, mask, cache)
+
+    monkeypatch.setattr(Model, "next_token_logits", counted)
+    task = talking_task(model)
+    evaluate(model, task, settings=QUIET)
+    unsteered = sum(columns)
+    columns.clear()
+    steering = Steering(random_probe(model), positions="last")
+    threshold_grid(model, task, steering, tuple(0.02 + 0.09 * i for i in range(10)), settings=QUIET)
+    together = sum(columns)
+    columns.clear()
+    threshold_grid(model, task, replace(steering, positions="all"), (0.02, 0.5), settings=QUIET)
+    assert together < 5 * unsteered  # of tiny prompts: ten answers cost as much as the prompts
+    assert sum(columns) > 1.5 * unsteered
+
+
+def test_strengths_are_steered_one_by_one(models):
+    from mera_tl.rules import Additive
+
+    model = models["qwen2"]
+    task, steering = talking_task(model), Steering(random_probe(model))
+    _, runs = strength_grid(model, task, steering, (0.1, 0.5), settings=QUIET)
+    hooks = replace(steering, rule=Additive(0.5)).fwd_hooks()
+    wanted = evaluate(model, task, hooks, settings=QUIET)
+    assert torch.equal(runs[1].probs, wanted.probs)
+    assert not torch.equal(runs[0].probs, wanted.probs)
+
+
+def test_only_the_calibration_split_certifies(models):
+    model = models["gpt2"]
+    task, steering = talking_task(model), Steering(random_probe(model))
+    with pytest.raises(ValueError, match="needs the calibration split, got the all split"):
+        calibrate(model, task, steering, settings=QUIET)
+    split = task.subset(range(20), role="calibration")
+    decision = calibrate(model, split, steering, delta=0.1, settings=QUIET)
+    assert decision.protocol == Protocol(delta=0.1)
+    assert decision.n == 20
+    assert decision.base == pytest.approx(evaluate(model, split, settings=QUIET).accuracy)
