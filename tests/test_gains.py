@@ -37,24 +37,27 @@ def test_the_grid_equals_one_plain_run_per_threshold(model, positions):
 def test_a_grid_after_the_prompt_runs_each_prompt_once(models, monkeypatch):
     from mera_tl.models import Model
 
-    model, columns, real = models["llama"], [], Model.next_token_logits
+    model, widths, real = models["llama"], [], Model.next_token_logits
+    task = talking_task(model)
 
     def counted(self, tokens, mask, cache=None):
-        columns.append(tokens.numel())
+        widths.append(tokens.shape)
         return real(self, tokens, mask, cache)
 
+    def prompt_columns():
+        found = sum(rows * width for rows, width in widths if width > 1)
+        widths.clear()
+        return found
+
     monkeypatch.setattr(Model, "next_token_logits", counted)
-    task = talking_task(model)
     evaluate(model, task, settings=QUIET)
-    unsteered = sum(columns)
-    columns.clear()
+    once = prompt_columns()
     steering = Steering(random_probe(model), positions="last")
-    threshold_grid(model, task, steering, tuple(0.02 + 0.09 * i for i in range(10)), settings=QUIET)
-    together = sum(columns)
-    columns.clear()
-    threshold_grid(model, task, replace(steering, positions="all"), (0.02, 0.5), settings=QUIET)
-    assert together < 5 * unsteered  # of tiny prompts: ten answers cost as much as the prompts
-    assert sum(columns) > 1.5 * unsteered
+    threshold_grid(model, task, steering, THRESHOLDS, settings=QUIET)
+    assert prompt_columns() == once
+    everywhere = replace(steering, positions="all")
+    threshold_grid(model, task, everywhere, THRESHOLDS, settings=QUIET)
+    assert prompt_columns() > 2 * once  # control: prompts that are steered are run again
 
 
 def test_strengths_are_steered_one_by_one(models):
