@@ -58,8 +58,8 @@ def main(config: Config) -> None:
     done = {(r["model"], r["task"], r["seed"]) for r in records}
     for folder in config.models:
         model = load_model(folder, device="cpu")
-        for task in config.tasks:
-            for seed in config.seeds:
+        for seed in config.seeds:
+            for task in config.tasks:
                 if (model.name, task, seed) not in done:
                     started = time.process_time()
                     rows = list(cell(config, model, task, seed))

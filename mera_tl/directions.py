@@ -26,6 +26,13 @@ opposite directions and any single one helps half of the errors and harms the ot
 answer c that a model is about to give, compare the examples of true class c' that it answers c with
 those that it answers c', weighted by how often each c' is the truth behind a wrong c.
 
+**Read per answer, too.** Error is an exclusive or of two things: what is true and what is answered.
+Where a model errs both ways, no linear probe can read it from activations that hold both. *Given*
+the answer, error says only what is true, and one probe per answer reads that. But such a probe must
+not also say which way: within an answer, lowering its score makes the example look like one of
+which that answer would be true, and the answer stays. So the probe opens a gate (`rules.Gated`), and
+the direction above, a difference of means with a length of its own, does the moving.
+
 **Known and not known.** The algebra is exact; that the shift changes the answer is not implied by
 any of it, since nothing here asks the network what a shift does. It is found out by steering:
 `mera_tl.search` on training data, a certificate on data of its own. Within a class, errors may

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, random_probe, talking_task
 
+from mera_tl import plots
 from mera_tl.activations import collect
 from mera_tl.candidates import Bench, Candidate, Fitted, Tried, choose, tabulate
 from mera_tl.decoding import Decoding, hooked_pass
@@ -289,6 +290,16 @@ def test_a_saved_search_steers_the_same(tmp_path):
     assert torch.equal(runs[0].probs, runs[1].probs)
     assert (runs[0].n_steered > 0).any()
     assert len(loaded.table) == len(result.table)
+
+
+def test_the_figure_shows_every_candidate_once():
+    table = found().table
+    figure = plots.search_table(table)
+    marks = [trace for trace in figure.data if trace.name in set(table["direction"])]
+    assert sum(len(trace.x) for trace in marks) == len(table)
+    (star,) = [trace for trace in figure.data if trace.name == "most valuable"]
+    best = table.loc[table[table["n"] == table["n"].max()]["value"].idxmax()]
+    assert star.y[0] == pytest.approx(100 * best["recoveries"] / best["n"])
 
 
 def test_without_errors_nothing_can_be_found():

@@ -26,8 +26,10 @@ def search_table(df: pd.DataFrame) -> go.Figure:
     read one probe per answer. Points above the dashed line gain.
     """
     figure = go.Figure()
-    complete = df["n"] == df["n"].max()
-    x, y = 100 * df["regressions"] / df["n"], 100 * df["recoveries"] / df["n"]
+    n, value, lost, won = (
+        df[name].to_numpy(dtype=float) for name in ("n", "value", "regressions", "recoveries")
+    )
+    complete, x, y = n == n.max(), 100 * lost / n, 100 * won / n
     text = np.array([_words(row) for row in df.to_dict("records")])
     symbols = np.array(["circle" if _is_number(p) else "x" for p in df["penalty"]])
     top = float(max(x.max(), y.max(), 1))
@@ -48,8 +50,7 @@ def search_table(df: pd.DataFrame) -> go.Figure:
             text=text[mine],
             hovertemplate="%{text}<br>%{y:.1f} % recovered, %{x:.1f} % broken<extra></extra>",
         )
-    best = df["value"].where(complete).to_numpy(dtype=float)
-    best = int(np.nanargmax(best))
+    best = int(np.where(complete, value, -np.inf).argmax())
     star = {"symbol": "star", "size": 17, "color": "rgba(0,0,0,0)", "line": {"width": 2}}
     figure.add_scatter(
         x=[x[best]],
@@ -61,7 +62,7 @@ def search_table(df: pd.DataFrame) -> go.Figure:
     )
     figure.update_xaxes(title="regressions (% of examples)", rangemode="tozero")
     figure.update_yaxes(title="recoveries (% of examples)", rangemode="tozero")
-    caption = f"{len(df)} candidates, up to {df['n'].max()} training examples that fitted nothing"
+    caption = f"{len(df)} candidates, up to {n.max():.0f} training examples that fitted nothing"
     return finish(figure, "What the search tried", caption)
 
 
