@@ -30,8 +30,8 @@ those that it answers c', weighted by how often each c' is the truth behind a wr
 Where a model errs both ways, no linear probe can read it from activations that hold both. *Given*
 the answer, error says only what is true, and one probe per answer reads that. But such a probe must
 not also say which way: within an answer, lowering its score makes the example look like one of
-which that answer would be true, and the answer stays. So the probe opens a gate (`rules.Gated`), and
-the direction above, a difference of means with a length of its own, does the moving.
+which that answer would be true, and the answer stays. So the probe opens a gate (`rules.Gated`),
+and the direction above, a difference of means with a length of its own, does the moving.
 
 **Known and not known.** The algebra is exact; that the shift changes the answer is not implied by
 any of it, since nothing here asks the network what a shift does. It is found out by steering:
