@@ -1,12 +1,13 @@
 """Where does steering correct the organism, and where must one abstain?
 
-Expected: a certificate where errors were planted along something the probe reads, an abstention
-where labels are noise, and fixed-strength steering that does some harm in between. Four minutes on
-one core. Writes records, evidence per threshold and held-out probe errors.
+Expected: certificates on planted failures, mostly for the direction that holds the true class fixed
+(read by a probe that fits well), abstentions where labels are noise, and fixed-strength steering
+that does some harm in between. Six minutes on one core. Writes records, evidence per threshold and
+held-out probe errors.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,10 @@ import pandas as pd
 from mera_tl import store
 from mera_tl.benchmark import open_run
 from mera_tl.config import RunConfig
+from mera_tl.directions import fit_direction
 from mera_tl.frames import RunFolder
+from mera_tl.methods import METHODS, Setting, Treatment
+from mera_tl.probes import fit_error_probe
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 
@@ -37,17 +41,28 @@ class Config:
         "optimal_probe",
         "optimal_logistic_probe",
         "optimal_contrastive",
+        "controlled_contrastive, grid",
     )
     train: str = "1000"
     calibration: str = "400"
     test: str = "500"
     layers: str = "1"
     positions: str = "last"
-    seed: int = 0
+    seed: int = 1  # layer, penalty and direction were settled on splits of seed 0
+
+
+def controlled_contrastive(setting: Setting) -> Treatment:
+    """The direction of that name on the grid of the paper's methods, for its curve; no search."""
+    probe = fit_error_probe(setting.activations, penalty=0.01)
+    direction = fit_direction(setting.activations, probe, "controlled_contrastive")
+    steering = replace(setting.steering(probe), direction=direction.vectors)
+    decision = setting.decide("controlled_contrastive, grid", steering)
+    return Treatment(decision.fwd_hooks(steering), calibration=decision, probe=probe)
 
 
 def main(config: Config | None = None) -> None:
     config = config or Config()
+    METHODS["controlled_contrastive, grid"] = controlled_contrastive
     kept: dict[str, list[pd.DataFrame]] = {"records": [], "evidence": [], "probes": []}
     with tempfile.TemporaryDirectory() as scratch:
         for task in config.tasks:

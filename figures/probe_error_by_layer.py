@@ -5,7 +5,7 @@ import pandas as pd
 from figures import results, save
 from mera_tl.plots import probe_error
 
-TASK = "choice_hint"
+TASK = "spam_cue"
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import pandas as pd
 from figures import results, save
 from mera_tl.plots import calibration_evidence, steering_curve
 
-SHOWN = {"first": "choice_hint", "abstains": "sentiment_noise"}
-METHOD = "optimal_probe"
+SHOWN = {"first": "spam_cue", "abstains": "sentiment_noise"}
+METHOD = "controlled_contrastive, grid"
 
 
 def main() -> None:

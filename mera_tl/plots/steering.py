@@ -48,7 +48,8 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
     for column, name, dash in (("gain", "observed", "solid"), ("lower", "lower bound", "dot")):
         figure.add_scatter(
             x=x,
-            y=unit * (start + df[column]),
+            # A bound of the gain may reach below what any accuracy can be.
+            y=unit * (start + df[column]).clip(lower=0 if known else None),
             mode="lines+markers",
             name=name,
             line={"color": colour_of(terms["method"]), "dash": dash},
@@ -73,9 +74,9 @@ def steering_curve(df: pd.DataFrame) -> go.Figure:
 def _terms(df: pd.DataFrame) -> str:
     """Say in one line what the evidence of a certificate is."""
     terms, certified = df.iloc[0], sum(df["lower"] >= df["min_gain"])
-    place = f" on {terms['task']}" if "task" in df else ""
+    place = f"{terms['task']}: " if "task" in df else ""
     return (
-        f"{terms['method']}{place}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
+        f"{place}{terms['method']}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
         f"{terms['knob']}s certified, confidence {terms['confidence']:g}"
     )
 
