@@ -13,11 +13,15 @@ OUT = Path(__file__).parent / "out"
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
 
+class NoResults(ValueError):
+    """The experiment behind a figure has not been run."""
+
+
 def results(experiment: str, pattern: str = "*.jsonl") -> pd.DataFrame:
     """Read the committed records of an experiment."""
     paths = sorted((RESULTS / experiment).glob(pattern))
     if not paths:
-        raise ValueError(f"{experiment} has no results; run `python -m experiments.{experiment}`.")
+        raise NoResults(f"{experiment} has no results; run `python -m experiments.{experiment}`.")
     return pd.concat([pd.read_json(path, lines=True) for path in paths], ignore_index=True)
 
 

@@ -104,10 +104,19 @@ def _question(run: RunFolder) -> str:
     return (
         f"<p>Can <b>{name}</b> be steered away from its own errors on <b>{task}</b>, and is that "
         f"certain enough to do it? Unsteered, it answers {base:.1%} of {first['n']:,} test "
-        f"examples correctly. {first['n_train']:,} training examples fitted the probes, "
+        f"examples correctly{_constant(run)}. {first['n_train']:,} training examples fitted the probes, "
         f"{first['n_calibration']:,} calibration examples decided, the test examples were answered "
         "only at the end; the three sets are disjoint.</p>\n"
     )
+
+
+def _constant(run: RunFolder) -> str:
+    """Say what the best constant answer would get: a steering that only finds it is no insight."""
+    answers = run.changes("no_steering")
+    if answers.empty:
+        return ""
+    share = answers["label"].value_counts(normalize=True)
+    return f' (always "{html.escape(str(share.index[0]))}" would get {share.iloc[0]:.1%})'
 
 
 def _decisions(run: RunFolder) -> Iterator[str]:

@@ -70,6 +70,8 @@ def test_it_says_what_was_asked_decided_and_found(page, folder):
     record = RunFolder.open(folder).record("optimal_probe")
     for words in ("organism", "choice_hint", "300", "disjoint", record["certificate"][:60]):
         assert words in text
+    share = RunFolder.open(folder).changes("no_steering")["label"].value_counts(normalize=True)
+    assert f"would get {share.max():.1%}" in text
     assert record["hashes"]["model"] in text and record["versions"]["torch"] in text
 
 
