@@ -104,9 +104,9 @@ def _question(run: RunFolder) -> str:
     return (
         f"<p>Can <b>{name}</b> be steered away from its own errors on <b>{task}</b>, and is that "
         f"certain enough to do it? Unsteered, it answers {base:.1%} of {first['n']:,} test "
-        f"examples correctly{_constant(run)}. {first['n_train']:,} training examples fitted the probes, "
-        f"{first['n_calibration']:,} calibration examples decided, the test examples were answered "
-        "only at the end; the three sets are disjoint.</p>\n"
+        f"examples correctly{_constant(run)}. {first['n_train']:,} training examples fitted the "
+        f"probes, {first['n_calibration']:,} calibration examples decided, the test examples were "
+        "answered only at the end; the three sets are disjoint.</p>\n"
     )
 
 
