@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, random_probe, talking_task
 
-from mera_tl import plots
+from mera_tl import controlled, plots
 from mera_tl.activations import collect
 from mera_tl.candidates import Bench, Candidate, Fitted, Tried, choose, tabulate
 from mera_tl.decoding import Decoding, hooked_pass
@@ -15,6 +15,7 @@ from mera_tl.directions import Direction
 from mera_tl.evaluation import evaluate
 from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.gains import calibrate
+from mera_tl.methods import Setting
 from mera_tl.models import load_model
 from mera_tl.outcomes import Outcomes
 from mera_tl.protocol import Protocol
@@ -213,9 +214,12 @@ def planted(name="spam_cue"):
 
 SMALL = Choices(
     directions=("contrastive", "controlled_contrastive", "answer_controlled"),
-    layers=((1,), (2,), (1, 2)),
+    layers=((1,), (2,)),
+    penalties=(0.03,),
     thresholds=(0.1, 0.35),
     gates=(0.5,),
+    keep=(8, 4),
+    everywhere=1,
 )
 
 
@@ -360,3 +364,48 @@ def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
     read = evaluate(model, train, hooks, settings=QUIET)
     expected = probe.score(activations.resid("last"))[1]
     assert (read.peak - expected).abs().max() < 1e-4
+
+
+def refuse(*_, **__):
+    raise AssertionError("this was done before")
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["searched", "flip"])
+def test_a_method_is_found_again_in_its_run_folder(name, tmp_path, monkeypatch):
+    splits, activations = planted()
+    monkeypatch.setattr(controlled, "Choices", lambda **_: SMALL)
+    setting = Setting(organism(), splits, activations, read=WIDE, folder=tmp_path)
+    first = controlled.METHODS[name](setting)
+    assert first.calibration is not None
+    assert first.calibration.n_thresholds == 1
+    for searching in ("search", "search_flip", "certify_flip"):
+        monkeypatch.setattr(controlled, searching, refuse)  # nothing is searched or certified twice
+    again = controlled.METHODS[name](replace(setting))
+    test = splits.test.subset(range(60))
+    runs = [treatment.apply(setting, test) for treatment in (first, again)]
+    assert torch.equal(runs[0].probs, runs[1].probs)
+    base = evaluate(organism(), test, settings=WIDE)
+    assert runs[0].accuracy > base.accuracy + 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["pattern_probe", "controlled_pattern", "controlled_contrastive", "answer_controlled"]
+)
+def test_a_direction_goes_through_the_same_calibration_as_the_papers(name):
+    splits, activations = planted()
+    protocol = Protocol(thresholds=(0.05, 0.35))
+    setting = Setting(
+        organism(),
+        splits._replace(calibration=splits.calibration.subset(range(60))),
+        activations,
+        protocol=protocol,
+        layers=(1,),
+        positions="last",
+        read=WIDE,
+    )
+    treatment = controlled.METHODS[name](setting)
+    assert treatment.calibration.protocol == protocol
+    assert treatment.details["direction"] == name.removesuffix("_probe")
