@@ -121,7 +121,8 @@ class SAESpace(Space):
     saes: Mapping[int, Any] = field(repr=False)
     """sae-lens SAEs by layer: standard, JumpReLU or TopK, without normalisation of their input."""
     correction: Literal["none", "gain"] = "none"
-    """`gain` stretches a shift so that, to first order, it is found again after re-encoding."""
+    """`gain` stretches a shift so that, to first order, it is found again after re-encoding: up to
+    ten times where it is spread over many latents. Fixed strengths are then that much longer."""
 
     def __post_init__(self) -> None:
         if not self.saes:
