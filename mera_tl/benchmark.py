@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -272,6 +272,8 @@ def open_run(
 
 def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None:
     wanted = config.to_json()
+    # A field that is younger than the folder has its default there.
+    kept = {f.name: f.default for f in fields(RunConfig)} | kept
     differ = [name for name in wanted if kept.get(name) != wanted[name]]
     if differ:
         first = differ[0]

@@ -19,6 +19,7 @@ from mera_tl.cluster import map_jobs
 from mera_tl.config import GridConfig, RunConfig
 from mera_tl.methods import find_method
 from mera_tl.models import Model
+from mera_tl.progress import is_watched
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def run_grid(
         find_method(name)
     jobs = [GridJob(run, config.methods, str(folder / run_name(run))) for run in config.runs()]
     found: dict[int, list[Record]] = {}
-    bar = tqdm(total=len(jobs), desc="runs", disable=None if progress else True)
+    bar = tqdm(total=len(jobs), desc="runs", disable=not (progress and is_watched()))
     with store.lock(folder), bar:
         for place, result in map_jobs(run_job, jobs, ray=ray, gpus=gpus):
             job = jobs[place]
