@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from mera_tl.decoding import left_pad
 from mera_tl.evaluation import tokenize_task
 from mera_tl.models import Model, resid_post
+from mera_tl.progress import is_watched
 from mera_tl.readout import ReadSettings, by_length
 from mera_tl.sae import Layers, require_sae_lens, starts_with_bos
 from mera_tl.tasks import Task
@@ -118,9 +119,8 @@ def _read_tokens(
         seen["resid"] = resid
 
     batches = list(by_length(chosen, settings.batch_size))
-    for batch in tqdm(
-        batches, desc=f"read layer {layer}", disable=None if settings.progress else True
-    ):
+    hidden = not (settings.progress and is_watched())
+    for batch in tqdm(batches, desc=f"read layer {layer}", disable=hidden):
         tokens, mask = left_pad([chosen[i] for i in batch], model.device)
         with model.hooked.hooks(fwd_hooks=[(name, keep)]):
             model.hooked(tokens, attention_mask=mask, stop_at_layer=layer + 1)
