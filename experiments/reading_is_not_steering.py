@@ -2,9 +2,10 @@
 
 Expected: the paper's direction changes nothing or little; holding the true class fixed corrects
 one-sided failures; a direction and a probe per answer correct two-sided ones too; all abstain where
-there is nothing to correct; with shuffled classes the advantage is gone. Per model, task and split:
-layer, scope, threshold and strength are chosen on training examples that fitted nothing, then each
-arm has one exact test at delta = .05. Two minutes a cell on a busy core.
+there is nothing to correct; with shuffled classes MERA's rule loses its advantage (where a probe
+per answer opens a gate and there are two options, knowing the class is hardly needed). Per model,
+task and split: layer, scope, threshold and strength are chosen on training examples that fitted
+nothing, then each arm has one exact test at delta = .05. Half a minute of processor time a cell.
 
 Other organisms: `python -m experiments.train_organism --seed 1 --out organisms/seed_1`, then pass
 `--models organisms/seed_1`. Real text: `--models .../sms-llama --tasks sms_spam --data-dir ...
