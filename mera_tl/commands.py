@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_tl import subcommands as ask
-from mera_tl.config import GridConfig, RunConfig
+from mera_tl.config import DEMO_METHODS, DEMO_TASKS, GridConfig, RunConfig
 
 Rows = Sequence[dict[str, Any]]
 
@@ -140,22 +140,11 @@ def _print_records(records: Rows) -> None:
 
 # --- the rest -----------------------------------------------------------------------------------
 
-DEMO_TASKS = ("spam_cue", "sentiment_fan", "sentiment_noise")
-DEMO_METHODS = (
-    "no_steering",
-    "prompt_steering",
-    "additive_probe",
-    "vanilla_contrastive",
-    "optimal_probe",
-    "optimal_logistic_probe",
-    "flip",
-    "searched",
-)
-
 
 def demo(command: ask.Demo) -> None:
-    """Run the demo's methods on three of the organism's tasks."""
+    """Run the demo's methods on three of the organism's tasks; write the report."""
     from mera_tl.benchmark import open_run
+    from mera_tl.report import write_report
 
     started, records = time.perf_counter(), []
     print("The embedded organism, three of its tasks: what can be corrected, what cannot.\n")
@@ -175,7 +164,9 @@ def demo(command: ask.Demo) -> None:
             _say_splits(opened)
             records += list(opened.records(DEMO_METHODS))
     _print_records(records)
+    page = write_report(command.out)
     print(f"\n{time.perf_counter() - started:.0f} s; records and certificates in {command.out}")
+    print(f"the report to look at: {page}")
 
 
 def plan(command: ask.Plan) -> None:

@@ -6,6 +6,17 @@ from typing import Any, Literal
 
 SpaceName = Literal["raw", "sae"]
 DEFAULT_METHODS = ("no_steering", "optimal_probe", "flip", "searched")
+DEMO_TASKS = ("spam_cue", "sentiment_fan", "sentiment_noise")
+DEMO_METHODS = (
+    "no_steering",
+    "prompt_steering",
+    "additive_probe",
+    "vanilla_contrastive",
+    "optimal_probe",
+    "optimal_logistic_probe",
+    "flip",
+    "searched",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
