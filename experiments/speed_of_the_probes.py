@@ -56,7 +56,7 @@ def drawn(shape: tuple[int, int, int], positions: tuple[str, ...], decay: float)
     error = torch.sigmoid(score + torch.randn(n, generator=generator))
     zero, wrong = torch.zeros(n, dtype=torch.long), (error > 0.5).long()
     probs = torch.stack([1 - error, error], 1)
-    parts = (torch.arange(n), zero, wrong, probs, zero, zero, torch.zeros(n))
+    parts = (torch.arange(n), zero, wrong, probs, *[zero] * 4, *[torch.zeros(n)] * 2)
     return Activations(by_position, Outcomes(("a", "b"), *parts), {"model": "drawn"})
 
 

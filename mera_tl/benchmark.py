@@ -56,6 +56,7 @@ class Run:
         self.read = ReadSettings(
             readout=config.readout,
             batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
             max_new_tokens=config.max_new_tokens,
             truncate=config.truncate,
             progress=progress,
@@ -217,6 +218,9 @@ def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
         "transitions": outcomes.transitions(base),
         "unanswered": int((~outcomes.answered).sum()),
         "steered_share": outcomes.steered_share,
+        "tokens_steered": outcomes.n_tokens.double().mean().item(),
+        "layers_steered": outcomes.n_layers.double().mean().item(),
+        "relative_shift": outcomes.relative_shift,
         **outcomes.weighted_scores(),
     }
 

@@ -54,9 +54,10 @@ def hooked_pass(model: Model, fwd_hooks: FwdHooks) -> Iterator[None]:
 class Decoding:
     """A batch of prompts on its way through a model. Use inside `hooked_pass`.
 
-    `rows` are the batch rows still on their way; `n_steered` and `n_steerable` count, per batch
-    row, the (layer, token) pairs that steering hooks moved or could have moved; `peak` is the
-    highest score that they saw.
+    `rows` are the batch rows still on their way. Of what steering hooks did, per batch row:
+    `n_steered` and `n_steerable` count the (layer, token) pairs that they moved or could have
+    moved, `n_tokens` the tokens and `n_layers` the layers among those moved; `shift` sums up
+    |shift| / |h| over the moved pairs; `peak` is the highest score that they saw.
     """
 
     def __init__(self, model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks) -> None:
@@ -72,7 +73,15 @@ class Decoding:
         self.rows = torch.arange(len(self._tokens), device=self._tokens.device)
         self.n_steered = torch.zeros_like(self.rows)
         self.n_steerable = torch.zeros_like(self.rows)
+        self.n_tokens = torch.zeros_like(self.rows)
+        self._moved = torch.zeros(len(self.rows), len(self._points)).bool().to(self.rows.device)
+        self.shift = torch.zeros(self.rows.shape, device=self.rows.device)
         self.peak = torch.full(self.rows.shape, -torch.inf, device=self.rows.device)
+
+    @property
+    def n_layers(self) -> Int[Tensor, " batch"]:
+        """How many layers moved a token of each row."""
+        return self._moved.sum(-1)
 
     def prompt(self) -> Float[Tensor, "batch d_vocab"]:
         """Run the prompts; return the logits at their final tokens."""
@@ -139,14 +148,23 @@ class Decoding:
         for point in self._points:
             point.ctx["window"] = window
         logits = self.model.next_token_logits(tokens, mask, self._cache)
-        for point in self._points:
-            if "steered" in point.ctx:  # left by a steering hook
-                here, left = self.rows.device, point.ctx
-                self.n_steered[self.rows] += left.pop("steered").to(here)
-                self.n_steerable[self.rows] += left.pop("steerable").to(here)
-                peak = left.pop("peak").to(here)
-                self.peak[self.rows] = self.peak[self.rows].maximum(peak)
+        self._count(mask)
         return logits
+
+    def _count(self, mask: Int[Tensor, "batch pos"]) -> None:
+        """Add up what steering hooks left of the pass that they have just seen."""
+        here, rows = self.rows.device, self.rows
+        moved = torch.zeros(mask.shape, dtype=torch.bool, device=here)
+        for layer, point in enumerate(self._points):
+            if "moved" in (left := point.ctx):
+                by_layer = left.pop("moved").to(here)
+                moved |= by_layer
+                self._moved[rows, layer] |= by_layer.any(-1)
+                self.n_steered[rows] += by_layer.sum(-1)
+                self.n_steerable[rows] += left.pop("steerable").to(here)
+                self.shift[rows] += left.pop("shift").to(here)
+                self.peak[rows] = self.peak[rows].maximum(left.pop("peak").to(here))
+        self.n_tokens[rows] += moved.sum(-1)
 
 
 def left_pad(

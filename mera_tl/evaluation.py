@@ -15,6 +15,7 @@ from mera_tl.models import FwdHooks, Model
 from mera_tl.outcomes import Outcomes
 from mera_tl.progress import is_watched
 from mera_tl.readout import (
+    COUNTS,
     OptionTokens,
     Reading,
     ReadSettings,
@@ -61,7 +62,7 @@ def run_batches(
 ) -> list[tuple[list[int], Result]]:
     """Run batches of prompt indices, longest first, halving the batch when memory runs out."""
     results: list[tuple[list[int], Result]] = []
-    pending = list(by_length(prompts, settings.batch_size))[::-1]
+    pending = list(by_length(prompts, settings))[::-1]
     hidden = not (settings.progress and is_watched())
     with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
         while pending:
@@ -109,9 +110,7 @@ def gather(
         labels=torch.tensor(task.labels),
         predictions=column("predictions"),
         probs=column("probs").float(),
-        n_steered=column("n_steered"),
-        n_steerable=column("n_steerable"),
-        peak=column("peak"),
+        **{name: column(name) for name in COUNTS},
     )
 
 

@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 Metric = Literal["correct", "error"]
-_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", "n_steered", "n_steerable", "peak")
+_STEERED = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift")
+_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "peak")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,12 @@ class Outcomes:
     """Steered (layer, token) pairs."""
     n_steerable: Int[Tensor, " example"]
     """(layer, token) pairs that were in the scope of a steering hook."""
+    n_tokens: Int[Tensor, " example"]
+    """Tokens that were moved in some layer."""
+    n_layers: Int[Tensor, " example"]
+    """Layers in which some token was moved."""
+    shift: Float[Tensor, " example"]
+    """Sum of |shift| / |h| over the steered (layer, token) pairs."""
     peak: Float[Tensor, " example"]
     """Highest probe score in that scope, before any shift; -inf without hooks. An example whose
     unsteered peak does not exceed a limit cannot be steered at it."""
@@ -70,6 +77,11 @@ class Outcomes:
     def steered_share(self) -> float:
         """Share of steerable (layer, token) pairs that a rule moved; 0 without hooks."""
         return self.n_steered.sum().item() / max(1, self.n_steerable.sum().item())
+
+    @property
+    def relative_shift(self) -> float:
+        """Mean of |shift| / |h| over the (layer, token) pairs that were moved; 0 without any."""
+        return self.shift.double().sum().item() / max(1, self.n_steered.sum().item())
 
     def subset(self, indices: Int[Tensor, " kept"]) -> "Outcomes":
         """Return the outcomes of some examples."""
@@ -125,8 +137,7 @@ class Outcomes:
             "correct": self.correct.tolist(),
             "error": self.error.tolist(),
             "probs": self.probs.tolist(),
-            "n_steered": self.n_steered.tolist(),
-            "n_steerable": self.n_steerable.tolist(),
+            **{name: getattr(self, name).tolist() for name in _STEERED},
             "peak": [value if value > -torch.inf else None for value in self.peak.tolist()],
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -139,7 +150,8 @@ class Outcomes:
         index = {option: i for i, option in enumerate(options)} | {None: -1}
 
         def column(name: str) -> Tensor:
-            return torch.tensor([record[name] for record in records])
+            # A column that is younger than the file holds zeros there.
+            return torch.tensor([record.get(name, 0) for record in records])
 
         return cls(
             options=tuple(options),
@@ -147,8 +159,8 @@ class Outcomes:
             labels=torch.tensor([index[record["label"]] for record in records]),
             predictions=torch.tensor([index[record["prediction"]] for record in records]),
             probs=column("probs").float(),
-            n_steered=column("n_steered"),
-            n_steerable=column("n_steerable"),
+            **{name: column(name) for name in _STEERED[:-1]},
+            shift=column("shift").float(),
             peak=torch.tensor([-torch.inf if r["peak"] is None else r["peak"] for r in records]),
         )
 

@@ -151,17 +151,23 @@ class SteerHook:
         moved = (amount != 0) & (step != 0).any(-1)
         if window is not None:
             real = window.real[:, start:].to(here.device)
-            hook.ctx["steered"] = (moved & real).sum(-1)
+            hook.ctx["moved"] = torch.nn.functional.pad(moved & real, (start, 0))
+            hook.ctx["shift"] = torch.zeros(len(here), device=here.device)
             hook.ctx["steerable"] = real.sum(-1)
             hook.ctx["peak"] = score.masked_fill(~real, -torch.inf).amax(-1)
         if not moved.any():
             return resid
         # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
         shift = amount[moved][:, None] * step.expand_as(features)[moved]
+        before = here[moved]
+        after = self.space.write(before, features[moved], shift, self.layer)
         steered = resid.clone()
-        steered[:, start:][moved] = self.space.write(
-            here[moved], features[moved], shift, self.layer
-        )
+        steered[:, start:][moved] = after
+        if window is not None:
+            relative = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1)
+            rows = moved.nonzero()[:, 0]
+            relative = relative * window.real[:, start:].to(here.device)[moved]
+            hook.ctx["shift"].index_add_(0, rows, relative)
         return steered
 
     @staticmethod

@@ -250,6 +250,9 @@ class Readings:
             probs=torch.full((n, k), 1 / k),
             n_steered=zero,
             n_steerable=zero,
+            n_tokens=zero,
+            n_layers=zero,
+            shift=torch.zeros(n),
             peak=torch.zeros(n),
         )
 

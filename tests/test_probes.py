@@ -39,7 +39,7 @@ def answers(resid, error, unanswered: int = 0) -> Activations:
     if unanswered:
         probs[-unanswered:], predictions[-unanswered:] = 0.0, -1
     zero = torch.zeros(n, dtype=torch.long)
-    parts = (torch.arange(n), zero, predictions, probs, zero, zero, torch.zeros(n))
+    parts = (torch.arange(n), zero, predictions, probs, *[zero] * 4, *[torch.zeros(n)] * 2)
     outcomes = Outcomes(("a", "b"), *parts)
     exact = resid.clone()
     exact[n - unanswered :] = 0

@@ -210,7 +210,7 @@ def outcomes(labels, predictions, n_options=3):
     rows = torch.arange(len(labels))
     peak = torch.full((len(labels),), -torch.inf)
     options = tuple("abc"[:n_options])
-    return Outcomes(options, rows, labels, predictions, probs, zeros, zeros, peak)
+    return Outcomes(options, rows, labels, predictions, probs, *[zeros] * 4, zeros.float(), peak)
 
 
 def test_weighted_scores_agree_with_scikit_learn():
@@ -269,5 +269,5 @@ def test_intervals_and_paired_test_agree_with_brute_force():
 def test_outcomes_survive_a_file():
     run = outcomes([0, 2, 1], [0, -1, 1])
     again = Outcomes.from_records(run.to_records(), run.options)
-    for name in ("rows", "labels", "predictions", "probs", "peak", "n_steered"):
+    for name in ("rows", "labels", "predictions", "probs", "peak", "n_steered", "shift"):
         assert torch.equal(getattr(again, name), getattr(run, name))

@@ -328,6 +328,9 @@ def some_outcomes():
         probs=probs,
         n_steered=zeros,
         n_steerable=zeros,
+        n_tokens=zeros,
+        n_layers=zeros,
+        shift=torch.zeros(4),
         peak=torch.tensor([2.0, -1.0, -1.0, 5.0]),
     )
 

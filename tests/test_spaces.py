@@ -246,14 +246,15 @@ def planted():
     latent = int((firing - 0.5).abs().argmin())
     error = torch.where(latents[:, latent] > 0.3, 0.9, 0.1)
     correct = error < 0.5
+    zeros = torch.zeros(n, dtype=torch.long)
     outcomes = Outcomes(
         options=("yes", "no"),
         rows=torch.arange(n),
         labels=torch.zeros(n, dtype=torch.long),
         predictions=(~correct).long(),
         probs=torch.stack([1 - error, error], 1),
-        n_steered=torch.zeros(n, dtype=torch.long),
-        n_steerable=torch.zeros(n, dtype=torch.long),
+        **dict.fromkeys(("n_steered", "n_steerable", "n_tokens", "n_layers"), zeros),
+        shift=torch.zeros(n),
         peak=torch.full((n,), -torch.inf),
     )
     return space, Activations({"last": resid}, outcomes, {"n_layers": 3}), latent

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task, mixed_options, random_probe
+from conftest import make_task, mixed_options, random_probe, talking_task
 
 from mera_tl.decoding import Decoding, hooked_pass, left_pad
 from mera_tl.evaluation import evaluate
@@ -264,3 +264,33 @@ def test_steering_refuses_what_cannot_fit():
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         Steering(probe).at(1.0)
     assert isinstance(Steering(probe).space, ResidualSpace)
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "generated"])
+def test_what_was_moved_is_counted_as_by_hand(model, positions):
+    """Run each prompt alone, look at every layer before and after its hook, and count."""
+    task, hooks = talking_task(model), steered(model, 0.3, positions=positions).fwd_hooks()
+    got = evaluate(model, task, hooks, settings=QUIET)
+    before, passes, shares = {}, [], []
+
+    def look(resid, hook):
+        before[hook.name] = resid[0]
+
+    def compare(resid, hook):
+        change = (resid[0] - before[hook.name]).norm(dim=-1)
+        shares.extend((change / before[hook.name].norm(dim=-1))[change > 0].tolist())
+        passes.extend([[]] if hook.name == hooks[0][0] else [])
+        passes[-1].append(change > 0)
+
+    spied = [part for name, hook in hooks for part in ((name, look), (name, hook), (name, compare))]
+    for i in range(len(task)):
+        passes.clear()
+        evaluate(model, task.subset([i]), spied, settings=QUIET)
+        moved = torch.cat([torch.stack(layers) for layers in passes], dim=1)
+        assert int(got.n_steered[i]) == int(moved.sum())
+        assert int(got.n_tokens[i]) == int(moved.any(0).sum())
+        assert int(got.n_layers[i]) == int(moved.any(1).sum())
+    assert got.relative_shift == pytest.approx(sum(shares) / max(1, len(shares)), rel=1e-4)
+    if positions != "generated":
+        assert 0 < got.n_steered.sum() < got.n_steerable.sum()
+    assert evaluate(model, task, settings=QUIET).relative_shift == 0  # control: nothing moved
