@@ -247,7 +247,7 @@ class Bench:
         if short:
             gains[short] = self._from_last_token([names[row] for row in short], places, title)
         task, base = self.task.subset(places), self.activations.outcomes.subset(where)
-        quiet = replace(self.settings, batch_size=4 * self.settings.batch_size, progress=False)
+        quiet = replace(self.settings.wider(4), progress=False)
         for row in set(range(len(names))) - set(short):
             hooks = self.steering(names[row]).fwd_hooks()
             steered = evaluate(self.model, task, hooks, settings=quiet)
@@ -284,7 +284,7 @@ class Bench:
             return _read_nothing(answers, options)
 
         # Caches of one token's passes are small: more prompts at once than in a whole evaluation.
-        wide = replace(self.settings, batch_size=8 * self.settings.batch_size)
+        wide = self.settings.wider(8)
         run_batches([prompts[i] for i in places], run, wide, title)
         return gains
 

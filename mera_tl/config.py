@@ -62,8 +62,10 @@ class RunOptions:
     """Shorten the text of prompts that exceed the context, never the question."""
     free_text: int = 0
     """Test prompts to continue freely, for perplexity and repetition under each method."""
-    batch_size: int = 16
-    """Prompts per batch; halved by itself when memory runs out."""
+    batch_size: int | None = None
+    """Prompts per batch. Default: as many as --batch-tokens hold."""
+    batch_tokens: int = 2048
+    """Tokens per batch, padding counted; halved by itself when memory runs out."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model; probes and shifts are always float32."""
     device: str | None = None

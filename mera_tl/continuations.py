@@ -51,7 +51,7 @@ def free_text(
     prompts = tokenize_task(model, task, ReadSettings(max_new_tokens=n_new))
     texts: list[list[int]] = []
     logs: list[float] = []
-    for batch in by_length(prompts, settings.batch_size):
+    for batch in by_length(prompts, settings):
         starts = [prompts[i] for i in batch]
         tokens = _continue(model, starts, fwd_hooks, n_new)
         for start, row in zip(starts, tokens.tolist(), strict=True):

@@ -118,7 +118,7 @@ def _read_tokens(
     def keep(resid: Tensor, hook: Any) -> None:  # noqa: ARG001
         seen["resid"] = resid
 
-    batches = list(by_length(chosen, settings.batch_size))
+    batches = list(by_length(chosen, settings))
     hidden = not (settings.progress and is_watched())
     for batch in tqdm(batches, desc=f"read layer {layer}", disable=hidden):
         tokens, mask = left_pad([chosen[i] for i in batch], model.device)

@@ -16,7 +16,7 @@ from mera_tl.outcomes import (
     spi,
     spi_interval,
 )
-from mera_tl.readout import ReadSettings, option_tokens
+from mera_tl.readout import ReadSettings, by_length, option_tokens
 
 QUIET = ReadSettings(progress=False)
 
@@ -125,6 +125,35 @@ def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("changes", [{"batch_tokens": 30}, {"batch_size": 5}, {"batch_size": 1}])
+def test_answers_do_not_depend_on_the_batching(changes, model):
+    task = talking_task(model)
+    wide = evaluate(model, task, settings=QUIET)
+    run = evaluate(model, task, settings=replace(QUIET, **changes))
+    assert torch.equal(run.predictions, wide.predictions)
+    assert (run.probs - wide.probs).abs().max() < 1e-5
+
+
+def test_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed():
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[0] * int(n) for n in torch.randint(1, 60, (200,), generator=generator)]
+    for budget in (1, 50, 100, 1000):
+        batches = list(by_length(prompts, ReadSettings(batch_tokens=budget)))
+        padded = [len(batch) * max(len(prompts[i]) for i in batch) for batch in batches]
+        assert sorted(i for batch in batches for i in batch) == list(range(len(prompts)))
+        assert all(
+            tokens <= budget or len(batch) == 1
+            for batch, tokens in zip(batches, padded, strict=True)
+        )
+        longest = [max(len(prompts[i]) for i in batch) for batch in batches]
+        assert longest == sorted(longest, reverse=True)
+        # Full: one more row would not have fitted, but for the last batch.
+        more = [tokens + width for tokens, width in zip(padded, longest, strict=True)]
+        assert min(more[:-1]) > budget
+    rows = [len(batch) for batch in by_length(prompts, ReadSettings(batch_size=16))]
+    assert rows == [16] * 12 + [8]  # positive control: an explicit size counts rows, not tokens
+
+
 def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, caplog):
     import mera_tl.evaluation
 
@@ -136,9 +165,10 @@ def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, cap
             raise torch.OutOfMemoryError("out of memory")
         return real(model, prompts, *args, **kwargs)
 
-    wanted = evaluate(model, task, settings=QUIET)
+    settings = replace(QUIET, batch_size=16)
+    wanted = evaluate(model, task, settings=settings)
     monkeypatch.setattr(mera_tl.evaluation, "read_batch", small_machine)
-    run = evaluate(model, task, settings=QUIET)
+    run = evaluate(model, task, settings=settings)
     assert sizes[:3] == [16, 8, 4]
     assert max(sizes[2:]) == 4
     assert (run.probs - wanted.probs).abs().max() < 1e-5
