@@ -312,4 +312,4 @@ def _read_nothing(answers: Int[Tensor, " batch"], options: OptionTokens) -> Read
     """Return an empty reading: what was read has gone into the gains."""
     probs = torch.zeros(len(answers), len(options.options))
     counts = torch.zeros_like(answers, device="cpu")
-    return Reading(answers.cpu(), probs, counts, counts, probs[:, 0])
+    return Reading(answers.cpu(), probs, *[counts] * 4, *[probs[:, 0]] * 2)
