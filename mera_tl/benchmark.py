@@ -3,7 +3,8 @@
     collect -> fit -> calibrate or abstain -> evaluate -> record
 
 A run lives in a folder. What a step has written is found again by the next, or by a second start:
-activations/, probes/<kind>/, certificates/<method>.json, outcomes/<method>.jsonl, records.jsonl.
+activations/, probes/<kind>/, certificates/<method>.json, reach/<method>.safetensors,
+outcomes/<method>.jsonl, records.jsonl.
 """
 
 import logging
@@ -29,9 +30,11 @@ from mera_tl.methods import Setting, Treatment, find_method, require_space
 from mera_tl.models import Model, load_model
 from mera_tl.outcomes import Outcomes, accuracy_interval, paired_p_value, spi, spi_interval
 from mera_tl.protocol import Protocol
+from mera_tl.reach import evaluate_reach
 from mera_tl.readout import ReadSettings, option_tokens
 from mera_tl.sae import default_source, load_saes
 from mera_tl.spaces import ResidualSpace, Space
+from mera_tl.steering import SteerHook
 from mera_tl.tasks import Splits, load_task
 
 logger = logging.getLogger(__name__)
@@ -167,7 +170,7 @@ class Run:
         treatment = METHODS[name](self.setting)
         outcomes = base
         if treatment.fwd_hooks or treatment.instruction is not None:
-            outcomes = treatment.apply(self.setting, self.splits.test)
+            outcomes = self._apply(name, treatment)
         seconds = time.perf_counter() - started
         store.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
         return {
@@ -191,6 +194,16 @@ class Run:
             },
             "versions": versions(),
         }
+
+    def _apply(self, name: str, treatment: Treatment) -> Outcomes:
+        """Answer the test split under a treatment; keep what its steering hooks did where."""
+        test, hooks = self.splits.test, treatment.fwd_hooks
+        steers = any(isinstance(hook, SteerHook) for _, hook in hooks)
+        if not steers or treatment.answer is not None:
+            return treatment.apply(self.setting, test)
+        outcomes, reach = evaluate_reach(self.model, test, hooks, settings=self.read, title="test")
+        reach.save(self.folder / "reach" / f"{name}.safetensors")
+        return outcomes
 
     def _free_text(self, treatment: Treatment) -> dict[str, Any] | None:
         """Continue some test prompts freely under the treatment, where that was asked for."""

@@ -7,6 +7,7 @@ layers behind a steered layer differ too, since they see what was moved.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl import plots
-from mera_tl.models import FwdHooks, Model, resid_post
+from mera_tl.decoding import Window
+from mera_tl.models import FwdHooks, Model
 from mera_tl.probes import LinearProbe
+from mera_tl.reach import around
 from mera_tl.readout import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.spaces import ResidualSpace
 from mera_tl.steering import SteerHook, Steering
@@ -32,7 +35,10 @@ class Ledger:
     model: str
     row: int
     tokens: tuple[str, ...]
-    """Of the prompt; generated ones follow as (1), (2), ..."""
+    """Of the prompt, then those generated in the steered run; where the unsteered run said another
+    one at that place, as "unsteered → steered"."""
+    n_prompt: int
+    """How many of them are the prompt's."""
     layers: tuple[int, ...]
     before: Float[np.ndarray, "layer pos"]
     """Predicted error in the unsteered run; NaN for a token that only the steered run has."""
@@ -76,7 +82,17 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        names = ("model", "row", "tokens", "layers", "options", "label", "answers", "probs")
+        names = (
+            "model",
+            "row",
+            "tokens",
+            "n_prompt",
+            "layers",
+            "options",
+            "label",
+            "answers",
+            "probs",
+        )
         grids = {n: _plain(getattr(self, n)) for n in ("before", "after", "shift")}
         return {name: getattr(self, name) for name in names} | grids
 
@@ -155,7 +171,13 @@ def _ledger(
     unsteered, steered = runs
     words = [_shown(model.tokenizer.decode([token])) for token in tokens]
     before, after = unsteered.predicted(), steered.predicted()
-    n_new = after.shape[1] - len(words)
+    said_before, said_after = (
+        [_shown(model.tokenizer.decode([token])) for token in run.generated] for run in runs
+    )
+    words += [
+        word if old in (word, None) else f"{old} → {word}"
+        for old, word in zip_longest(said_before[: len(said_after)], said_after)
+    ]
     missing = np.full((len(before), max(0, after.shape[1] - before.shape[1])), np.nan)
     before = np.concatenate([before, missing], axis=1)[:, : after.shape[1]]
     readings = [run.reading for run in runs]
@@ -165,7 +187,8 @@ def _ledger(
     return Ledger(
         model=model.name,
         row=example.row,
-        tokens=(*words, *(f"({i + 1})" for i in range(n_new))),
+        tokens=tuple(words),
+        n_prompt=len(tokens),
         layers=tuple(reader.layer for reader in readers),
         before=before,
         after=after,
@@ -189,34 +212,31 @@ class _Run:
         fwd_hooks: FwdHooks,
         settings: ReadSettings,
     ) -> None:
-        self._readers = readers
+        self._model, self._readers = model, readers
         self._into: dict[int, Tensor] = {}
         self._out: dict[int, Tensor] = {}
-        around = [
-            *(
-                (resid_post(reader.layer), self._keep(self._into, reader.layer))
-                for reader in readers
-            ),
-            *fwd_hooks,
-            *(
-                (resid_post(reader.layer), self._keep(self._out, reader.layer))
-                for reader in readers
-            ),
-        ]
+        self._fed: Tensor = torch.empty(0)
+        self.generated: list[int] = []
         options = option_tokens(model, example.options)
-        self.reading: Reading = read_batch(model, tokens, options, settings, around)
+        hooks = around(readers, fwd_hooks, self._keep)
+        handle = model.hooked.embed.register_forward_pre_hook(self._feed)
+        try:
+            self.reading: Reading = read_batch(model, tokens, options, settings, hooks)
+        finally:
+            handle.remove()
 
-    @staticmethod
-    def _keep(kept: dict[int, Tensor], layer: int) -> Any:
-        def keep(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            window = hook.ctx["window"]
+    def _feed(self, module: Any, fed: tuple[Tensor, ...]) -> None:  # noqa: ARG002
+        self._fed = fed[0]
+
+    def _keep(self, reader: SteerHook, into: Tensor, out: Tensor, window: Window) -> None:
+        if not window.n_prompt and reader is self._readers[0]:
+            self.generated.append(int(self._fed[0, -1]))
+        for kept, resid in ((self._into, into), (self._out, out)):
             new = resid[0, window.real[0].to(resid.device)].float().cpu()
-            old = kept.get(layer, new[:0])
+            old = kept.get(reader.layer, new[:0])
             # A second pass over prompt tokens, the answer known, replaces the first.
             again = min(len(old), window.n_prompt) if window.answers is not None else 0
-            kept[layer] = torch.cat([old[: len(old) - again], new])
-
-        return keep
+            kept[reader.layer] = torch.cat([old[: len(old) - again], new])
 
     def predicted(self) -> Float[np.ndarray, "layer pos"]:
         """Return the predicted error of every token, as the layer passed it on."""

@@ -109,6 +109,25 @@ def test_generated_tokens_are_shown_when_they_are_steered(case):
     assert max(lengths) == 2  # the third token is emitted, not fed
 
 
+def test_generated_tokens_are_shown_as_text_and_as_both_where_steering_changed_them(case):
+    model, _, steering = case
+    said = ReadSettings(readout="exact", max_new_tokens=3, progress=False)
+    strong = replace(steering, rule=Additive(2.0), positions="last")
+    n_words = n_changed = 0
+    for example in make_task(8).examples:
+        still = explain(model, example, Steering(steering.probe), settings=said)
+        tokens = model.tokenize([example.prompt])[0]
+        assert still.n_prompt == len(tokens)
+        for word in still.tokens[still.n_prompt :]:  # by the model itself, without a cache
+            ids = torch.tensor([tokens])
+            tokens.append(int(model.next_token_logits(ids, torch.ones_like(ids)).argmax()))
+            assert word == (model.tokenizer.decode(tokens[-1:]).strip() or "␣")
+            n_words += 1
+        changed = explain(model, example, strong, settings=said)
+        n_changed += any(" → " in word for word in changed.tokens[changed.n_prompt :])
+    assert n_words and n_changed
+
+
 def test_hooks_alone_read_the_steered_layers(case):
     model, task, steering = case
     example = task.examples[0]
