@@ -257,7 +257,13 @@ def versions() -> dict[str, str]:
 
 def load_configured(config: RunConfig) -> Model:
     """Load the model that a configuration names."""
-    return load_model(config.model, dtype=config.dtype, device=config.device, chat=config.chat)
+    return load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        chat=config.chat,
+        n_devices=config.n_devices,
+    )
 
 
 @contextmanager

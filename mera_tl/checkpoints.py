@@ -4,6 +4,7 @@ A Hugging Face folder is read by its own config.json, field by field: Transforme
 goes by name and would take a folder called "llama" for an official model.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,26 +20,28 @@ FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma2ForCausalLM", "GPT2LM
 """Architectures that load from a local Hugging Face folder."""
 
 
-def load_embedded(folder: Path, dtype: torch.dtype, device: str) -> Any:
+def load_embedded(folder: Path, where: Mapping[str, Any]) -> Any:
     """Load a folder that holds a `HookedTransformer` itself: its own config and weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import HookedTransformerConfig
 
     settings = store.read_json(folder / "config.json")
-    cfg = HookedTransformerConfig.from_dict({**settings, "dtype": dtype, "device": device})
-    hooked = HookedTransformer(cfg, None, move_to_device=False)
-    weights = store.load_tensors(folder / "model.safetensors")
-    _load_weights(hooked, {name: value.to(dtype) for name, value in weights.items()})
+    cfg = HookedTransformerConfig.from_dict({**settings, **where})
+    hooked = without_weights(cfg)
+    if cfg.device != "meta":
+        weights = store.load_tensors(folder / "model.safetensors")
+        _load_weights(hooked, {name: value.to(cfg.dtype) for name, value in weights.items()})
     return hooked
 
 
-def load_folder(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, tuple[int, ...]]:
+def load_folder(folder: Path, where: Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """Load a local Hugging Face folder by its own config.json; return it with its end tokens.
+
+    `where` are the fields dtype, device and n_devices of a `HookedTransformerConfig`.
 
     Raises:
         ValueError: if the folder holds no model of a known family.
     """
-    from transformer_lens import HookedTransformer
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -49,22 +52,48 @@ def load_folder(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, tup
     # Folders like the organism's hold a HookedTransformerConfig, which has this field instead.
     architecture = (config.get("architectures") or [config.get("original_architecture", "none")])[0]
     if architecture == "HookedTransformer":
-        return load_embedded(folder, dtype, device), ()
+        return load_embedded(folder, where), ()
     if architecture not in FAMILIES:
         raise ValueError(
             f"{folder} is a {architecture}; local folders of {', '.join(FAMILIES)} can be loaded."
         )
+    cfg = _hooked_config(AutoConfig.from_pretrained(folder), where)
+    hooked = without_weights(cfg)
+    if cfg.device == "meta":
+        return hooked, ()
     try:
-        original = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        original = AutoModelForCausalLM.from_pretrained(folder, dtype=cfg.dtype)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{folder} does not load with transformers: {first}") from None
-    cfg = _hooked_config(original.config, dtype, device)
-    hooked = HookedTransformer(cfg, None, move_to_device=False)
     _load_weights(hooked, _converters()[architecture](original, cfg))
     eos = original.generation_config.eos_token_id
     eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
     return hooked, eos_ids
+
+
+def without_weights(cfg: Any) -> Any:
+    """Build the model of a configuration; on the device "meta" it has shapes and no memory."""
+    from transformer_lens import HookedTransformer
+
+    with torch.device("meta" if cfg.device == "meta" else "cpu"):
+        return HookedTransformer(cfg, None, move_to_device=False)
+
+
+def layout(hooked: "HookedTransformer") -> list[tuple[torch.nn.Module, torch.device]]:
+    """Return on which device each part belongs, where forward passes look for it.
+
+    TransformerLens 3.9 moves parts to whichever device has most memory left, but sends the
+    residual stream of block i to the device of block i: with several devices the two disagree.
+    """
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    cfg = hooked.cfg
+    devices = [get_device_for_block_index(i, cfg) for i in range(cfg.n_layers)]
+    blocks = list(zip(hooked.blocks, devices, strict=True))
+    first = [getattr(hooked, name) for name in ("embed", "pos_embed") if hasattr(hooked, name)]
+    last = [hooked.ln_final, hooked.unembed]
+    return [*((m, devices[0]) for m in first), *blocks, *((m, devices[-1]) for m in last)]
 
 
 def _converters() -> dict[str, Any]:
@@ -90,10 +119,11 @@ def _load_weights(hooked: "HookedTransformer", weights: dict[str, Tensor]) -> No
         fold_value_biases=False,
         refactor_factored_attn_matrices=False,
     )
-    hooked.move_model_modules_to_device()
+    for part, device in layout(hooked):
+        part.to(device)
 
 
-def _hooked_config(hf: Any, dtype: torch.dtype, device: str) -> Any:
+def _hooked_config(hf: Any, where: Mapping[str, Any]) -> Any:
     """Translate a Hugging Face config, field by field, into TransformerLens's."""
     from transformer_lens import HookedTransformerConfig
 
@@ -108,9 +138,8 @@ def _hooked_config(hf: Any, dtype: torch.dtype, device: str) -> Any:
             "original_architecture": architecture,
             "model_name": architecture,
             "init_weights": False,
-            "dtype": dtype,
-            "device": device,
             "default_prepend_bos": False,
+            **where,
         }
     )
 

@@ -70,6 +70,8 @@ class RunOptions:
     """Precision of the model; probes and shifts are always float32."""
     device: str | None = None
     """Default: cuda where there is one."""
+    n_devices: int = 1
+    """GPUs to spread the model's layers over."""
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""
 

@@ -9,7 +9,7 @@ mask, which rules out double BOS tokens and padding on the wrong side.
 import difflib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import store
-from mera_tl.checkpoints import lay_out_for_decoding, load_embedded, load_folder
+from mera_tl.checkpoints import (
+    lay_out_for_decoding,
+    layout,
+    load_embedded,
+    load_folder,
+    without_weights,
+)
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
 
 if TYPE_CHECKING:
@@ -115,7 +121,8 @@ class Model:
             tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=hooked.cfg.n_layers
         )
         logits = hooked.unembed(hooked.ln_final(resid[:, -1:]))
-        return apply_softcap(logits, hooked.cfg.output_logits_soft_cap)[:, 0]
+        logits = apply_softcap(logits, hooked.cfg.output_logits_soft_cap)[:, 0]
+        return logits.to(tokens.device)  # of several devices, the last has unembedded
 
     def new_cache(self, n_rows: int) -> Any:
         """Return an empty key-value cache for a batch of `n_rows`."""
@@ -133,31 +140,37 @@ def resid_post(layer: int) -> str:
 
 
 def load_model(
-    name: str, *, dtype: Dtype = "float32", device: str | None = None, chat: bool = False
+    name: str,
+    *,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    chat: bool = False,
+    n_devices: int = 1,
 ) -> Model:
     """Load a model, unprocessed, as `HookedTransformer`.
 
     `name` is "organism" (the embedded model), a local Hugging Face folder of one of the families
     in `checkpoints.FAMILIES` (read by its own config.json, never by its name, and without
-    network), or any official name that TransformerLens knows.
+    network), or any official name that TransformerLens knows. Its layers are spread over
+    `n_devices` GPUs. On the device "meta" it has every shape and no weights.
 
     Raises:
-        ValueError: if the name is unknown or the folder does not hold such a model.
+        ValueError: if the name is unknown, the folder does not hold such a model, or there are
+            fewer devices.
     """
-    torch_dtype = _torch_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _require_devices(device, n_devices)
+    where = {"dtype": _torch_dtype(dtype), "device": device, "n_devices": n_devices}
+    eos_ids: tuple[int, ...] = ()
     with warnings.catch_warnings():
         # TransformerLens announces HookedTransformer's end in 4.0 at every construction.
         warnings.simplefilter("ignore", DeprecationWarning)
         if name == "organism":
-            hooked, eos_ids = load_embedded(ORGANISM_FOLDER, torch_dtype, device), ()
-            source = str(ORGANISM_FOLDER)
+            hooked, source = load_embedded(ORGANISM_FOLDER, where), str(ORGANISM_FOLDER)
         elif Path(name).exists():
-            hooked, eos_ids = load_folder(Path(name), torch_dtype, device)
-            source = name
+            (hooked, eos_ids), source = load_folder(Path(name), where), name
         else:
-            hooked, eos_ids = _load_official(name, torch_dtype, device), ()
-            source = name
+            hooked, source = _load_official(name, where), name
     hooked.eval().requires_grad_(False)
     lay_out_for_decoding(hooked)
     tokenizer = _load_tokenizer(source)
@@ -166,7 +179,17 @@ def load_model(
     if not eos_ids and tokenizer.eos_token_id is not None:
         eos_ids = (tokenizer.eos_token_id,)
     label = Path(name).resolve().name if Path(name).exists() and name != "organism" else name
-    return Model(hooked, tokenizer, label, eos_ids, chat, _fingerprint(hooked))
+    fingerprint = "" if device == "meta" else _fingerprint(hooked)
+    return Model(hooked, tokenizer, label, eos_ids, chat, fingerprint)
+
+
+def _require_devices(device: str, n_devices: int) -> None:
+    there = torch.cuda.device_count() if device.startswith("cuda") else 1
+    if not 1 <= n_devices <= there:
+        raise ValueError(
+            f"n_devices={n_devices}, but there {'is' if there == 1 else 'are'} {there} of the kind "
+            f"{device!r}; pass n_devices={there}, or run where there are more GPUs."
+        )
 
 
 def model_names() -> list[str]:
@@ -204,8 +227,9 @@ def _load_tokenizer(source: str) -> Any:
         ) from None
 
 
-def _load_official(name: str, dtype: torch.dtype, device: str) -> Any:
+def _load_official(name: str, where: Mapping[str, Any]) -> Any:
     from transformer_lens import HookedTransformer
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
 
     known = model_names()
     if name not in known:
@@ -215,14 +239,18 @@ def _load_official(name: str, dtype: torch.dtype, device: str) -> Any:
             f"nearest names: {', '.join(near) or 'none'} (`mera models` lists all)."
         )
     try:
+        if where["device"] == "meta":
+            return without_weights(get_pretrained_model_config(name, **where))
         hooked = HookedTransformer.from_pretrained_no_processing(
-            name, dtype=dtype, device=device, default_prepend_bos=False
+            name, **where, default_prepend_bos=False
         )
     except OSError as error:
         raise ValueError(
             f"{name} could not be fetched ({str(error).splitlines()[0]}); "
             "connect to the hub once, or pass a local folder with its files."
         ) from None
+    for part, device in layout(hooked):
+        part.to(device)
     hooked.tokenizer = None
     return hooked
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import FAMILIES, SHARED
 
-from mera_tl.checkpoints import lay_out_for_decoding
+from mera_tl.checkpoints import lay_out_for_decoding, layout, load_folder
 from mera_tl.models import load_model, resid_post
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
@@ -151,3 +151,43 @@ def test_real_folders_equal_hugging_face():
         assert (
             model.next_token_logits(TOKENS, torch.ones_like(TOKENS)) - wanted
         ).abs().max() < 1e-4
+
+
+# --- several devices, none at all ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_weights_has_every_shape_of_the_real_one(family, models, checkpoints):
+    outline = load_model(str(checkpoints[family]), device="meta")
+    shapes = [
+        {name: (tuple(p.shape), p.dtype) for name, p in model.hooked.named_parameters()}
+        for model in (outline, models[family])
+    ]
+    assert shapes[0] == shapes[1]
+    assert all(p.is_meta for p in outline.hooked.parameters())
+    assert outline.tokenize(["the film"]) == models[family].tokenize(["the film"])
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_more_devices_than_there_are_is_one_sentence(n):
+    with pytest.raises(ValueError, match=rf"n_devices={n}, but there is 1 .*pass n_devices=1"):
+        load_model("organism", device="cpu", n_devices=n)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_part_lies_where_forward_passes_look_for_it(family, checkpoints, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    where = {"dtype": torch.float32, "device": "meta", "n_devices": 2}
+    hooked, _ = load_folder(checkpoints[family], where)
+    assert hooked.cfg.n_devices == 2
+    hooked.cfg.device = "cuda"  # of this test's own model, which has no weights to move
+    parts = layout(hooked)
+    of = {part: str(device) for part, device in parts}
+    assert [of[block] for block in hooked.blocks] == ["cuda:0", "cuda:0", "cuda:1"]
+    assert (of[hooked.embed], of[hooked.unembed], of[hooked.ln_final]) == (
+        "cuda:0",
+        "cuda:1",
+        "cuda:1",
+    )
+    placed = {id(weight) for part, _ in parts for weight in part.parameters()}
+    assert placed == {id(weight) for weight in hooked.parameters()}
