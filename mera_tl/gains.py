@@ -6,6 +6,7 @@ acts from the final prompt token on shares the cache of all that comes before: e
 once, each threshold costs the final token and the answer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -136,8 +137,8 @@ def _after_the_prompt(
 
 
 def _limit(steering: Steering) -> float:
-    assert isinstance(steering.rule, Adaptive | Gated)
-    return steering.rule.limit
+    """Return the score above which a token is moved; a fixed shift moves every one."""
+    return steering.rule.limit if isinstance(steering.rule, Adaptive | Gated) else -math.inf
 
 
 def strength_grid(
@@ -150,9 +151,14 @@ def strength_grid(
 ) -> tuple[Outcomes, list[Outcomes]]:
     """Return the unsteered outcomes and those of fixed shifts of every strength."""
     settings = settings or ReadSettings()
+    steerings = [replace(steering, rule=Additive(strength)) for strength in strengths]
+    if steering.positions != "all":
+        reading = replace(steering, rule=Adaptive())
+        first, *others = _after_the_prompt(model, task, [reading, *steerings], settings)
+        return first, others
     base = evaluate(model, task, settings=settings, title="unsteered")
-    runs = []
-    for strength in strengths:
-        hooks = replace(steering, rule=Additive(strength)).fwd_hooks()
-        runs.append(evaluate(model, task, hooks, settings=settings, title=f"strength {strength:g}"))
+    runs = [
+        evaluate(model, task, steered.fwd_hooks(), settings=settings, title="strengths")
+        for steered in steerings
+    ]
     return base, runs

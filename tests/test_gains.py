@@ -60,16 +60,21 @@ def test_a_grid_after_the_prompt_runs_each_prompt_once(models, monkeypatch):
     assert prompt_columns() > 2 * once  # control: prompts that are steered are run again
 
 
-def test_strengths_are_steered_one_by_one(models):
+@pytest.mark.parametrize("positions", ["all", "last", "generated"])
+def test_strengths_are_steered_one_by_one(models, positions):
     from mera_tl.rules import Additive
 
     model = models["qwen2"]
-    task, steering = talking_task(model), Steering(random_probe(model))
-    _, runs = strength_grid(model, task, steering, (0.1, 0.5), settings=QUIET)
+    task, steering = talking_task(model), Steering(random_probe(model), positions=positions)
+    base, runs = strength_grid(model, task, steering, (0.1, 0.5), settings=QUIET)
     hooks = replace(steering, rule=Additive(0.5)).fwd_hooks()
     wanted = evaluate(model, task, hooks, settings=QUIET)
-    assert torch.equal(runs[1].probs, wanted.probs)
-    assert not torch.equal(runs[0].probs, wanted.probs)
+    assert torch.equal(runs[1].predictions, wanted.predictions)
+    assert (runs[1].probs - wanted.probs).abs().max() < 1e-5
+    assert torch.equal(runs[1].n_steered, wanted.n_steered)
+    assert (base.probs - evaluate(model, task, settings=QUIET).probs).abs().max() < 1e-5
+    if positions != "generated":
+        assert (runs[0].probs - wanted.probs).abs().max() > 1e-3
 
 
 def test_only_the_calibration_split_certifies(models):
