@@ -35,7 +35,7 @@ from mera_tl.readout import ReadSettings, option_tokens
 from mera_tl.sae import default_source, load_saes
 from mera_tl.spaces import ResidualSpace, Space
 from mera_tl.steering import SteerHook
-from mera_tl.tasks import Splits, load_task
+from mera_tl.tasks import Splits, Task, load_task
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class Run:
         *,
         progress: bool = True,
         load: Callable[[RunConfig], Model] | None = None,
+        cache: Path | None = None,
     ) -> None:
-        self.config, self.folder = config, Path(folder)
+        self.config, self.folder, self.cache = config, Path(folder), cache
         self._load = load or load_configured
         self.read = ReadSettings(
             readout=config.readout,
@@ -111,10 +112,27 @@ class Run:
     @cached_property
     def activations(self) -> Activations:
         """Of the training split; read from the folder where they are already."""
-        folder = self.folder / "activations"
-        if (folder / "manifest.json").exists():
-            return Activations.load(folder)
-        return collect(self.model, self.splits.train, settings=self.read, out=folder)
+        folder, task = self.folder / "activations", self.splits.train
+
+        def make(place: Path) -> None:
+            collect(self.model, task, settings=self.read, out=place)
+
+        if not (folder / "manifest.json").exists():
+            store.shared(folder, self.cache, self._key(task), make, last="manifest.json")
+        return Activations.load(folder)
+
+    def _key(self, task: Task[Any]) -> dict[str, Any]:
+        """Name all that activations and unsteered answers of a task depend on, by content."""
+        read = {name: value for name, value in asdict(self.read).items() if name != "progress"}
+        prompts = self.model.tokenize([example.prompt for example in task.examples])
+        return {
+            "model": self.model.manifest,
+            "device": str(self.model.device),
+            "data": [task.name, task.role, task.data_hash],
+            "tokens": store.fingerprint(prompts),
+            "read": read,
+            "versions": versions() | {"format": FORMAT},
+        }
 
     @cached_property
     def setting(self) -> Setting:
@@ -134,17 +152,23 @@ class Run:
             space=self.space,
             seed=config.seed,
             folder=self.folder,
+            cache=self.cache,
+            cache_key=self._key(self.splits.train) if self.cache is not None else {},
         )
 
     @cached_property
     def base(self) -> Outcomes:
         """The unsteered outcomes on the test split."""
-        kept = self.folder / "outcomes" / "no_steering.jsonl"
-        if kept.exists():
-            return Outcomes.from_records(store.read_records(kept), self.splits.test.options)
-        base = evaluate(self.model, self.splits.test, settings=self.read, title="unsteered test")
-        store.write_records(kept, base.to_records())
-        return base
+        folder, task, name = self.folder / "outcomes", self.splits.test, "no_steering.jsonl"
+
+        def make(place: Path) -> None:
+            base = evaluate(self.model, task, settings=self.read, title="unsteered test")
+            store.write_records(place / name, base.to_records())
+
+        if not (folder / name).exists():
+            key = {**self._key(task), "outcomes": "unsteered"}
+            store.shared(folder, self.cache, key, make, last=name)
+        return Outcomes.from_records(store.read_records(folder / name), task.options)
 
     def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield one record per method, computing those that are not in the folder yet."""
@@ -273,17 +297,19 @@ def open_run(
     *,
     progress: bool = True,
     load: Callable[[RunConfig], Model] | None = None,
+    cache: Path | None = None,
 ) -> Iterator[Run]:
     """Hold a run's folder; start it, or go on with it if it is of the same configuration.
+
+    Activations, probes and unsteered outcomes are taken from `cache`, a folder that runs may share.
 
     Raises:
         ValueError: if the folder holds another configuration, or another process works in it.
     """
     folder = Path(folder)
-    run = Run(config, folder, progress=progress, load=load)
+    run = Run(config, folder, progress=progress, load=load, cache=cache)
     with store.lock(folder):
-        for stray in folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
-            stray.unlink()
+        store.sweep(folder)
         path = folder / "config.json"
         if path.exists():
             _require_same(store.read_json(path), config, folder)

@@ -34,7 +34,7 @@ def run(command: ask.Run) -> None:
     from mera_tl.benchmark import open_run
 
     folder, started = _folder_of(command), time.perf_counter()
-    with open_run(_config_of(command), folder) as opened:
+    with open_run(_config_of(command), folder, cache=command.cache) as opened:
         _say_splits(opened)
         records = list(opened.records(command.methods))
     _print_records(records)
@@ -45,7 +45,7 @@ def collect(command: ask.Collect) -> None:
     """Collect activations of the training split."""
     from mera_tl.benchmark import open_run
 
-    with open_run(_config_of(command), _folder_of(command)) as opened:
+    with open_run(_config_of(command), _folder_of(command), cache=command.cache) as opened:
         outcomes = opened.activations.outcomes
         print(
             f"{len(outcomes)} training examples: accuracy {outcomes.accuracy:.3f}, mean error "
@@ -57,7 +57,7 @@ def fit(command: ask.Fit) -> None:
     """Fit probes and print their held-out scores by layer."""
     from mera_tl.benchmark import open_run
 
-    with open_run(_config_of(command), _folder_of(command)) as opened:
+    with open_run(_config_of(command), _folder_of(command), cache=command.cache) as opened:
         for kind in command.kinds:
             probe = opened.setting.probe(kind)
             print(f"\n{kind} (penalty {probe.penalty:g}), best layer {probe.best_layer}")
@@ -70,7 +70,7 @@ def calibrate(command: ask.Calibrate) -> None:
     from mera_tl.benchmark import open_run
     from mera_tl.methods import find_method
 
-    with open_run(_config_of(command), _folder_of(command)) as opened:
+    with open_run(_config_of(command), _folder_of(command), cache=command.cache) as opened:
         for method in [find_method(name) for name in command.methods]:
             treatment = method(opened.setting)
             print(f"{method.__name__}: {treatment.calibration or 'needs no certificate'}")
@@ -87,7 +87,8 @@ def benchmark(command: ask.Benchmark) -> None:
     from mera_tl.grid import run_grid
 
     config = GridConfig(**{f.name: getattr(command, f.name) for f in fields(GridConfig)})
-    records = run_grid(config, command.out, ray=command.ray, gpus=command.gpus)
+    where = {"ray": command.ray, "gpus": command.gpus, "cache": command.cache}
+    records = run_grid(config, command.out, **where)
     done = [record for record in records if "failure" not in record]
     if done:
         _print_records(done)

@@ -33,6 +33,7 @@ class GridJob:
     config: RunConfig
     methods: tuple[str, ...]
     folder: str
+    cache: str
 
 
 def run_grid(
@@ -42,10 +43,12 @@ def run_grid(
     ray: str | None = None,
     gpus: float = 0.0,
     progress: bool = True,
+    cache: str | Path | None = None,
 ) -> list[Record]:
     """Run every job that is not done; return and write one record per job, in a fixed order.
 
     `ray` and `gpus` are as in `cluster.map_jobs`; all nodes must see `folder`, the models and data.
+    Runs share what they can through `cache`, by default a folder of the grid.
 
     Raises:
         ValueError: if a method is unknown, or another process works in the folder.
@@ -53,10 +56,15 @@ def run_grid(
     folder = Path(folder).resolve()
     for name in config.methods:
         find_method(name)
-    jobs = [GridJob(run, config.methods, str(folder / run_name(run))) for run in config.runs()]
+    cache = folder / "shared" if cache is None else Path(cache).resolve()
+    jobs = [
+        GridJob(run, config.methods, str(folder / run_name(run)), str(cache))
+        for run in config.runs()
+    ]
     found: dict[int, list[Record]] = {}
     bar = tqdm(total=len(jobs), desc="runs", disable=not (progress and is_watched()))
     with store.lock(folder), bar:
+        store.sweep(cache, older_than=0.0 if folder in cache.parents else 86400.0)
         for place, result in map_jobs(run_job, jobs, ray=ray, gpus=gpus):
             job = jobs[place]
             if isinstance(result, Exception):
@@ -72,7 +80,10 @@ def run_job(job: GridJob) -> list[Record]:
     """Do one run; return one record per method, saying why where something failed."""
     records: list[Record] = []
     try:
-        with open_run(job.config, job.folder, progress=False, load=_latest_model) as run:
+        opened = open_run(
+            job.config, job.folder, progress=False, load=_latest_model, cache=Path(job.cache)
+        )
+        with opened as run:
             for name in job.methods:
                 records.append(_attempt(run, name))
     except Exception as error:  # names or data that do not load: all that is left fails alike

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from mera_tl import store
 from mera_tl.activations import Activations
 from mera_tl.certificate import Calibration
 from mera_tl.evaluation import evaluate
@@ -57,6 +58,10 @@ class Setting:
     seed: int = 0
     folder: Path | None = None
     """Where probes and certificates are kept and found again."""
+    cache: Path | None = None
+    """Where other runs may have left probes of the same activations."""
+    cache_key: dict[str, Any] = field(default_factory=dict)
+    """What the activations depend on."""
 
     def probe(self, kind: Kind) -> LinearProbe:
         """Fit a probe of this kind on the training split, once."""
@@ -69,16 +74,25 @@ class Setting:
         return self._kept_probe(f"{rank}_regression", partial(fit_ranked_probe, rank=rank))
 
     def _kept_probe(self, name: str, fit: Callable[..., LinearProbe]) -> LinearProbe:
-        kept = None if self.folder is None else self.folder / "probes" / name
-        if name not in self._probes:
-            if kept is not None and (kept / "probe.json").exists():
-                self._probes[name] = LinearProbe.load(kept)
-            else:
-                self.splits.train.require_classes()
-                where = {"position": self.probe_position, "seed": self.seed}
-                self._probes[name] = fit(self.activations, **where)
-                if kept is not None:
-                    self._probes[name].save(kept)
+        if name in self._probes:
+            return self._probes[name]
+        where = {"position": self.probe_position, "seed": self.seed}
+
+        def make(folder: Path | None = None) -> LinearProbe:
+            self.splits.train.require_classes()
+            probe = fit(self.activations, **where)
+            if folder is not None:
+                probe.save(folder)
+            return probe
+
+        if self.folder is None:
+            self._probes[name] = make()
+        else:
+            kept, key = self.folder / "probes" / name, {**self.cache_key, **where, "probe": name}
+            # Latents are read through SAEs that no key names: their probes stay in the run.
+            cache = None if isinstance(self.space, SAESpace) else self.cache
+            store.shared(kept, cache, key, make, last="probe.json")
+            self._probes[name] = LinearProbe.load(kept)
         return self._probes[name]
 
     def decide(

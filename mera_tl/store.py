@@ -9,8 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,39 @@ def lock(folder: str | Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def shared(
+    folder: Path, cache: Path | None, key: Json, make: Callable[[Path], object], *, last: str
+) -> None:
+    """Bring a folder's files about: from the cache, where it holds what `key` names, or by `make`.
+
+    `make` writes into the folder it is given, the file `last` at the end. Several processes may use
+    a cache: files are whole or absent, and what two make of one key is the same. The folder gets
+    links, or copies where it lies on another file system, so it does not need the cache later.
+    """
+    if (folder / last).exists():
+        return
+    if cache is None:
+        make(folder)
+        return
+    kept = cache / fingerprint(key)
+    if not (kept / last).exists():
+        make(kept)
+    names = {path.name for path in kept.iterdir() if not path.name.endswith(".tmp")} - {last}
+    for name in (*sorted(names), last):
+        with _replacing(folder / name) as temporary:
+            try:
+                os.link(kept / name, temporary)
+            except OSError:
+                shutil.copyfile(kept / name, temporary)
+
+
+def sweep(folder: Path, *, older_than: float = 0.0) -> None:
+    """Remove what killed processes were writing; `older_than` seconds spares those at work."""
+    for stray in folder.rglob(".*.tmp"):
+        if time.time() - stray.stat().st_mtime >= older_than:
+            stray.unlink()
 
 
 def save_tensors(

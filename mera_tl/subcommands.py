@@ -17,6 +17,8 @@ class Run(RunConfig):
     """Methods to compare (`mera methods` lists them)."""
     out: Path | None = None
     """Folder of the run; started again, it goes on. Default: runs/<model>-<task>."""
+    cache: Path | None = None
+    """Folder through which runs share activations, probes and unsteered outcomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Benchmark(GridConfig):
 
     out: Path = Path("runs/benchmark")
     """Folder of the grid; on a cluster, one that all nodes see."""
+    cache: Path | None = None
+    """Folder through which runs share what they can. Default: shared, in the grid's folder."""
     ray: str | None = None
     """Run on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
     gpus: float = 0.0

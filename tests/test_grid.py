@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from test_cli import mera, write_task
@@ -67,6 +68,57 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
     assert counts == {"collect": 4, "load": 1}  # not even the model is needed
 
 
+@pytest.fixture
+def forwards(monkeypatch):
+    """The rows of prompts that went through the model."""
+    from mera_tl.models import Model
+
+    rows, real = [], Model.next_token_logits
+
+    def counted(self, tokens, mask, cache=None):
+        rows.extend([len(tokens)] if tokens.shape[1] > 1 else [])
+        return real(self, tokens, mask, cache)
+
+    monkeypatch.setattr(Model, "next_token_logits", counted)
+    return rows
+
+
+def test_a_second_grid_computes_no_prompt_twice(config, tmp_path, forwards, undisturbed):
+    cache = tmp_path / "cache"
+    first = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=("no_steering",))
+    run_grid(first, tmp_path / "first", progress=False, cache=cache)
+    assert sum(forwards) == 30 + 15  # training and test
+    forwards.clear()
+    other = replace(first, layers="1")  # another run, of the same activations
+    run_grid(other, tmp_path / "other", progress=False, cache=cache)
+    assert sum(forwards) == 0
+    more = replace(first, methods=METHODS)
+    records = run_grid(more, tmp_path / "second", progress=False, cache=cache)
+    with_cache = sum(forwards)
+    same = [r for r in undisturbed if (r["task"], r["seed"]) == ("first", 0)]
+    assert timeless(records) == same
+    assert len(same) == len(METHODS)
+    forwards.clear()
+    run_grid(more, tmp_path / "alone", progress=False)
+    assert sum(forwards) - with_cache == 30 + 15
+    n_kept = len(list(cache.iterdir()))
+    again = replace(more, layers="1", methods=("optimal_probe",))
+    run_grid(again, tmp_path / "third", progress=False, cache=cache)
+    assert len(list(cache.iterdir())) == n_kept  # its probe was there
+
+
+def test_other_content_is_not_found_in_the_cache(config, tmp_path, forwards):
+    cache = tmp_path / "cache"
+    base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=("no_steering",))
+    run_grid(base, tmp_path / "base", progress=False, cache=cache)
+    wording = tmp_path / "wording.txt"
+    wording.write_text("question : {text} answer :")
+    for change in ({"template": str(wording)}, {"readout": "last"}, {"seeds": (1,)}):
+        forwards.clear()
+        run_grid(replace(base, **change), tmp_path / str(change)[2:6], progress=False, cache=cache)
+        assert sum(forwards) == 30 + 15
+
+
 def test_a_failing_job_is_a_record_and_the_others_go_on(
     config, tmp_path, monkeypatch, capsys, undisturbed
 ):
@@ -93,8 +145,6 @@ def test_a_failing_job_is_a_record_and_the_others_go_on(
 
 
 def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbed):
-    from dataclasses import replace
-
     gone = replace(config, tasks=("nowhere/gone.toml", config.tasks[1]))
     records = run_grid(gone, tmp_path, progress=False)
     assert sum("failure" in record for record in records) == 2 * len(METHODS)
