@@ -119,8 +119,7 @@ def collect(
     settings = settings or ReadSettings()
     options = option_tokens(model, task.options)
     prompts = tokenize_task(model, task, settings)
-    positions = ("last", "exact") if settings.readout == "exact" else ("last",)
-    shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions}
+    shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
     kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
 
     def keep(position: str, row: int, values: np.ndarray) -> None:
@@ -160,6 +159,11 @@ def collect(
         return Activations(kept, outcomes, manifest)
     _save_rest(Path(out), outcomes, manifest)
     return Activations.load(out)
+
+
+def positions_of(settings: ReadSettings) -> tuple[Position, ...]:
+    """Return the positions that are collected under a readout."""
+    return ("last", "exact") if settings.readout == "exact" else ("last",)
 
 
 def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) -> None:

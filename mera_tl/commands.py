@@ -301,13 +301,23 @@ def explain(command: ask.Explain) -> None:
     print(f"{told}\n{out}; as JSON: {out.with_suffix('.json').name}")
 
 
-def doctor(command: ask.Doctor) -> None:  # noqa: ARG001
-    """Examine this machine; exit code 1 if something that is needed does not work."""
+def doctor(command: ask.Doctor) -> None:
+    """Examine this machine, or estimate a run; exit code 1 if it does not work, or not fit."""
     from mera_tl.doctor import examine
 
-    checks = examine()
-    print("\n".join(map(str, checks)))
-    if any(check.works is False for check in checks):
+    if command.model is None and command.task is None:
+        checks = examine()
+        print("\n".join(map(str, checks)))
+        if any(check.works is False for check in checks):
+            sys.exit(1)
+        return
+    if command.model is None or command.task is None:
+        raise ValueError("An estimate needs both, --model and --task; without both, all is tried.")
+    from mera_tl.memory import estimate
+
+    found = estimate(RunConfig(**vars(command)))
+    print(found)
+    if not found.fits:
         sys.exit(1)
 
 

@@ -214,13 +214,14 @@ class TensorFile:
         text += b" " * (-len(text) % 8)
         self._head = struct.pack("<Q", len(text)) + text
         self._starts = {n: len(self._head) + header[n]["data_offsets"][0] for n in shapes}
-        self._size = len(self._head) + start
+        self.size = len(self._head) + start
+        """Of the file, in bytes."""
 
     def __enter__(self) -> "TensorFile":
         self._context = _replacing(self.path)
         self._file = open(self._context.__enter__(), "w+b")  # noqa: SIM115  closed in __exit__
         self._file.write(self._head)
-        self._file.truncate(self._size)
+        self._file.truncate(self.size)
         self._file.flush()
         return self
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from mera_tl.config import DEFAULT_METHODS, GridConfig, RunConfig
+from mera_tl.config import DEFAULT_METHODS, GridConfig, RunConfig, RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +185,14 @@ class Explain:
     """The page. Default: explain/<method>-<row>.html in the run's folder, with a .json beside."""
 
 
-@dataclass(frozen=True)
-class Doctor:
-    """Say what works on this machine, and what to do about the rest."""
+@dataclass(frozen=True, kw_only=True)
+class Doctor(RunOptions):
+    """Say what works here; with --model and --task, what `mera run` with these would take."""
+
+    model: str | None = None
+    """A model, as `mera run` takes it."""
+    task: str | None = None
+    """A task, likewise."""
 
 
 COMMANDS = (

@@ -27,7 +27,7 @@ LAYERS = (
     "flip methods",
     "controlled",
     "benchmark",
-    "doctor frames grid",
+    "doctor frames grid memory",
     "report",
     "commands",
     "cli",
