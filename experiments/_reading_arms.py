@@ -16,7 +16,7 @@ from mera_tl.outcomes import spi
 from mera_tl.protocol import Protocol
 from mera_tl.readout import ReadSettings
 from mera_tl.search import Choices, candidates, divide, fit_all, race
-from mera_tl.tasks import Splits
+from mera_tl.tasks import Splits, Task
 
 Fits = Mapping[float | None, Fitted]
 WEAK, STRONG = 0.03, 3.0
@@ -67,31 +67,39 @@ class Trial:
     def run(self, choices: Choices, change: Callable[[Fits], Fits]) -> Iterator[dict[str, Any]]:
         fitted = change(fit_all(self.learned, choices))
         judge = self.parts[1]
-        held_out = self.train.subset(torch.tensor(judge))
-        task = self.splits.train.subset(judge)
-        bench = Bench(self.model, task, held_out, fitted, "correct", self.read)
+        base, task = (
+            self.train.outcomes.subset(torch.tensor(judge)),
+            self.splits.train.subset(judge),
+        )
+        bench = Bench(self.model, task, base, fitted, "correct", self.read)
         names = [c for c in candidates(choices, range(self.model.n_layers)) if c.penalty in fitted]
         tried = race(bench, names, choices)
+        chosen = {}
         for arm, allowed in ARMS.items():
             mine = [each for each in tried if allowed(each.candidate)]
             if mine:
-                yield {"arm": arm, **self.judged(bench, choose(mine))}
+                chosen[arm] = choose(mine)
+        names = list(dict.fromkeys(chosen.values()))
+        calibration = self._gains(bench, names, self.splits.calibration, self.calibration)
+        test = self._gains(bench, names, self.splits.test, self.test.outcomes)
+        for arm, name in chosen.items():
+            row = names.index(name)
+            yield {"arm": arm} | self.judged(bench, name, calibration[row], test[row])
 
-    def judged(self, bench: Bench, chosen: Candidate) -> dict[str, Any]:
-        """Certify on the calibration split; measure on test whether certified or not."""
-        steering, read = bench.steering(chosen), self.read
-        hooks = steering.fwd_hooks()
-        steered = evaluate(self.model, self.splits.calibration, hooks, settings=read)
-        gains = steered.gain(self.calibration).numpy()[None]
+    def _gains(self, bench: Bench, names: list[Candidate], task: Task[Any], base: Outcomes) -> Any:
+        there = replace(bench, task=task, base=base)
+        return there.gains(names, range(len(task)), "certify and test")
+
+    def judged(self, bench: Bench, chosen: Candidate, gains: Any, tested: Any) -> dict[str, Any]:
+        """Certify by the gains on the calibration split; report those on test regardless."""
         terms = Protocol(thresholds=(chosen.threshold,))
-        decision = certify(gains, terms.thresholds, protocol=terms)
-        outcomes = evaluate(self.model, self.splits.test, hooks, settings=read)
+        decision = certify(gains.numpy()[None], terms.thresholds, protocol=terms)
         layer, base = chosen.layers[0], self.test.outcomes
         fitted = bench.fitted[chosen.penalty]
         score = fitted.score(self.test.resid("last"), base.predictions)[layer]
         return {
             **of_choice(chosen),
-            **of_outcomes(decision, outcomes, base),
+            **of_gains(decision, tested, base),
             "auroc": float(scoring.auroc(score, ~base.correct)),
             "r2": float(1 - (score.sigmoid() - base.error).square().mean() / base.error.var()),
             **self._geometry(fitted, chosen, score),
@@ -133,7 +141,7 @@ class Trial:
         return {
             "arm": "flip",
             **of_choice(found.chosen),
-            **of_outcomes(decision, outcomes, base),
+            **of_gains(decision, outcomes.gain(base), base),
             **measured,
         }
 
@@ -149,17 +157,16 @@ def of_choice(chosen: Candidate) -> dict[str, Any]:
     }
 
 
-def of_outcomes(decision: Calibration, outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
+def of_gains(decision: Calibration, gains: Any, base: Outcomes) -> dict[str, Any]:
     """`spi` is of the decision: zero when abstaining; `spi_uncertified` of steering regardless."""
-    changes = outcomes.transitions(base)
-    regardless = spi(outcomes.accuracy, base.accuracy)
+    regardless = spi(base.accuracy + float(gains.mean()), base.accuracy)
     return {
         "certified": not decision.abstained,
-        "accuracy": base.accuracy if decision.abstained else outcomes.accuracy,
+        "accuracy": base.accuracy + (0.0 if decision.abstained else float(gains.mean())),
         "spi": 0.0 if decision.abstained else regardless,
         "spi_uncertified": regardless,
-        "recoveries": changes["0->1"],
-        "regressions": changes["1->0"],
+        "recoveries": int((gains > 0).sum()),
+        "regressions": int((gains < 0).sum()),
         "calibration_recoveries": decision.evidence[0].recoveries,
         "calibration_regressions": decision.evidence[0].regressions,
         "n_calibration": decision.n,

@@ -5,10 +5,10 @@ one-sided failures; a direction and a probe per answer correct two-sided ones to
 there is nothing to correct; with shuffled classes MERA's rule loses its advantage (where a probe
 per answer opens a gate and there are two options, knowing the class is hardly needed). Per model,
 task and split: layer, scope, threshold and strength are chosen on training examples that fitted
-nothing, then each arm has one exact test at delta = .05. Half a minute of processor time a cell.
+nothing, then each arm has one exact test at delta = .05. Twenty seconds of processor time a cell.
 
-Other organisms: `python -m experiments.train_organism --seed 1 --out organisms/seed_1`, then pass
-`--models organisms/seed_1`. Real text: `--models .../sms-llama --tasks sms_spam --data-dir ...
+Other organisms: `python -m experiments.train_organism --seed 1 --out organisms/organism_1`, then pass
+`--models organisms/organism_1`. Real text: `--models .../sms-llama --tasks sms_spam --data-dir ...
 --template ... --rows 3500 --train 1312 --calibration 600 --test 600`.
 """
 
@@ -49,7 +49,7 @@ class Config:
     """Shuffle the classes that directions are told, or hide most of them."""
 
 
-READ = ReadSettings(batch_size=64, progress=False)
+READ = ReadSettings(progress=False)
 
 
 def main(config: Config) -> None:

@@ -7,12 +7,11 @@ its limit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl.activations import Activations
@@ -21,13 +20,13 @@ from mera_tl.directions import Direction, fit_directions
 from mera_tl.evaluation import evaluate, run_batches, tokenize_task
 from mera_tl.latents import fit_latent_probe
 from mera_tl.models import Model
-from mera_tl.outcomes import Metric
+from mera_tl.outcomes import Metric, Outcomes
 from mera_tl.probes import LinearProbe, fit_error_probe
 from mera_tl.readout import OptionTokens, Reading, ReadSettings, option_tokens, read_again
 from mera_tl.rules import Adaptive, Gated
 from mera_tl.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering import Positions, Steering
-from mera_tl.tasks import Task, Train
+from mera_tl.tasks import Task
 
 RAW = ResidualSpace()
 MEANS = ("contrastive", "controlled_contrastive", "answer_controlled")
@@ -212,11 +211,11 @@ def tabulate(tried: Sequence[Tried], caution: float = 1.0) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Where candidates are tried: the examples that judge."""
+    """Where candidates are tried: examples, and what the model answers to them unsteered."""
 
     model: Model
-    task: Task[Train]
-    activations: Activations
+    task: Task[Any]
+    base: Outcomes
     fitted: Mapping[float | None, Fitted]
     """By the penalty of candidates."""
     metric: Metric
@@ -246,8 +245,8 @@ class Bench:
         short = [row for row, name in enumerate(names) if name.positions != "all"]
         if short:
             gains[short] = self._from_last_token([names[row] for row in short], places, title)
-        task, base = self.task.subset(places), self.activations.outcomes.subset(where)
-        quiet = replace(self.settings.wider(4), progress=False)
+        task, base = self.task.subset(places), self.base.subset(where)
+        quiet = replace(self.settings, progress=False)
         for row in set(range(len(names))) - set(short):
             hooks = self.steering(names[row]).fwd_hooks()
             steered = evaluate(self.model, task, hooks, settings=quiet)
@@ -259,24 +258,23 @@ class Bench:
     ) -> Float[Tensor, "candidate example"]:
         options = option_tokens(self.model, self.task.options)
         prompts = tokenize_task(self.model, self.task, self.settings)
-        hooks = [(self.steering(name).fwd_hooks(), self._above(name)) for name in names]
+        hooks = [self.steering(name).fwd_hooks() for name in names]
         gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
 
         def run(batch: list[int]) -> Reading:
             where = torch.tensor([places[i] for i in batch])
             with torch.inference_mode(), hooked_pass(self.model, ()):
                 decoding = Decoding(self.model, [prompts[i] for i in where], ())
-                logits = decoding.prompt()
-            answers = options.class_logits(logits).argmax(-1)
-            # A row that does not answer at once meets the hooks again at every later token.
-            later = options.option_of(logits.argmax(-1)).cpu() < 0
-            later &= torch.tensor(self.settings.readout == "exact")
-            for row, (candidate, above) in enumerate(hooks):
+                answers = options.class_logits(decoding.prompt()).argmax(-1)
+            peaks = self._peaks(names, decoding, options, answers)
+            for row, (name, candidate) in enumerate(zip(names, hooks, strict=True)):
                 gains[row, where] = 0.0
-                moved = (above[where] | later).nonzero()[:, 0]
+                limit = torch.logit(torch.tensor(name.threshold))
+                highest = torch.stack([peaks[name.penalty, layer] for layer in name.layers])
+                moved = (highest.amax(0) > limit).nonzero()[:, 0]
                 if not len(moved):
                     continue
-                here = moved.to(logits.device)
+                here = moved.to(answers.device)
                 reading = read_again(
                     decoding, here, options, self.settings, candidate, answers=answers[here]
                 )
@@ -290,22 +288,37 @@ class Bench:
 
     def _gain(self, reading: Reading, places: Tensor) -> Float[Tensor, " kept"]:
         labels = torch.tensor(self.task.labels)[places]
-        base = self.activations.outcomes.subset(places)
+        base = self.base.subset(places)
         if self.metric == "correct":
             return (reading.predictions == labels).double() - base.correct.double()
         return base.error.double() - 1 + reading.probs.gather(1, labels[:, None])[:, 0].double()
 
-    def _above(self, candidate: Candidate) -> Bool[Tensor, " example"]:
-        """Return whether the score at the final prompt token exceeds the limit in some layer."""
-        score = self._scores[candidate.penalty][list(candidate.layers)]
-        return (score > torch.logit(torch.tensor(candidate.threshold))).any(0)
+    def _peaks(
+        self,
+        names: Sequence[Candidate],
+        decoding: Decoding,
+        options: OptionTokens,
+        answers: Int[Tensor, " batch"],
+    ) -> dict[tuple[float | None, int], Float[Tensor, " batch"]]:
+        """Return the highest unsteered score from the final prompt token on, by probe and layer.
 
-    @cached_property
-    def _scores(self) -> dict[float | None, Float[Tensor, "layer example"]]:
-        """The unsteered scores at the final prompt token."""
-        read = features(self.activations, self.space)
-        resid, answers = read.resid("last"), read.outcomes.predictions
-        return {key: fitted.score(resid, answers) for key, fitted in self.fitted.items()}
+        A row that stays below a limit in all layers of a candidate is never moved by it.
+        """
+        rows = torch.arange(len(answers), device=answers.device)
+        peaks = {}
+        for penalty, layer in {(name.penalty, layer) for name in names for layer in name.layers}:
+            fitted = self.fitted[penalty]
+            reader = Steering(
+                fitted.probe,
+                space=self.space,
+                layers=(layer,),
+                positions="last",
+                by_answer=fitted.by_answer,
+            )
+            hooks = reader.fwd_hooks()  # without a limit they move nothing
+            reading = read_again(decoding, rows, options, self.settings, hooks, answers=answers)
+            peaks[penalty, layer] = reading.peak
+        return peaks
 
 
 def _read_nothing(answers: Int[Tensor, " batch"], options: OptionTokens) -> Reading:

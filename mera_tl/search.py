@@ -66,9 +66,9 @@ class Choices:
     """How many such directions to move."""
     keep: tuple[int, int] = (160, 48)
     """How many candidates see half of the examples, and all of them."""
-    everywhere: int = 2
-    """How many of the best of each direction and probe stay in the race whatever they are worth,
-    and are also tried on the whole prompt."""
+    of_each: int = 2
+    """How many of the best of each direction and probe stay in the race whatever they are worth;
+    the best of all is also tried on the whole prompt."""
     metric: Metric = "correct"
     caution: float = 1.0
     """Standard errors that are subtracted from a candidate's mean gain."""
@@ -152,8 +152,8 @@ def search(
     learned = activations.subset(torch.tensor(fit))
     fitted = fit_all(learned, choices, space)
     layers = space.layers if isinstance(space, SAESpace) else range(model.n_layers)
-    held_out = activations.subset(torch.tensor(judge))
-    bench = Bench(model, task.subset(judge), held_out, fitted, choices.metric, settings, space)
+    base = activations.outcomes.subset(torch.tensor(judge))
+    bench = Bench(model, task.subset(judge), base, fitted, choices.metric, settings, space)
     names = [name for name in candidates(choices, layers) if name.penalty in fitted]
     table = race(bench, names, choices)
     chosen = choose(table, choices.caution)
@@ -247,13 +247,13 @@ def race(bench: Bench, names: Sequence[Candidate], choices: Choices) -> list[Tri
     nothing = torch.full((len(order),), torch.nan, dtype=torch.double)
     field = [Tried(name, nothing) for name in names]
     field = bench.advance(field, order[:quarter], f"search: {len(field)} candidates")
-    ahead, out = _leaders(field, choices.caution, choices.keep[0], choices.everywhere)
+    ahead, out = _leaders(field, choices.caution, choices.keep[0], choices.of_each)
     ahead = bench.advance(ahead, order[quarter:half], f"search: the best {len(ahead)}")
     mera = [each for each in ahead if each.candidate.strength is None]
-    best, _ = _leaders(mera, choices.caution, 0, choices.everywhere)
+    best, _ = _leaders(mera, choices.caution, 0, 1)
     wide = [Tried(replace(each.candidate, positions="all"), nothing) for each in best]
     ahead += bench.advance(wide, order[:half], f"search: {len(wide)} on all positions")
-    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], choices.everywhere)
+    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], choices.of_each)
     return bench.advance(ahead, order[half:], f"search: the best {len(ahead)}") + more + out
 
 
@@ -266,7 +266,7 @@ def _leaders(
     groups: dict[Any, list[Tried]] = {}
     for each in ranked:
         way = each.candidate
-        groups.setdefault((way.direction, way.penalty, way.positions), []).append(each)
+        groups.setdefault((way.direction, way.penalty), []).append(each)
     ahead += [each for group in groups.values() for each in group[:of_each]]
     names = {each.candidate for each in ahead}
     behind = [each for each in ranked if each.candidate not in names]

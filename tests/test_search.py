@@ -130,7 +130,7 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
         "two": Direction("two", torch.stack([probe.weights, -other.weights])),
     }
     fitted = {3.0: Fitted(probe, (), directions), None: Fitted(probe, (probe, other), directions)}
-    bench = Bench(model, train, activations, fitted, "error", QUIET)
+    bench = Bench(model, train, activations.outcomes, fitted, "error", QUIET)
     names = [
         Candidate("one", 3.0, (0, 2), "last", 0.6),
         Candidate("two", None, (1,), "last", 0.7, 0.5),
@@ -219,7 +219,7 @@ SMALL = Choices(
     thresholds=(0.1, 0.35),
     gates=(0.5,),
     keep=(8, 4),
-    everywhere=1,
+    of_each=1,
 )
 
 
