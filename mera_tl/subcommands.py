@@ -25,6 +25,13 @@ class Run(RunConfig):
 class Collect(Run):
     """Step 1: answer the training split unsteered, keeping activations and errors."""
 
+    shards: int = 1
+    """Parts to collect it in, one after another or, on Ray, side by side."""
+    ray: str | None = None
+    """Collect on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
+    gpus: float = 0.0
+    """GPUs that each shard asks Ray for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Run):

@@ -27,7 +27,7 @@ LAYERS = (
     "flip methods",
     "controlled",
     "benchmark",
-    "doctor frames grid memory",
+    "doctor frames grid memory shards",
     "report",
     "commands",
     "cli",
