@@ -7,9 +7,9 @@ per answer opens a gate and there are two options, knowing the class is hardly n
 task and split: layer, scope, threshold and strength are chosen on training examples that fitted
 nothing, then each arm has one exact test at delta = .05. Twenty seconds of processor time a cell.
 
-Other organisms: `python -m experiments.train_organism --seed 1 --out organisms/organism_1`, then pass
-`--models organisms/organism_1`. Real text: `--models .../sms-llama --tasks sms_spam --data-dir ...
---template ... --rows 3500 --train 1312 --calibration 600 --test 600`.
+Other organisms: `python -m experiments.train_organism --seed 1 --out organisms/organism_1`, then
+pass `--models organisms/organism_1`. Real text: `--models .../sms-llama --tasks sms_spam --data-dir
+... --template ... --rows 3500 --train 1312 --calibration 600 --test 600`.
 """
 
 import time
