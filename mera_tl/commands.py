@@ -44,8 +44,11 @@ def run(command: ask.Run) -> None:
 def collect(command: ask.Collect) -> None:
     """Collect activations of the training split."""
     from mera_tl.benchmark import open_run
+    from mera_tl.shards import collect_shards
 
     with open_run(_config_of(command), _folder_of(command), cache=command.cache) as opened:
+        if command.shards > 1 or command.ray is not None:
+            collect_shards(opened, command.shards, ray=command.ray, gpus=command.gpus)
         outcomes = opened.activations.outcomes
         print(
             f"{len(outcomes)} training examples: accuracy {outcomes.accuracy:.3f}, mean error "
