@@ -5,8 +5,8 @@ What is searched on *training* data costs none. A part of the training split, no
 every direction, penalty, set of layers, scope and threshold; one candidate is chosen; and the
 calibration split, never seen, tests that one with the whole delta.
 
-Candidates race: a quarter of the judging examples see all of them, the next quarter the better
-ones, the other half the best; a few of those are tried on the whole prompt too.
+Candidates race: an eighth of the judging examples see all of them, and as examples double only the
+better stay. Before the last half the best of each direction is tried on the whole prompt too.
 """
 
 import html
@@ -64,8 +64,8 @@ class Choices:
     """Thresholds of directions that move by their own length, read by one probe per answer."""
     strengths: tuple[float, ...] = (1.0, 2.0)
     """How many such directions to move."""
-    keep: tuple[int, int] = (160, 48)
-    """How many candidates see half of the examples, and all of them."""
+    keep: tuple[int, int, int] = (320, 160, 48)
+    """How many candidates see a quarter of the examples, half of them, and all."""
     of_each: int = 2
     """How many of the best of each direction and probe stay in the race whatever they are worth;
     the best of all is also tried on the whole prompt."""
@@ -237,37 +237,49 @@ def fit_all(
 
 
 def race(bench: Bench, names: Sequence[Candidate], choices: Choices) -> list[Tried]:
-    """Try all candidates on a quarter of the examples, the better on more, the best on all.
+    """Try all candidates on an eighth of the examples, the better on more, the best on all.
 
-    The best of every direction are also tried on the whole prompt, which costs a prompt each.
+    The best of every direction is also tried on the whole prompt, which costs a prompt each.
     """
     generator = torch.Generator().manual_seed(choices.seed)
     order = torch.randperm(len(bench.task), generator=generator).tolist()
-    quarter, half = len(order) // 4, len(order) // 2
     nothing = torch.full((len(order),), torch.nan, dtype=torch.double)
-    field = [Tried(name, nothing) for name in names]
-    field = bench.advance(field, order[:quarter], f"search: {len(field)} candidates")
-    ahead, out = _leaders(field, choices.caution, choices.keep[0], choices.of_each)
-    ahead = bench.advance(ahead, order[quarter:half], f"search: the best {len(ahead)}")
-    mera = [each for each in ahead if each.candidate.strength is None]
-    best, _ = _leaders(mera, choices.caution, 0, 1)
-    wide = [Tried(replace(each.candidate, positions="all"), nothing) for each in best]
-    ahead += bench.advance(wide, order[:half], f"search: {len(wide)} on all positions")
-    ahead, more = _leaders(ahead, choices.caution, choices.keep[1], choices.of_each)
-    return bench.advance(ahead, order[half:], f"search: the best {len(ahead)}") + more + out
+    field, out = [Tried(name, nothing) for name in names], []
+    seen = 0
+    for keep, share in zip((len(names), *choices.keep), (8, 4, 2, 1), strict=True):
+        field, behind = _leaders(field, choices, keep) if seen else (field, [])
+        until = -(-len(order) // share)
+        field = bench.advance(field, order[seen:until], f"search: {len(field)} candidates")
+        if share == 2:
+            wide = [Tried(_everywhere(each), nothing) for each in _best_of_each(field, choices)]
+            title = f"search: {len(wide)} on the whole prompt"
+            field += bench.advance(wide, order[:until], title)
+        out, seen = behind + out, until
+    return field + out
+
+
+def _best_of_each(field: Sequence[Tried], choices: Choices) -> list[Tried]:
+    """Return the best candidate by MERA's rule of every direction."""
+    mera = [each for each in field if each.candidate.strength is None]
+    ranked = sorted(mera, key=lambda each: each.value(choices.caution))
+    return list({each.candidate.direction: each for each in ranked}.values())
+
+
+def _everywhere(tried: Tried) -> Candidate:
+    return replace(tried.candidate, positions="all")
 
 
 def _leaders(
-    field: Sequence[Tried], caution: float, keep: int, of_each: int
+    field: Sequence[Tried], choices: Choices, keep: int
 ) -> tuple[list[Tried], list[Tried]]:
-    """Return the `keep` best and the best `of_each` direction and probe; and the others."""
-    ranked = sorted(field, key=lambda each: -each.value(caution))
+    """Return the `keep` best and the best of each direction and probe; and the others."""
+    ranked = sorted(field, key=lambda each: -each.value(choices.caution))
     ahead = ranked[:keep]
     groups: dict[Any, list[Tried]] = {}
     for each in ranked:
         way = each.candidate
         groups.setdefault((way.direction, way.penalty), []).append(each)
-    ahead += [each for group in groups.values() for each in group[:of_each]]
+    ahead += [each for group in groups.values() for each in group[: choices.of_each]]
     names = {each.candidate for each in ahead}
     behind = [each for each in ranked if each.candidate not in names]
     return list({each.candidate: each for each in ahead}.values()), behind

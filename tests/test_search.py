@@ -218,7 +218,7 @@ SMALL = Choices(
     penalties=(0.03,),
     thresholds=(0.1, 0.35),
     gates=(0.5,),
-    keep=(8, 4),
+    keep=(16, 8, 4),
     of_each=1,
 )
 
