@@ -1,15 +1,20 @@
 """Jobs in this process and on a real Ray cluster of several nodes give the same records."""
 
+import os
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from test_cli import write_task
 from test_grid import timeless
 
 from mera_tl import cluster
-from mera_tl.config import GridConfig
+from mera_tl.benchmark import open_run
+from mera_tl.config import GridConfig, RunConfig
 from mera_tl.grid import run_grid
+from mera_tl.shards import collect_shards
 
 
 def halve(number: int) -> float:
@@ -30,24 +35,46 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
         list(cluster.map_jobs(halve, [2], ray="local"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of a head that runs no job and two nodes of one core each."""
     ray = pytest.importorskip("ray", reason="the extra mera-tl[cluster] is not installed")
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # on a busy machine workers would starve
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    workers = [made.add_node(num_cpus=1) for _ in range(2)]
+    made.add_node(num_cpus=1)
     ray.init(address=made.address, log_to_driver=False)
-    yield made, workers
+    yield made
     ray.shutdown()
     made.shutdown()
 
 
-def test_a_node_killed_in_mid_run_costs_nothing(nodes, checkpoints, tmp_path):
-    import threading
+@contextmanager
+def a_node_dies(nodes, when):
+    """Add a second node, and kill it without warning as soon as `when` is true."""
+    doomed, shots = nodes.add_node(num_cpus=1), []
 
-    made, workers = nodes
+    over = threading.Event()
+
+    def kill():
+        while not over.wait(0.05):
+            if when():
+                nodes.remove_node(doomed, allow_graceful=False)
+                shots.append(time.time())
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+    assert shots
+
+
+def test_a_node_killed_in_mid_run_costs_nothing(nodes, checkpoints, tmp_path):
     config = GridConfig(
         models=(str(checkpoints["llama"]),),
         tasks=(write_task(tmp_path),),
@@ -58,19 +85,21 @@ def test_a_node_killed_in_mid_run_costs_nothing(nodes, checkpoints, tmp_path):
         test="15",
     )
     plain = run_grid(config, tmp_path / "plain", progress=False)
-    folder, shots = tmp_path / "ray", []
-
-    def kill_when_busy():
-        for _ in range(1200):
-            if list(folder.glob("*/config.json")):  # a job is under way on some node
-                made.remove_node(workers[0], allow_graceful=False)
-                shots.append(time.time())
-                return
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill_when_busy)
-    killer.start()
-    records = run_grid(config, folder, ray=made.address, progress=False)
-    killer.join()
-    assert shots
+    folder = tmp_path / "ray"
+    with a_node_dies(nodes, when=lambda: list(folder.glob("*/config.json"))):
+        records = run_grid(config, folder, ray=nodes.address, progress=False)
     assert timeless(records) == timeless(plain)
+
+
+def test_a_node_killed_while_it_collects_costs_a_shard(nodes, checkpoints, tmp_path):
+    task, folder = write_task(tmp_path), tmp_path / "ray" / "activations"
+    config = RunConfig(model=str(checkpoints["llama"]), task=task, device="cpu", batch_tokens=60)
+    with open_run(config, tmp_path / "plain", progress=False) as run:
+        assert len(run.activations.outcomes) == 36
+    with (
+        open_run(config, folder.parent, progress=False) as run,
+        a_node_dies(nodes, when=lambda: list(folder.glob("shards/*/manifest.json"))),
+    ):
+        collect_shards(run, 6, ray=nodes.address)
+    for path in (tmp_path / "plain" / "activations").iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
