@@ -18,9 +18,11 @@ sentiment_noise`); any other model gets them trained here, on its training split
 """
 
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -69,7 +71,7 @@ def main(config: Config) -> None:
             with open_run(
                 run_config, f"{scratch}/{task}-{space}-{where}", load=lambda _, m=model: m
             ) as run:
-                records = [{**record, **where} for record in run.records(METHODS)]
+                records = [{**timed(run, method), **where} for method in METHODS]
                 kept["records"].append(pd.DataFrame(records))
                 where |= {"task": task, "space": space}
                 test = collect(model, run.splits.test, settings=run.read)
@@ -80,11 +82,23 @@ def main(config: Config) -> None:
             write(config, kept)  # after every run: hours need not be lost
 
 
+def timed(run: Run, method: str) -> dict[str, Any]:
+    """Return a method's record with the processor time that it took, fit to test."""
+    started = time.process_time()
+    return run.record(method) | {"cpu_seconds": round(time.process_time() - started, 2)}
+
+
+def named(config: Config) -> dict[str, Any]:
+    """Return the configuration without this machine's paths."""
+    paths = {"model": Path(config.model).name, "data_dir": None, "template": None}
+    return asdict(config) | paths
+
+
 def write(config: Config, kept: dict[str, list[pd.DataFrame]]) -> None:
     for kind, frames in kept.items():
         frame = pd.concat(frames or [pd.DataFrame()], ignore_index=True)
         frame = frame.assign(model=Path(config.model).name)
-        path = RESULTS / f"{kind}-{store.fingerprint(asdict(config))}.jsonl"
+        path = RESULTS / f"{kind}-{store.fingerprint(named(config))}.jsonl"
         store.write_text(path, frame.to_json(orient="records", lines=True))
 
 

@@ -7,7 +7,7 @@ into one sentence and exit code 2.
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def run(command: ask.Run) -> None:
     folder, started = _folder_of(command), time.perf_counter()
     with open_run(_config_of(command), folder, cache=command.cache) as opened:
         _say_splits(opened)
+        _say_reconstruction(opened)
         records = list(opened.records(command.methods))
     _print_records(records)
     print(f"\n{time.perf_counter() - started:.0f} s; records in {folder / 'records.jsonl'}")
@@ -88,10 +89,14 @@ def evaluate(command: ask.Evaluate) -> None:
 def benchmark(command: ask.Benchmark) -> None:
     """Run the grid; exit code 1 if a job failed."""
     from mera_tl.grid import run_grid
+    from mera_tl.tracking import log_grid, require_wandb
 
+    wandb = require_wandb() if command.wandb else None
     config = GridConfig(**{f.name: getattr(command, f.name) for f in fields(GridConfig)})
     where = {"ray": command.ray, "gpus": command.gpus, "cache": command.cache}
     records = run_grid(config, command.out, **where)
+    if wandb is not None:
+        print(f"wandb run in {log_grid(wandb, asdict(config), records, command.out)}")
     done = [record for record in records if "failure" not in record]
     if done:
         _print_records(done)
@@ -130,6 +135,19 @@ def _say_splits(opened: Any) -> None:
     dropped = sum(opened.splits.train.source.get("split", {}).get("dropped", {}).values())
     note = f"; {dropped} rows that recur in a later split are left out" if dropped else ""
     print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", flush=True)
+
+
+def _say_reconstruction(opened: Any, n: int = 100) -> None:
+    """Print what SAEs that were trained on a sibling explain of this model."""
+    if opened.config.space != "sae" or not opened.config.sae_sibling:
+        return
+    from mera_tl.latents import reconstruction
+
+    train = opened.splits.train
+    some = train.subset(range(min(n, len(train))))
+    table = reconstruction(opened.model, some, opened.space, settings=opened.read)
+    print(f"\nSAEs of a sibling of {opened.model.name}, on {len(some)} training prompts:\n")
+    print(table.to_string(index=False, float_format="%.3f"), flush=True)
 
 
 def _print_records(records: Rows) -> None:
@@ -272,7 +290,7 @@ def report(command: ask.Report) -> None:
 
     if not command.runs:
         raise ValueError("There is no run to report on; pass the folder of a `mera run`.")
-    page = write_report(command.runs, command.out)
+    page = write_report(command.runs, command.out, images=command.images)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB), figures in {page.with_suffix('')}")
 
 

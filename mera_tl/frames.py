@@ -1,8 +1,9 @@
 """Run folders read back as data frames, the shape in which figures and reports take them."""
 
+import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from mera_tl.activations import Activations
 from mera_tl.benchmark import FORMAT
 from mera_tl.certificate import Calibration
 from mera_tl.config import RunConfig, parse_layers
+from mera_tl.directions import fit_direction
+from mera_tl.models import resid_post
 from mera_tl.probes import LinearProbe
+from mera_tl.reach import Reach
+from mera_tl.rules import Adaptive, Additive
+from mera_tl.search import Search
+from mera_tl.steering import Steering
 from mera_tl.tasks import Task, load_task
 
 MOST_POINTS = 800
@@ -128,35 +135,57 @@ class RunFolder:
         ]
         return frame.assign(change=change)
 
-    def predicted(self, method: str) -> pd.DataFrame:
-        """Return the highest error predicted for each test example, and its unsteered answer."""
-        frame = self.changes(method)
-        if frame.empty or not frame["peak_after"].notna().to_numpy().all():
+    def reach(self, method: str) -> Reach | None:
+        """Return what a method moved where on the test examples; None if it steered nothing."""
+        path = self.path / "reach" / f"{method}.safetensors"
+        return Reach.load(path) if path.exists() else None
+
+    def predicted(self, method: str, layer: int) -> pd.DataFrame:
+        """Return predicted error and correctness of each test example, before and after a layer."""
+        reach, changes = self.reach(method), self.changes(method)
+        if reach is None or changes.empty:
             return pd.DataFrame()
-        peak = torch.tensor(frame["peak_after"].to_numpy(float))
-        return pd.DataFrame(
-            {"predicted": torch.sigmoid(peak).numpy(), "correct": frame["correct_before"]}
-        )
+        answers = changes[["correct_before", "correct_after"]].reset_index(drop=True)
+        return pd.concat([reach.examples(layer), answers], axis=1)
 
     def cloud(self, method: str) -> "Cloud | None":
-        """Return the training activations as a method's probe sees them, if both are kept.
+        """Return the training activations with a method's steering, if both are kept.
 
-        None in SAE space, where a probe does not read the activations themselves.
+        None in SAE space, where a probe does not read the activations themselves, and for methods
+        that do not steer.
         """
-        if self.record(method)["space"] != "raw":
+        record, kept = self.record(method), self.path / "activations"
+        if record["space"] != "raw" or not (kept / "manifest.json").exists():
             return None
-        kind = self.record(method)["details"].get("probe")
-        folder = self.path / "probes" / str(kind)
-        activations = self.path / "activations"
-        if not (folder / "probe.json").exists() or not (activations / "manifest.json").exists():
+        activations = Activations.load(kept)
+        steering = self._steering(record, activations)
+        if steering is None or steering.probe.position not in activations.by_position:
             return None
-        probe, kept = LinearProbe.load(folder), Activations.load(activations)
-        if probe.position not in kept.by_position:
+        return Cloud(steering, activations)
+
+    def _steering(self, record: dict[str, Any], activations: Activations) -> Steering | None:
+        """Build a method's steering again from what it left; without a threshold if it abstained.
+
+        A direction that is not kept is fitted again, to the same activations.
+        """
+        details, threshold = record["details"], record["threshold"]
+        searched = self.path / "searches" / record["method"]
+        folder = self.path / "probes" / str(details.get("probe"))
+        if record["method"] == "flip":
             return None
-        layers = parse_layers(self.config.layers)
-        scope = range(len(probe.weights)) if layers == "all" else layers
-        scope = (probe.best_layer,) if layers == "best" else tuple(scope)
-        return Cloud(probe, kept, scope)
+        if (searched / "search.json").exists():
+            steering = Search.load(searched).steering
+            return steering if threshold is not None else replace(steering, rule=Adaptive())
+        if not (folder / "probe.json").exists():
+            return None
+        layers, probe = parse_layers(self.config.layers), LinearProbe.load(folder)
+        steering = Steering(probe, layers=layers, positions=self.config.positions)
+        if kind := details.get("direction"):
+            vectors = fit_direction(activations, probe, kind).vectors
+            steering = replace(steering, direction=vectors)
+        if details.get("strength"):
+            return replace(steering, rule=Additive(details["strength"]))
+        return steering if threshold is None else steering.at(threshold)
 
     def test_task(self) -> Task[Any]:
         """Build the test split again.
@@ -178,55 +207,63 @@ class RunFolder:
 
 @dataclass(frozen=True, eq=False)
 class Cloud:
-    """Training activations and a probe: how many are steered, and where they lie."""
+    """Training activations and a steering: where they lie, and where it takes them."""
 
-    probe: LinearProbe
+    steering: Steering
     activations: Activations
-    scope: tuple[int, ...]
-    """The steered layers."""
 
-    def share(self, threshold: float) -> pd.DataFrame:
-        """Return the share of examples above the threshold, layer by layer."""
-        predicted = self.probe.predicted_error(self.activations.resid(self.probe.position))
-        share = (predicted > threshold).double().mean(-1)
-        layers = range(len(share))
-        steered = [layer in self.scope for layer in layers]
-        return pd.DataFrame({"layer": layers, "share": share.tolist(), "steered": steered})
+    @property
+    def layer(self) -> int:
+        """The steered layer; of several the one that reads best."""
+        layers, best = self.steering.layer_numbers, self.steering.probe.best_layer
+        return best if best in layers else layers[0]
 
-    def plane(self, layer: int, threshold: float | None, *, seed: int = 0) -> pd.DataFrame:
+    @property
+    def limit(self) -> float | None:
+        """The score above which examples move; None if all do, or none."""
+        limit = getattr(self.steering.rule, "limit", math.inf)
+        return limit if math.isfinite(limit) else None
+
+    def plane(self, *, seed: int = 0) -> pd.DataFrame:
         """Return a sample in the plane of the probe and the leading direction orthogonal to it.
 
-        With a threshold, `score_after` and `other_after` say where the shortest shift goes.
+        `score_after` and `other_after` say where the steering takes an example, NaN where it is
+        left alone; `in_plane` is the share of the shift's length that lies in this plane.
         """
-        resid = self.activations.resid(self.probe.position)
-        score = self.probe.score(resid)[layer]
-        other = _leading_other(resid[layer], self.probe.weights[layer])
-        rng = np.random.default_rng(seed)
-        keep = np.sort(rng.permutation(len(score))[:MOST_POINTS])
-        frame = pd.DataFrame(
-            {
-                "score": score.numpy(),
-                "other": other.numpy(),
-                "correct": self.activations.correct.numpy(),
-            }
-        ).iloc[keep]
-        if threshold is not None:
-            limit = np.log(threshold / (1 - threshold))
-            moved = frame["score"] > limit
-            frame["score_after"] = np.where(moved, limit, np.nan)
-            frame["other_after"] = np.where(moved, frame["other"], np.nan)
-        return frame
+        hook = dict(self.steering.fwd_hooks())[resid_post(self.layer)]
+        resid = self.activations.resid(self.steering.probe.position)[self.layer].float()
+        answers = self.activations.outcomes.predictions.clamp(min=0)
+        weights, bias, step = (
+            values if values.ndim == n else values[answers]
+            for values, n in ((hook.weights, 1), (hook.bias, 0), (hook.step, 1))
+        )
+        score = (resid * weights).sum(-1) + bias
+        shift = hook.rule.amount(score)[:, None] * step
+        moved = (shift != 0).any(-1).numpy()
+        axes, other = _other_axis(resid, hook.weights)
+        centred = resid.double() - resid.double().mean(0)
+        after = {
+            "score_after": score + (shift * weights).sum(-1),
+            "other_after": (centred + shift) @ other,
+            "in_plane": (shift.double() @ axes.T).norm(dim=-1) / shift.norm(dim=-1),
+        }
+        columns = {"score": score, "other": centred @ other, "correct": self.activations.correct}
+        frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        for name, values in after.items():
+            frame[name] = np.where(moved, values.numpy(), np.nan)
+        drawn = np.random.default_rng(seed).permutation(len(frame))[:MOST_POINTS]
+        return frame.iloc[np.sort(drawn)]
 
 
-def _leading_other(
-    resid: Float[Tensor, "example d_model"], weights: Float[Tensor, " d_model"]
-) -> Float[Tensor, " example"]:
-    """Project onto the direction of greatest variance among those orthogonal to the probe."""
-    unit = weights / weights.norm().clamp(min=1e-30)
-    centred = (resid - resid.mean(0)).double()
-    rest = centred - (centred @ unit.double())[:, None] * unit.double()
+def _other_axis(
+    resid: Float[Tensor, "example d_model"], weights: Float[Tensor, "*option d_model"]
+) -> tuple[Float[Tensor, "axis d_model"], Float[Tensor, " d_model"]]:
+    """Return the direction of greatest variance orthogonal to all probes, and it with theirs."""
+    probes = torch.linalg.qr(weights.double().reshape(-1, weights.shape[-1]).T).Q.T
+    centred = resid.double() - resid.double().mean(0)
+    rest = centred - centred @ probes.T @ probes
     _, vectors = torch.linalg.eigh(rest.T @ rest)
-    return rest @ vectors[:, -1]
+    return torch.cat([probes, vectors[:, -1:].T]), vectors[:, -1]
 
 
 def evidence_frame(certificate: Calibration, method: str) -> pd.DataFrame:
@@ -268,5 +305,6 @@ def find_runs(folders: str | Path | Sequence[str | Path]) -> list[RunFolder]:
     paths: list[Path] = []
     for folder in map(Path, given):
         inside = sorted(path.parent for path in folder.glob("*/records.jsonl"))
-        paths += [folder] if (folder / "records.jsonl").exists() or not inside else inside
+        # A grid keeps records of its own beside the folders of its runs.
+        paths += [folder] if (folder / "config.json").exists() or not inside else inside
     return [RunFolder.open(path) for path in paths]

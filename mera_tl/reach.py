@@ -76,15 +76,16 @@ class Reach:
         """Return one row per steered layer and token position that was seen.
 
         `position` is 0 at the final prompt token, negative before it, positive for generated
-        tokens; `share` of the tokens there were moved, by `shift` residual norms on average.
+        tokens; those `further` back are counted at -BACK. `share` of the `n` tokens there were
+        moved, by `shift` residual norms on average.
         """
         rows = []
         for i, layer in enumerate(self.layers.tolist()):
             for column in self.tokens[i].nonzero()[:, 0].tolist():
                 n, moved = int(self.tokens[i, column]), int(self.moved[i, column])
                 shift = float(self.length[i, column]) / max(1, moved)
-                place = {"layer": layer, "position": column - BACK, "n": n}
-                rows.append(place | {"share": moved / n, "shift": shift})
+                place = {"layer": layer, "position": column - BACK, "further": not column}
+                rows.append(place | {"n": n, "share": moved / n, "shift": shift})
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path) -> None:

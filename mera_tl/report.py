@@ -5,10 +5,11 @@ JSON and the numbers in them as CSV.
 """
 
 import html
-import importlib.util
-import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,17 @@ from mera_tl.page import figure_block, prompt_html, table_html, write_page
 N_EXAMPLES = 10
 
 
-def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+def write_report(
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    images: bool = False,
+) -> Path:
     """Write a self-contained page about one run or several, and its figures beside it.
 
     `folders` are run folders, or folders of them. The page is `out`, or report.html in the first
-    folder; figures go to a folder of the same name. Works offline and stays below 6 MB.
+    folder; figures go to a folder of the same name, with `images` as SVG and PNG too, where kaleido
+    finds a browser. Works offline and stays below 6 MB.
 
     Raises:
         ValueError: if a folder holds no run, or records of another format.
@@ -35,7 +42,7 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
     runs = find_runs(folders)
     first = Path(folders if isinstance(folders, str | Path) else folders[0])
     out = Path(out) if out is not None else first / "report.html"
-    gathered = _Figures(out.with_suffix(""))
+    gathered = _Figures(out.with_suffix(""), images=images)
     if len(runs) == 1:
         title = f"Steering {runs[0].title}"
         body = "".join(_run(runs[0], gathered))
@@ -50,8 +57,8 @@ def write_report(folders: str | Path | Sequence[str | Path], out: str | Path | N
 class _Figures:
     """The figures of a page, each written as JSON and CSV when it is placed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, images: bool = False) -> None:
+        self.folder, self.images = folder, images
         self.figures: dict[str, go.Figure] = {}
 
     def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> str:
@@ -64,19 +71,42 @@ class _Figures:
         return figure_block(name, figure, links=links)
 
     def write_images(self) -> str:
-        """Write SVG files where kaleido finds a browser; say in a sentence what came of it."""
-        if importlib.util.find_spec("kaleido") is None:
+        """Write SVG and PNG files, if asked to; say in a sentence what came of it."""
+        if not self.images:
             return (
-                "For SVG files of the figures, install kaleido and make the report again; "
+                "For SVG and PNG files of the figures make the report again with --images; "
                 "every figure's own menu saves a PNG."
             )
+        if find_spec("kaleido") is None:
+            return (
+                "SVG and PNG files were not written: kaleido is not installed; run "
+                "`pip install mera-tl[images]`."
+            )
+        figures = [str(self.folder / f"{name}.json") for name in self.figures]
         try:
-            for name, figure in self.figures.items():
-                figure.write_image(self.folder / f"{name}.svg", width=900)
-        except (RuntimeError, ValueError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            return f"SVG files were not written: {first}"
-        return f"The figures also lie in {self.folder.name}/ as SVG."
+            # In a process of its own: a browser that hangs must not hold up the page.
+            subprocess.run(
+                [sys.executable, "-c", _WRITE_IMAGES, *figures],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=60 + 20 * len(figures),
+            )
+        except subprocess.TimeoutExpired:
+            return "SVG and PNG files were not written: the browser did not answer in time."
+        except subprocess.CalledProcessError as error:
+            why = (str(error.stderr).strip().splitlines() or ["kaleido failed"])[-1]
+            return f"SVG and PNG files were not written: {why}"
+        return f"The figures also lie in {self.folder.name}/ as SVG and PNG."
+
+
+_WRITE_IMAGES = """
+import sys, plotly.io
+figures = [plotly.io.from_json(open(path, encoding="utf-8").read()) for path in sys.argv[1:]]
+for kind in ("svg", "png"):
+    paths = [path.removesuffix("json") + kind for path in sys.argv[1:]]
+    plotly.io.write_images(figures, paths, width=900)
+"""
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -153,8 +183,12 @@ def _decision_rows(run: RunFolder) -> Iterator[dict[str, Any]]:
 
 
 def _certificates(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
-    """Yield the curves: those of the main method in sight, the others folded away."""
-    order = sorted(run.certificates, key=lambda method: method != run.main_method)
+    """Yield the curves: those of the main method in sight, the others folded away.
+
+    A search certifies a single choice, which has no curve; its numbers stand in words above.
+    """
+    grids = [name for name, kept in run.certificates.items() if len(kept.evidence) > 1]
+    order = sorted(grids, key=lambda method: method != run.main_method)
     for i, method in enumerate(order):
         frame = run.evidence(method)
         curve = figures.place(f"{prefix}curve_{method}", plots.steering_curve(frame), frame)
@@ -180,42 +214,35 @@ def _effects(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
     yield figures.place(f"{prefix}transitions", plots.transitions(frame), frame)
     yield table_html(table(run.records).drop(columns=["model", "task"]))
     method = run.main_method
-    if method is None:
-        return
-    changes = run.changes(method)
+    changes = pd.DataFrame() if method is None else run.changes(method)
     if not changes.empty:
         names = {"row": "row", "error_before": "before", "error_after": "after", "change": "change"}
         errors = pd.DataFrame({new: changes[old] for old, new in names.items()})
-        figure = plots.error_before_after(errors, method=method)
+        figure = plots.error_before_after(errors, method=str(method))
         yield figures.place(f"{prefix}errors", figure, errors)
-    certificate = run.certificates.get(method)
-    if (
-        certificate is not None
-        and certificate.threshold is not None
-        and certificate.protocol.knob == "threshold"
-    ):
-        yield from _reach(run, figures, prefix, method, certificate.threshold)
+    # Where all abstain there are still the examples that a certificate was sought for.
+    shown = method or next(iter(run.certificates), None)
+    if shown is not None:
+        yield from _reach(run, figures, prefix, shown)
 
 
-def _reach(
-    run: RunFolder, figures: _Figures, prefix: str, method: str, threshold: float
-) -> Iterator[str]:
-    """Yield whom a certified steering reaches: by predicted error, by layer, in the plane."""
-    predicted = run.predicted(method)
-    if not predicted.empty:
-        figure = plots.predicted_error(predicted, threshold=threshold)
+def _reach(run: RunFolder, figures: _Figures, prefix: str, method: str) -> Iterator[str]:
+    """Yield whom a steering reaches: by predicted error, by layer and token, in the plane."""
+    certificate, reach, cloud = run.certificates.get(method), run.reach(method), run.cloud(method)
+    if reach is not None:
+        by_threshold = certificate is not None and certificate.protocol.knob == "threshold"
+        threshold = certificate.threshold if certificate and by_threshold else None
+        layers = reach.layers.tolist()
+        layer = cloud.layer if cloud is not None else layers[0]
+        predicted = run.predicted(method, layer)
+        figure = plots.predicted_error(predicted, method=method, layer=layer, threshold=threshold)
         yield figures.place(f"{prefix}predicted", figure, predicted)
-    cloud = run.cloud(method)
-    if cloud is None:
-        return
-    share = cloud.share(threshold)
-    figure = plots.steered_share(share, threshold=threshold, n=run.records[0]["n_train"])
-    yield figures.place(f"{prefix}share", figure, share)
-    if method.startswith("optimal_"):  # the shift of these is along the probe itself
-        layer = cloud.scope[0] if len(cloud.scope) == 1 else cloud.probe.best_layer
-        plane = cloud.plane(layer, threshold, seed=run.config.seed)
-        limit = math.log(threshold / (1 - threshold))
-        figure = plots.geometry(plane, limit=limit, layer=layer)
+        share, n = reach.positions(), len(reach.before)
+        figure = plots.steered_share(share, method=method, n=n)
+        yield figures.place(f"{prefix}share", figure, share)
+    if cloud is not None:
+        plane = cloud.plane(seed=run.config.seed)
+        figure = plots.geometry(plane, method=method, layer=cloud.layer, limit=cloud.limit)
         yield figures.place(f"{prefix}geometry", figure, plane)
 
 

@@ -65,6 +65,8 @@ class Benchmark(GridConfig):
     """Run on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
     gpus: float = 0.0
     """GPUs that each run asks Ray for."""
+    wandb: bool = False
+    """Log the records to wandb, in the grid's folder: offline, unless WANDB_MODE says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,8 @@ class Report:
     """Folders of runs, or folders of such folders."""
     out: Path | None = None
     """The page. Default: report.html in the first folder."""
+    images: bool = False
+    """Write every figure as SVG and PNG, too; needs kaleido (`mera-tl[images]`) and a browser."""
 
 
 @dataclass(frozen=True)

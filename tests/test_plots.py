@@ -66,10 +66,39 @@ def cloud(*, moved: bool = True) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"score": rng.normal(size=50), "other": rng.normal(size=50)})
     frame["correct"] = frame["score"] < 0.3
-    if moved:
-        frame["score_after"] = np.where(frame["score"] > 0.5, 0.5, np.nan)
-        frame["other_after"] = np.where(frame["score"] > 0.5, frame["other"], np.nan)
-    return frame
+    above = (frame["score"] > 0.5) & moved
+    frame["score_after"] = np.where(above, 0.5, np.nan)
+    frame["other_after"] = np.where(above, frame["other"] - 1, np.nan)
+    return frame.assign(in_plane=np.where(above, 0.25, np.nan))
+
+
+def overlay() -> pd.DataFrame:
+    rows = [
+        {"place": place, "layer": i, "features": f, "position": p, "value": 0.6 + 0.1 * i}
+        for place in ("clear", "hopeless")
+        for f in ("raw", "sae")
+        for p in ("last", "exact")
+        for i in range(2)
+    ]
+    return pd.DataFrame(rows).assign(sd=0.02, dummy=0.5, n=100, n_test=80)
+
+
+def reach() -> pd.DataFrame:
+    rows = [
+        {"layer": i, "position": p, "further": p == -24, "n": 50, "share": s, "shift": 0.1 * s}
+        for i in range(2)
+        for p, s in ((-24, 0.1), (-1, 0.2), (0, 0.8), (1, 0.5))
+    ]
+    return pd.DataFrame(rows)
+
+
+def grid(columns: tuple[str, str], value: str) -> pd.DataFrame:
+    rows = [
+        {columns[0]: a, columns[1]: b, value: 0.5 + 0.1 * i + 0.2 * j, "place": "clear"}
+        for i, a in enumerate(("one", "two"))
+        for j, b in enumerate(("one", "two"))
+    ]
+    return pd.DataFrame(rows).assign(n_test=80)
 
 
 def tokens() -> pd.DataFrame:
@@ -86,6 +115,11 @@ def errors() -> pd.DataFrame:
     return pd.DataFrame({"before": [0.9, 0.8, 0.2, 0.1, 0.7], "after": 0.4, "change": change})
 
 
+def predicted() -> pd.DataFrame:
+    correct = {"correct_before": [True, False, False], "correct_after": [True, True, False]}
+    return pd.DataFrame({"before": [0.1, 0.6, 0.9], "after": [0.1, 0.5, 0.5], **correct})
+
+
 def every_figure() -> dict[str, go.Figure]:
     both = pd.concat([records(), records().assign(space="sae", spi=0.1)])
     return {
@@ -96,19 +130,25 @@ def every_figure() -> dict[str, go.Figure]:
         "dots": plots.spi_dots(records()),
         "transitions": plots.transitions(records()),
         "probes": plots.probe_error(probes(), n=1000),
+        "overlay": plots.probe_overlay(overlay()),
+        "observed": plots.predicted_against_observed(
+            pd.DataFrame(
+                {"place": "clear", "predicted": [0.1, 0.8], "observed": [0.2, 0.7], "n_bin": 40}
+            ).assign(n_test=80)
+        ),
+        "positions": plots.layer_by_position(grid(("layer", "position"), "auroc")),
+        "transfer": plots.transfer_matrix(grid(("fitted_on", "measured_on"), "auroc")),
         "predicted": plots.predicted_error(
-            pd.DataFrame({"predicted": [0.1, 0.6, 0.9], "correct": [True, False, False]}),
-            threshold=0.5,
+            predicted(), method="optimal_probe", layer=1, threshold=0.5
         ),
-        "geometry": plots.geometry(cloud(), limit=0.5),
+        "geometry": plots.geometry(cloud(), method="optimal_probe", layer=1, limit=0.5),
         "errors": plots.error_before_after(errors(), method="optimal_probe"),
-        "share": plots.steered_share(
-            pd.DataFrame({"layer": [0, 1], "share": [0.2, 0.6], "steered": [False, True]}),
-            threshold=0.3,
-            n=100,
-        ),
+        "share": plots.steered_share(reach(), method="optimal_probe", n=50),
         "ledger": plots.ledger(tokens(), title="Row 7"),
         "spaces": plots.raw_against_sae(both),
+        "table": plots.number_table(
+            pd.DataFrame({"way": ["raw", "sae"], "AUROC": [0.7, None]}), title="A", caption="n = 8"
+        ),
     }
 
 
@@ -124,7 +164,7 @@ def test_every_figure_has_the_template_a_title_and_units(name):
     assert len(figure.data) > 0
     axes = [axis.title.text for axis in figure.select_yaxes()]
     axes += [axis.title.text for axis in figure.select_xaxes()]
-    assert any(axes) or name == "heatmap"  # whose axes are names
+    assert any(axes) or name in ("heatmap", "table")  # whose axes are names
     assert "nan" not in str(figure.layout.title.subtitle.text)
 
 
@@ -211,14 +251,60 @@ def test_colours_belong_to_methods_whatever_else_is_drawn():
     assert len(looks) == len(methods.METHODS)  # every method has a look of its own
 
 
-def test_geometry_moves_examples_onto_the_limit_and_no_further():
+def test_geometry_moves_examples_to_where_they_land_and_leaves_the_others_alone():
     traces = _traces(FIGURES["geometry"])
     (shift,) = [trace for name, trace in traces.items() if str(name).startswith("shift")]
-    ends = np.array(shift.x).reshape(-1, 3)
-    assert len(ends) == (cloud()["score"] > 0.5).sum() > 0
+    ends, n_moved = np.array(shift.x).reshape(-1, 3), int((cloud()["score"] > 0.5).sum())
+    assert len(ends) == len(traces["where they land"].x) == n_moved > 0
     assert (ends[:, 0] > 0.5).all() and (ends[:, 1] == 0.5).all()
-    still = plots.geometry(cloud(moved=False))
+    falls = np.array(shift.y).reshape(-1, 3)
+    assert falls[:, 1] - falls[:, 0] == pytest.approx(-1)
+    alone = [len(t.x) for name, t in traces.items() if "left alone" in str(name)]
+    assert sum(alone) == len(cloud()) - n_moved
+    still = plots.geometry(cloud(moved=False), method="optimal_probe", layer=1)
     assert "abstained" in still.layout.title.subtitle.text
+    assert not any("moved" in str(trace.name) for trace in still.data)
+
+
+def test_predicted_errors_are_counted_before_and_after():
+    figure = FIGURES["predicted"]
+    counts = [len(trace.x) for trace in figure.data]
+    assert counts == [1, 2, 2, 1]  # before: correct, incorrect; after: correct, incorrect
+    assert "2 above the threshold before, 0 after" in figure.layout.title.subtitle.text
+    assert sum(bool(shape.showlegend) for shape in figure.layout.shapes) == 1
+
+
+def test_spaces_are_told_apart_on_one_scale_and_so_is_abstaining_from_no_effect():
+    both = pd.concat([records(), records().assign(space="sae", decision=None)])
+    figure = plots.raw_against_sae(pd.concat([both.assign(layer=1), both.assign(layer=2)]))
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles == [f"{task}, layer {i}" for task in ("clear", "hopeless") for i in (1, 2)]
+    assert {tuple(axis.range) for axis in figure.select_xaxes()} == {(-1.05, 1.05)}
+    raw = [t for t in figure.data if t.name == "residual stream"]
+    assert [list(t.marker.symbol) for t in raw] == 2 * [["circle"]] + 2 * [["circle-open"]]
+    sae = [t for t in figure.data if t.name == "SAE latents"]
+    assert all(list(t.marker.symbol) == ["diamond"] for t in sae)
+
+
+def test_the_steered_share_stands_at_its_layer_and_token():
+    (heat,) = FIGURES["share"].data
+    assert list(heat.x) == ["≤ -24", "-1", "final", "+1"]
+    assert np.array(heat.z)[:, 2].tolist() == [0.8, 0.8]
+    late = reach().assign(share=lambda df: df["share"] * (df["position"] >= 0))
+    assert list(plots.steered_share(late, method="m", n=50).data[0].x) == ["-1", "final", "+1"]
+
+
+def test_the_overlay_tells_positions_by_dash_and_features_by_colour():
+    lines = {t.name: t.line for t in FIGURES["overlay"].data if t.showlegend}
+    assert len(lines) == 5  # and each is named once for both panels
+    last, answer = (lines[f"residual stream, {p}"] for p in ("final prompt token", "answer token"))
+    assert last.color == answer.color != lines["SAE latents, answer token"].color
+    assert last.dash != answer.dash
+
+
+def test_a_transfer_matrix_has_what_was_fitted_in_rows():
+    (heat,) = FIGURES["transfer"].data
+    assert np.array(heat.z)[0, 1] == pytest.approx(0.7)  # fitted on one, measured on two
 
 
 def test_the_ledger_keeps_tokens_that_occur_twice_apart():

@@ -3,18 +3,21 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from mera_tl import store
+from mera_tl import report, store
 from mera_tl.benchmark import open_run
 from mera_tl.config import RunConfig
 from mera_tl.frames import RunFolder, find_runs, records_frame
 from mera_tl.page import write_page
-from mera_tl.report import write_report
+from mera_tl.report import _Figures, write_report
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 CONFIG = RunConfig(
     model="organism",
@@ -58,7 +61,8 @@ def test_the_page_is_small_self_contained_and_holds_plotly_once(page):
 
 def test_every_figure_has_its_place_and_its_files(page):
     text, figures = page.read_text(encoding="utf-8"), specs(page)
-    assert {"curve_optimal_probe", "probe_rmse", "spi", "transitions"} <= set(figures)
+    wanted = {"curve_optimal_probe", "probe_rmse", "spi", "transitions"}
+    assert wanted | {"predicted", "share", "geometry"} <= set(figures)
     for name in figures:
         assert text.count(f'id="{name}"') == 1
         json.loads((page.with_suffix("") / f"{name}.json").read_text())
@@ -106,6 +110,7 @@ def test_changes_agree_with_the_record(folder):
 def test_several_runs_are_compared_and_each_is_there(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "a" / "one")
     shutil.copytree(folder, tmp_path / "a" / "two")
+    shutil.copy(folder / "records.jsonl", tmp_path / "a")  # as a grid keeps them
     page = write_report(tmp_path / "a")
     assert page == tmp_path / "a" / "report.html"
     names = set(specs(page))
@@ -152,6 +157,57 @@ def test_another_format_says_what_to_do(folder, tmp_path, number):
         write_report(tmp_path / "run")
 
 
+def test_geometry_is_that_of_the_steering_that_was_used(folder):
+    run = RunFolder.open(folder)
+    cloud = run.cloud("additive_probe")
+    assert cloud is not None
+    plane, probe = cloud.plane(), cloud.steering.probe
+    length = 0.1 * float(probe.resid_norm[1]) * float(probe.weights[1].norm())
+    assert (plane["score"] - plane["score_after"]).to_numpy() == pytest.approx(length, rel=1e-3)
+    assert plane["in_plane"].to_numpy() == pytest.approx(1, abs=1e-3)  # it moves along the probe
+    resid = cloud.activations.resid("last")[1, plane.index]
+    score = probe.score(resid.expand(4, -1, -1))[1]
+    assert plane["score"].to_numpy() == pytest.approx(score, abs=1e-4)
+    abstained = run.record("optimal_probe")["threshold"] is None
+    assert (run.cloud("optimal_probe").plane()["score_after"].isna().all()) == abstained
+
+
+def test_a_direction_that_is_not_kept_is_found_again(folder, tmp_path):
+    """MERA along another direction lands on its limit, and mostly outside of the plane."""
+    shutil.copytree(folder, tmp_path / "run")
+    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    records[-1]["details"]["direction"] = "controlled_contrastive"
+    records[-1]["threshold"] = 0.2
+    store.write_records(tmp_path / "run" / "records.jsonl", records)
+    cloud = RunFolder.open(tmp_path / "run").cloud("optimal_probe")
+    assert cloud is not None and cloud.limit is not None
+    moved = cloud.plane().dropna()
+    assert len(moved) and (moved["score"] > cloud.limit).all()
+    assert moved["score_after"].to_numpy() == pytest.approx(cloud.limit, abs=1e-4)
+    assert (moved["in_plane"] < 0.95).all()
+
+
+@pytest.mark.skipif(find_spec("kaleido") is None, reason="kaleido is not installed")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_figures_are_written_as_svg_and_png_where_there_is_a_browser(tmp_path):
+    figures = _Figures(tmp_path / "page", images=True)
+    figures.place("bars", go.Figure(go.Bar(y=[1, 2])), pd.DataFrame({"y": [1, 2]}))
+    assert figures.write_images() == "The figures also lie in page/ as SVG and PNG."
+    assert "<svg" in (tmp_path / "page" / "bars.svg").read_text()
+    assert (tmp_path / "page" / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_browser_a_sentence_says_so(tmp_path, monkeypatch):
+    figures = _Figures(tmp_path / "page", images=True)
+    figures.place("bars", go.Figure(go.Bar(y=[1, 2])), pd.DataFrame({"y": [1, 2]}))
+    assert "--images" in _Figures(tmp_path).write_images()
+    monkeypatch.setattr(report, "_WRITE_IMAGES", "raise SystemExit('there is no browser')")
+    said = figures.write_images()
+    assert said == "SVG and PNG files were not written: there is no browser"
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert "pip install mera-tl[images]" in figures.write_images()
+
+
 def test_a_folder_without_runs_is_said(tmp_path):
     with pytest.raises(ValueError, match="records.jsonl"):
         find_runs(tmp_path)
@@ -175,8 +231,6 @@ def test_what_was_not_steered_has_no_interval(folder):
 
 
 def test_a_script_in_the_data_cannot_leave_its_place():
-    import plotly.graph_objects as go
-
     figure = go.Figure(go.Scatter(x=["</script><script>alert(1)</script>"], y=[1]))
     text = write_page("<b>", "", {"a": figure})
     assert "<script>alert" not in text

@@ -6,9 +6,23 @@ the line below the title. `guarantee` draws what a certificate promises, `readin
 be read, `steering` what one steering does, `comparing` methods, tasks and spaces side by side.
 """
 
-from mera_tl.plots.comparing import raw_against_sae, spi_dots, spi_heatmap, transitions
+from mera_tl.plots.comparing import (
+    number_table,
+    raw_against_sae,
+    spi_dots,
+    spi_heatmap,
+    transitions,
+)
 from mera_tl.plots.guarantee import coverage, sample_size_curves, size_of_the_test
-from mera_tl.plots.reading import geometry, predicted_error, probe_error
+from mera_tl.plots.reading import (
+    geometry,
+    layer_by_position,
+    predicted_against_observed,
+    predicted_error,
+    probe_error,
+    probe_overlay,
+    transfer_matrix,
+)
 from mera_tl.plots.searching import search_table
 from mera_tl.plots.steering import (
     calibration_evidence,
@@ -25,9 +39,13 @@ __all__ = [
     "coverage",
     "error_before_after",
     "geometry",
+    "layer_by_position",
     "ledger",
+    "number_table",
+    "predicted_against_observed",
     "predicted_error",
     "probe_error",
+    "probe_overlay",
     "raw_against_sae",
     "sample_size_curves",
     "search_table",
@@ -36,5 +54,6 @@ __all__ = [
     "spi_heatmap",
     "steered_share",
     "steering_curve",
+    "transfer_matrix",
     "transitions",
 ]

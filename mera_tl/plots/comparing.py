@@ -9,8 +9,10 @@ from plotly.subplots import make_subplots
 from mera_tl.plots.style import (
     BLUE,
     CHANGES,
+    DIVERGING,
     GREEN,
-    GREY,
+    LINE,
+    ORANGE,
     colour_of,
     finish,
     in_order,
@@ -18,7 +20,33 @@ from mera_tl.plots.style import (
     symbol_of,
 )
 
-_SCALE = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
+
+def number_table(df: pd.DataFrame, *, title: str, caption: str) -> go.Figure:
+    """Draw a table; numbers to two digits, three if small, nothing where there is none."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if pd.isna(value) else f"{value:.{2 if abs(value) >= 0.095 else 3}f}"
+        return str(value)
+
+    look = {"fill_color": "rgba(0,0,0,0)", "line_color": LINE, "height": 24}
+    table = go.Table(
+        columnwidth=[1 if pd.api.types.is_numeric_dtype(df[c]) else 1.6 for c in df],
+        header={"values": [f"<b>{column}</b>" for column in df], "align": "left"} | look,
+        cells={"values": [[shown(v) for v in df[c]] for c in df], "align": "left"} | look,
+    )
+    height, meta = 190 + 25 * len(df), {"min_width": 90 * len(df.columns)}
+    margin = {"l": 12, "r": 12, "t": 90, "b": 20}
+    return finish(go.Figure(table), title, caption, height=height, meta=meta, margin=margin)
+
+
+SPACES = {
+    ("raw", "none"): ("residual stream", BLUE, "circle"),
+    ("sae", "none"): ("SAE latents", GREEN, "diamond"),
+    ("sae", "gain"): ("SAE latents, gain", ORANGE, "square"),
+}
+"""By space and correction: blue for the stream and green for latents, as wherever they are told
+apart."""
 _SPI = "SPI is the share won of what could be won, or lost of what could be lost"
 
 
@@ -60,7 +88,7 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
             text=text,
             texttemplate="%{text}",
             textfont={"size": 13},
-            colorscale=_SCALE,
+            colorscale=DIVERGING,
             zmid=0,
             zmin=-1,
             zmax=1,
@@ -180,28 +208,67 @@ def _height(methods: list[str], places: list[str]) -> int:
 
 
 def raw_against_sae(df: pd.DataFrame) -> go.Figure:
-    """Draw the SPI of each method and task in raw space and in SAE space, joined by a line."""
-    df = _with_place(df, space=False)
-    df = df.assign(place=df["where"].str.replace("<br>", ", ") + ": " + df["method"])
-    wide = df.pivot_table(index="place", columns="space", values="spi", sort=False).dropna()
-    figure = go.Figure()
-    for place, row in wide.iterrows():
+    """Draw the SPI of each method in raw space and in SAE space, on one scale; hollow: abstained.
+
+    A row of panels a place, a column a `layer`, where that column is there; `correction`, if there,
+    tells shifts of latents as they are (none) from those stretched for re-encoding (gain).
+    """
+    df = _with_place(pd.DataFrame(df[df["method"] != "no_steering"]), space=False)
+    df = df.assign(**{c: v for c, v in {"layer": "", "correction": "none"}.items() if c not in df})
+    places, methods = in_order(df, "where"), in_order(df, "method")
+    panels = {place: sorted(set(rows_where(df, where=place)["layer"])) for place in places}
+    figure = make_subplots(
+        rows=len(places),
+        cols=(n_columns := max(map(len, panels.values()))),
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
+        vertical_spacing=min(0.25, 54 / (190 + len(places) * (40 + 28 * len(methods)))),
+        subplot_titles=[
+            place.replace("<br>", ", ") + (f", layer {layers[i]}" if layers[i] != "" else "")
+            if i < len(layers)
+            else ""
+            for place, layers in panels.items()
+            for i in range(n_columns)
+        ],
+    )
+    for row, (place, layers) in enumerate(panels.items(), start=1):
+        for col, layer in enumerate(layers, start=1):
+            here = rows_where(df, where=place, layer=layer)
+            _spaces(figure, here, methods, first=row == col == 1, row=row, col=col)
+    ticks = {"tickvals": list(range(len(methods))), "ticktext": methods}
+    figure.update_yaxes(ticks, range=[len(methods) - 0.5, -0.5], zeroline=False)
+    figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5, showticklabels=True)
+    figure.update_xaxes(title="SPI", row=len(places))
+    height, meta = 190 + len(places) * (40 + 28 * len(methods)), {"min_width": 760}
+    caption = f"{_examples(df)}; hollow: abstained; gain: stretched for re-encoding"
+    title = "Raw directions against SAE latents"
+    return finish(figure, title, caption, height=height, meta=meta)
+
+
+def _spaces(
+    figure: go.Figure, df: pd.DataFrame, methods: list[str], *, first: bool, **cell: int
+) -> None:
+    """Draw one panel: a line of marks a method, those of the spaces below one another."""
+    for i, ((space, correction), (name, colour, symbol)) in enumerate(SPACES.items()):
+        rows = rows_where(df, space=space, correction=correction)
+        off = (rows["decision"] == "ABSTAIN").tolist()
         figure.add_scatter(
-            x=[row["raw"], row["sae"]],
-            y=[place, place],
-            mode="lines",
-            line={"color": GREY, "width": 2},
-            showlegend=False,
-            hoverinfo="skip",
+            x=rows["spi"],
+            y=[methods.index(method) + 0.26 * (i - 1) for method in rows["method"]],
+            mode="markers",
+            name=name,
+            legendgroup=name,
+            showlegend=first and bool(len(rows)),
+            marker={
+                "color": colour,
+                "symbol": [symbol + ("-open" if abstained else "") for abstained in off],
+                "size": 8,
+            },
+            text=[
+                method + (": abstained" if abstained else "")
+                for method, abstained in zip(rows["method"], off, strict=True)
+            ],
+            hovertemplate=f"%{{text}}, SPI %{{x:.3f}}<extra>{name}</extra>",
+            **cell,
         )
-    for space, name, colour in (("raw", "residual stream", BLUE), ("sae", "SAE latents", GREEN)):
-        marker = {"color": colour, "size": 10, "symbol": "circle" if space == "raw" else "diamond"}
-        figure.add_scatter(
-            x=wide[space], y=list(wide.index), mode="markers", name=name, marker=marker
-        )
-    figure.add_vline(x=0, line={"color": GREY, "width": 1})
-    figure.update_xaxes(title="SPI", range=[-1.05, 1.05])
-    figure.update_yaxes(autorange="reversed")
-    height = 190 + 30 * len(wide)
-    title, meta = "Raw directions against SAE latents", {"min_width": 540}
-    return finish(figure, title, f"{_examples(df)}. {_SPI}", height=height, meta=meta)

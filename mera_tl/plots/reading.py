@@ -1,12 +1,17 @@
 """Where errors can be read: held-out error per layer, what a probe predicts, its direction."""
 
+from itertools import product
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from mera_tl.plots.style import (
     BLUE,
     CORRECT,
+    DIVERGING,
     GREEN,
     GREY,
     INCORRECT,
@@ -15,6 +20,7 @@ from mera_tl.plots.style import (
     SKY,
     VERMILLION,
     finish,
+    grid_of,
     in_order,
     rows_where,
 )
@@ -25,6 +31,11 @@ _METRICS = {
     "auroc": ("AUROC", "How well incorrect answers are told from correct ones"),
     "r2": ("R² of predicted error", "How much of the error is explained"),
 }
+_KINDS = {"ridge": BLUE, "logistic": SKY, "contrastive": VERMILLION, "lasso": PINK}
+_KINDS |= {f"{rank}_regression": ORANGE for rank in ("best", "median", "worst")}
+"""Of probes: the colours of the methods that steer with them, as far as these have one."""
+FEATURES = {"raw": ("residual stream", BLUE), "sae": ("SAE latents", GREEN)}
+POSITIONS = {"last": ("final prompt token", "solid"), "exact": ("answer token", "dot")}
 N_SHIFTS = 60
 """Shifts drawn at most; more would cover the examples."""
 
@@ -36,7 +47,6 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
     position, space); bars are the standard deviation over folds.
     """
     figure = go.Figure()
-    colours = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PINK)
     probes = in_order(df, "probe")
     for i, name in enumerate(probes):
         rows = rows_where(df, probe=name).sort_values("layer")
@@ -47,7 +57,7 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
             error_y={"array": rows[f"{metric}_sd"], "thickness": 1.2, "width": 3},
             name=name,
             mode="lines+markers",
-            line_color=colours[i % len(colours)],
+            line_color=_KINDS.get(name.partition(",")[0], GREY),
             customdata=rows["layer"],
             hovertemplate=f"{name}, layer %{{customdata}}: %{{y:.3f}}<extra></extra>",
         )
@@ -69,68 +79,241 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
     return finish(figure, title, caption)
 
 
-def predicted_error(df: pd.DataFrame, *, threshold: float | None = None) -> go.Figure:
-    """Draw the error that the probe predicts before steering, by correctness of the answer.
+def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
+    """Draw a metric over the layers: two readout positions, stream and latents, a panel a place.
 
-    Takes columns `predicted` (in [0, 1]) and `correct`. What lies right of `threshold` is steered:
-    after the shift the probe predicts `threshold` there.
+    Takes columns `place`, `layer`, `features` (raw or sae), `position` (last or exact), `value` (on
+    test examples), `sd` (over the folds that chose), `dummy`, `n` and `n_test`.
+    """
+    places = in_order(df, "place")
+    figure, cells = grid_of(places)
+    for place, cell in zip(places, cells, strict=True):
+        here = rows_where(df, place=place)
+        for (features, (what, colour)), (position, (where, dash)) in product(
+            FEATURES.items(), POSITIONS.items()
+        ):
+            rows = rows_where(here, features=features, position=position).sort_values("layer")
+            figure.add_scatter(
+                x=rows["layer"] + (0.08 if features == "sae" else 0),
+                y=rows["value"],
+                error_y={"array": rows["sd"], "thickness": 1.2, "width": 3},
+                name=f"{what}, {where}",
+                legendgroup=features + position,
+                showlegend=bool(place == places[0]),
+                mode="lines+markers",
+                line={"color": colour, "dash": dash},
+                customdata=rows["layer"],
+                hovertemplate="layer %{customdata}: %{y:.3f}<extra>" + f"{what}, {where}</extra>",
+                **cell,
+            )
+        dummy = rows_where(here, features="raw", position="last").sort_values("layer")
+        figure.add_scatter(
+            x=dummy["layer"],
+            y=dummy["dummy"],
+            name="constant prediction",
+            legendgroup="dummy",
+            showlegend=bool(place == places[0]),
+            mode="lines",
+            line={"color": GREY, "dash": "dash"},
+            **cell,
+        )
+    axis, title = _METRICS.get(metric, (metric, metric))
+    figure.update_xaxes(title="layer", dtick=1)
+    figure.update_yaxes(title=axis, matches="y")  # one scale: panels are compared
+    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
+    caption = f"Chosen on folds, shown on {sizes} test examples; bars: s.d. over the folds"
+    height = 150 + 250 * -(-len(places) // 2)
+    return finish(figure, title, caption, height=height, meta={"min_width": 640})
+
+
+def predicted_against_observed(df: pd.DataFrame) -> go.Figure:
+    """Draw observed over predicted error, in bins of equal size, one line a place.
+
+    Takes columns `place`, `predicted`, `observed`, `n_bin` and `n_test`.
     """
     figure = go.Figure()
-    for correct, name, colour in _ANSWERS:
-        predicted = rows_where(df, correct=correct)["predicted"]
-        figure.add_histogram(
-            x=predicted,
-            name=f"{name} ({len(predicted):,})",
-            marker_color=colour,
-            xbins={"start": 0, "end": 1, "size": 0.025},
+    figure.add_scatter(
+        x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"color": GREY, "dash": "dash"}
+    )
+    looks = ((BLUE, "circle"), (VERMILLION, "diamond"), (GREEN, "square"), (PINK, "star"))
+    looks += ((ORANGE, "triangle-up"), (SKY, "triangle-down"))
+    for i, place in enumerate(in_order(df, "place")):
+        rows, (colour, symbol) = rows_where(df, place=place), looks[i % len(looks)]
+        figure.add_scatter(
+            x=rows["predicted"],
+            y=rows["observed"],
+            name=place.replace("<br>", ", "),
+            mode="lines+markers",
+            line_color=colour,
+            marker={"symbol": symbol, "size": 8},
+            customdata=rows["n_bin"],
+            hovertemplate="predicted %{x:.2f}, observed %{y:.2f}, n = %{customdata}",
         )
-    steered = ""
+    figure.update_xaxes(title="predicted error (mean of a tenth)", range=[0, 1])
+    figure.update_yaxes(title="observed error", range=[0, 1])
+    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
+    caption = f"Best layer, final prompt token; tenths of {sizes} test examples"
+    return finish(figure, "Predicted against observed error", caption, height=520)
+
+
+def layer_by_position(df: pd.DataFrame) -> go.Figure:
+    """Draw how well errors are read in every layer at every prompt token, a panel a place.
+
+    Takes columns `place`, `layer`, `position` (0 is the final prompt token), `auroc`, `n_test`.
+    """
+    places = in_order(df, "place")
+    figure, cells = grid_of(places)
+    for place, cell in zip(places, cells, strict=True):
+        wide = rows_where(df, place=place).pivot(index="layer", columns="position", values="auroc")
+        figure.add_heatmap(
+            z=wide.to_numpy(),
+            x=list(wide.columns),
+            y=list(wide.index),
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hovertemplate="layer %{y}, token %{x}: AUROC %{z:.3f}<extra></extra>",
+            **cell,
+        )
+    figure.update_xaxes(title="token, counted from the final prompt token", showgrid=False)
+    figure.update_yaxes(title="layer", dtick=1, showgrid=False)
+    bar = {"title": "AUROC", "thickness": 14}
+    scale = {"colorscale": "Cividis", "cmin": 0.5, "cmax": 1, "colorbar": bar}
+    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
+    return finish(
+        figure,
+        "Where in a prompt the error can be read",
+        f"A ridge probe for each cell; AUROC on {sizes} test examples; .5 is chance",
+        height=150 + 230 * -(-len(places) // 2),
+        coloraxis=scale,
+        meta={"min_width": 640},
+    )
+
+
+def transfer_matrix(df: pd.DataFrame) -> go.Figure:
+    """Draw the AUROC of each task's probe on every task.
+
+    Takes columns `fitted_on`, `measured_on`, `auroc` and `n_test`.
+    """
+    tasks = in_order(df, "fitted_on")
+    wide = df.pivot(index="fitted_on", columns="measured_on", values="auroc").loc[tasks, tasks]
+    heat = go.Heatmap(
+        z=wide.to_numpy(),
+        x=tasks,
+        y=tasks,
+        texttemplate="%{z:.2f}",
+        colorscale=DIVERGING,
+        zmin=0,
+        zmax=1,
+        xgap=2,
+        ygap=2,
+        showscale=False,
+        hovertemplate="fitted on %{y}, measured on %{x}: AUROC %{z:.3f}<extra></extra>",
+    )
+    figure = go.Figure(heat)
+    figure.update_xaxes(title="measured on", showgrid=False, ticks="", tickangle=-35)
+    figure.update_yaxes(title="fitted on", autorange="reversed", showgrid=False, ticks="")
+    caption = f"AUROC on {df['n_test'].iloc[0]:,} test examples a task; .5 is chance"
+    meta = {"min_width": 200 + 58 * len(tasks)}
+    height = 220 + 34 * len(tasks)
+    return finish(figure, "Do probes read other tasks' errors?", caption, height=height, meta=meta)
+
+
+def predicted_error(
+    df: pd.DataFrame, *, method: str, layer: int, threshold: float | None = None
+) -> go.Figure:
+    """Draw the distribution of the predicted error before and after a steered layer.
+
+    Takes columns `before`, `after` (in [0, 1]), `correct_before` and `correct_after`: the answers
+    of the unsteered and of the steered run.
+    """
+    titles = ("before, by the unsteered answer", "after, by the steered answer")
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=titles)
+    figure.update_annotations(x=0, xanchor="left", font_size=14)
+    for row, stage in enumerate(("before", "after"), start=1):
+        for correct, name, colour in _ANSWERS:
+            figure.add_histogram(
+                # Rounded: what was moved onto the threshold belongs into one bin.
+                x=df[stage][df[f"correct_{stage}"] == correct].round(4),
+                name=name,
+                legendgroup=name,
+                showlegend=row == 1,
+                marker_color=colour,
+                xbins={"start": 0, "end": 1.025, "size": 0.025},
+                row=row,
+                col=1,
+            )
+    above = ""
     if threshold is not None:
-        _dashed(figure, threshold, f"threshold {threshold:.3g}")
-        steered = f", {sum(df['predicted'] > threshold):,} above the threshold"
-    figure.update_xaxes(title="predicted error before steering", range=[0, 1])
+        for row in (1, 2):
+            _dashed(figure, threshold, f"threshold {threshold:.3g}", row=row, col=1)
+        n_above = [sum(df[stage] > threshold + 1e-3) for stage in ("before", "after")]
+        above = f"; {n_above[0]:,} above the threshold before, {n_above[1]:,} after"
+    figure.update_xaxes(range=[0, 1])
+    figure.update_xaxes(title="predicted error at the final prompt token", row=2, col=1)
     figure.update_yaxes(title="examples")
-    caption = f"{len(df):,} examples{steered}; highest score in the steered scope of each"
-    return finish(figure, "What the probe predicts", caption, barmode="stack")
+    caption = f"{method}, layer {layer}, {len(df):,} test examples{above}"
+    title = "Predicted error before and after steering"
+    return finish(figure, title, caption, barmode="stack", height=520)
 
 
-def geometry(df: pd.DataFrame, *, limit: float | None = None, layer: int = 0) -> go.Figure:
+def geometry(df: pd.DataFrame, *, method: str, layer: int, limit: float | None = None) -> go.Figure:
     """Draw activations along the probe's score and the leading direction orthogonal to it.
 
-    Takes columns `score`, `other`, `correct` and, where steering moves an example, `score_after`
-    and `other_after`; `limit` is the score that steering allows.
+    Takes columns `score`, `other`, `correct` and, NaN where an example is left alone, `score_after`
+    and `other_after`, and `in_plane`, the share of the shift that lies in this plane; `limit` is
+    the score above which the steering acts.
     """
-    figure = go.Figure()
-    moved = df.dropna(subset="score_after") if "score_after" in df else df[:0]
-    if len(moved):
-        shown = moved[:: -(-len(moved) // N_SHIFTS)]
-        gap = np.full(len(shown), np.nan)  # ends one line before the next begins
-        figure.add_scatter(
-            x=np.stack([shown["score"], shown["score_after"], gap], axis=1).ravel(),
-            y=np.stack([shown["other"], shown["other_after"], gap], axis=1).ravel(),
-            mode="lines",
-            name=f"shift ({len(shown):,} of {len(moved):,})",
-            line={"color": GREEN, "width": 1},
-            opacity=0.5,
-            hoverinfo="skip",
-        )
-    for correct, name, colour in _ANSWERS:
-        rows = rows_where(df, correct=correct)
-        marker: dict[str, object] = {"color": colour, "size": 6, "opacity": 0.6}
-        count = f"{name} ({len(rows):,})"
-        figure.add_scatter(
-            x=rows["score"], y=rows["other"], mode="markers", name=count, marker=marker
-        )
+    figure, moved = go.Figure(), df["score_after"].notna().to_numpy()
+    for off, shown in ((True, pd.DataFrame(df[~moved])), (False, pd.DataFrame(df[moved]))):
+        for correct, name, colour in _ANSWERS:
+            rows = rows_where(shown, correct=correct)
+            if not len(rows):
+                continue
+            symbol = "circle" if off else "circle-open"
+            figure.add_scatter(
+                x=rows["score"],
+                y=rows["other"],
+                mode="markers",
+                name=f"{name}, {'left alone' if off else 'moved'} ({len(rows):,})",
+                marker={"color": colour, "size": 6, "opacity": 0.7, "symbol": symbol},
+            )
+    if moved.any():
+        _shifts(figure, pd.DataFrame(df[moved]))
     if limit is not None:
-        _dashed(figure, limit, "limit")
-    figure.update_xaxes(title="score: log-odds of error along the probe", zeroline=False)
-    figure.update_yaxes(title="leading other direction", zeroline=False)
-    caption = f"resid_post of layer {layer}, {len(df):,} examples" + (
-        "; steering moves onto the limit" if limit is not None else "; abstained: nothing is moved"
+        _dashed(figure, limit, "threshold")
+    figure.update_xaxes(title="error direction: the probe's score (log-odds)", zeroline=False)
+    figure.update_yaxes(title="leading other direction (stream units)", zeroline=False)
+    caption = f"{method}, layer {layer}, {len(df):,} training examples, final prompt token"
+    told = "; abstained: nothing is moved"
+    if moved.any():
+        told = f"; {df['in_plane'].mean():.0%} of a shift's length lies in this plane"
+    return finish(figure, "Which way is error, and which way it moves", caption + told, height=520)
+
+
+def _shifts(figure: go.Figure, moved: pd.DataFrame) -> None:
+    """Draw where examples land, and the way there of some."""
+    shown = moved[:: -(-len(moved) // N_SHIFTS)]
+    gap = np.full(len(shown), np.nan)  # ends one line before the next begins
+    figure.add_scatter(
+        x=np.stack([shown["score"], shown["score_after"], gap], axis=1).ravel(),
+        y=np.stack([shown["other"], shown["other_after"], gap], axis=1).ravel(),
+        mode="lines",
+        name=f"shift ({len(shown):,} of {len(moved):,})",
+        line={"color": GREEN, "width": 1},
+        opacity=0.6,
+        hoverinfo="skip",
     )
-    return finish(figure, "Which way is error", caption)
+    figure.add_scatter(
+        x=moved["score_after"],
+        y=moved["other_after"],
+        mode="markers",
+        name="where they land",
+        marker={"color": GREEN, "size": 4, "symbol": "diamond"},
+    )
 
 
-def _dashed(figure: go.Figure, x: float, name: str) -> None:
+def _dashed(figure: go.Figure, x: float, name: str, row: Any = None, col: Any = None) -> None:
     line = {"color": GREEN, "width": 2, "dash": "dash"}
-    figure.add_vline(x=x, line=line, name=name, showlegend=True)
+    once = row in (None, 1)
+    figure.add_vline(x=x, line=line, name=name, showlegend=once, row=row, col=col)

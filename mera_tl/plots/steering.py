@@ -158,20 +158,46 @@ def error_before_after(df: pd.DataFrame, *, method: str) -> go.Figure:
     return finish(figure, "Error before and after", caption, height=500)
 
 
-def steered_share(df: pd.DataFrame, *, threshold: float, n: int) -> go.Figure:
-    """Draw the share of examples whose predicted error exceeds the threshold, layer by layer.
+def steered_share(df: pd.DataFrame, *, method: str, n: int) -> go.Figure:
+    """Draw the share of tokens that were moved, by layer and token position.
 
-    Takes columns `layer` and `share`, and `steered`: whether the layer is in the steering's scope.
+    Takes columns `layer`, `position` (0 is the final prompt token, negative before it, positive for
+    generated tokens), `further` (whether tokens before that one are counted there), `n` (tokens
+    seen there), `share` and `shift` (in residual norms).
     """
-    figure = go.Figure()
-    for steered, name, colour in ((True, "steered layer", GREEN), (False, "not steered", GREY)):
-        rows = rows_where(df, steered=steered)
-        figure.add_bar(x=rows["layer"], y=rows["share"], name=name, marker_color=colour)
-    layers = sorted(set(df["layer"]))
-    figure.update_xaxes(title="layer", tickvals=layers[:: max(1, len(layers) // 12)])
-    figure.update_yaxes(title="examples above the threshold", tickformat=".0%", range=[0, 1])
-    caption = f"{n:,} training examples, final prompt token, threshold {threshold:.3g}"
-    return finish(figure, "How many are steered, by layer", caption, barmode="stack")
+    # Where a scope begins late there is nothing to see before it.
+    moved = [*df["position"][df["share"] > 0], 0]
+    df = pd.DataFrame(df[df["position"] >= min(moved) - 1])
+    positions, layers = sorted(set(df["position"])), sorted(set(df["layer"]))
+    cells: Any = df.pivot(index="layer", columns="position", values=["share", "shift", "n"])
+    names = ["final" if p == 0 else f"{p:+d}" for p in positions]
+    if df["further"].to_numpy().any():
+        names[0] = f"≤ {positions[0]}"
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells["share"].to_numpy(),
+            x=names,
+            y=[str(layer) for layer in layers],
+            customdata=np.stack([cells["shift"].to_numpy(), cells["n"].to_numpy()], axis=-1),
+            texttemplate="%{z:.0%}" if len(positions) <= 12 else None,
+            hovertemplate="layer %{y}, token %{x}: %{z:.1%} of %{customdata[1]:,} moved,<br>by "
+            "%{customdata[0]:.3f} residual norms on average<extra></extra>",
+            colorscale=((0, "rgba(0,158,115,.06)"), (1, GREEN)),
+            zmin=0,
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            colorbar={"title": "moved", "tickformat": ".0%", "thickness": 14},
+        )
+    )
+    figure.update_xaxes(title="token, counted from the final prompt token", type="category")
+    figure.update_yaxes(title="layer", type="category")
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    caption = f"{method}, steered layers, {n:,} test examples; + are generated tokens"
+    height, meta = 230 + 26 * len(layers), {"min_width": 160 + 22 * len(positions)}
+    title = "Which tokens are moved, layer by layer"
+    return finish(figure, title, caption, height=height, meta=meta)
 
 
 def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:

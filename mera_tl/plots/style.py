@@ -10,9 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 BLUE, SKY, GREEN = "#0072B2", "#3A9BD9", "#009E73"
 ORANGE, VERMILLION, PINK, GREY = "#C98500", "#D55E00", "#C46C9C", "#858585"
+
+DIVERGING = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
+"""Orange is worse, blue is better, pale is no difference."""
 
 CORRECT, INCORRECT = BLUE, VERMILLION
 """Of examples, wherever they are told apart."""
@@ -48,16 +52,16 @@ _METHODS = {
     "searched": (GREEN, "circle"),
 }
 
-_GRID, _LINE = "rgba(128,128,128,.22)", "rgba(128,128,128,.6)"
+_GRID, LINE = "rgba(128,128,128,.22)", "rgba(128,128,128,.6)"
 _AXIS = {
     "gridcolor": _GRID,
-    "linecolor": _LINE,
-    "zerolinecolor": _LINE,
+    "linecolor": LINE,
+    "zerolinecolor": LINE,
     "zerolinewidth": 1,
     "automargin": True,
     "title": {"standoff": 10},
     "ticks": "outside",
-    "tickcolor": _LINE,
+    "tickcolor": LINE,
 }
 
 TEMPLATE = go.layout.Template(
@@ -104,6 +108,20 @@ def finish(figure: go.Figure, title: str, caption: str = "", **layout: Any) -> g
     """Put the template, the title and the line below it on a figure."""
     heading = {"text": title, "subtitle": {"text": caption, "font": {"size": 13}}}
     return figure.update_layout(template=TEMPLATE, title=heading, **layout)
+
+
+def grid_of(names: list[str]) -> tuple[go.Figure, list[dict[str, int]]]:
+    """Return a figure of two columns of panels with these titles, and the place of each."""
+    n_rows, n_columns = -(-len(names) // 2), min(2, len(names))
+    figure = make_subplots(
+        rows=n_rows,
+        cols=n_columns,
+        horizontal_spacing=0.14,
+        vertical_spacing=0.34 / n_rows,
+        subplot_titles=[name.replace("<br>", ", ") for name in names],
+    )
+    places = [{"row": 1 + i // n_columns, "col": 1 + i % n_columns} for i in range(len(names))]
+    return figure, places
 
 
 _SHOWN = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
