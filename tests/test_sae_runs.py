@@ -1,5 +1,7 @@
 """SAE space from the command line: train, report, run, compare, refuse."""
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -62,6 +64,27 @@ def test_every_starred_method_runs_in_latents(
     assert probe["weights"].shape == (3, 64)
     assert probe["weights"][:2].any(-1).all()
     assert not probe["weights"][2].any()
+
+
+def test_saes_of_a_sibling_say_how_well_they_reconstruct(
+    monkeypatch, capsys, checkpoints, toy, trained, tmp_path
+):
+    borrowed = shutil.copytree(trained, tmp_path / "saes")
+    for path in borrowed.glob("*/cfg.json"):
+        config = json.loads(path.read_text())
+        config["metadata"] |= {"model_name": "gpt2-it", "model_fingerprint": None}
+        path.write_text(json.dumps(config))
+    told = arguments(checkpoints, toy, borrowed, tmp_path / "run")
+    assert mera(monkeypatch, "run", *told, "--methods", "no_steering") == 2
+    assert "ask for it with sibling" in capsys.readouterr().err
+    assert mera(monkeypatch, "run", *told, "--sae-sibling", "--methods", "no_steering") == 0
+    printed = capsys.readouterr().out
+    assert "SAEs of a sibling of" in printed and "on 30 training prompts" in printed
+    for column in ("explained_variance", "l0", "dead", "recovered"):
+        assert column in printed
+    own = arguments(checkpoints, toy, trained, tmp_path / "own")
+    assert mera(monkeypatch, "run", *own, "--methods", "no_steering") == 0
+    assert "SAEs of a sibling" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
