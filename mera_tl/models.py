@@ -10,7 +10,7 @@ import difflib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from mera_tl.checkpoints import (
     without_weights,
 )
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
+from mera_tl.rotary import RotatedKeys, rotate_once
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -128,7 +129,17 @@ class Model:
         """Return an empty key-value cache for a batch of `n_rows`."""
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-        return TransformerLensKeyValueCache.init_cache(self.hooked.cfg, self.device, n_rows)
+        cache = TransformerLensKeyValueCache.init_cache(self.hooked.cfg, self.device, n_rows)
+        if self.rotates_once:
+            empty = [(entry.past_keys, entry.past_values) for entry in cache.entries]
+            return replace(cache, entries=[RotatedKeys(*pair) for pair in empty])
+        return cache
+
+    @property
+    def rotates_once(self) -> bool:
+        """Whether a key's rotary angle never changes, so that the cache may hold turned keys."""
+        cfg = self.hooked.cfg
+        return cfg.positional_embedding_type == "rotary" and not cfg.use_dynamic_ntk_rope
 
 
 def resid_post(layer: int) -> str:
@@ -173,6 +184,8 @@ def load_model(
             hooked, source = _load_official(name, where), name
     hooked.eval().requires_grad_(False)
     lay_out_for_decoding(hooked)
+    for block in hooked.blocks:
+        rotate_once(block.attn)
     tokenizer = _load_tokenizer(source)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"The tokenizer of {name!r} has no chat template; leave chat off.")

@@ -11,8 +11,8 @@ import mera_tl
 
 PACKAGE = Path(mera_tl.__file__).parent
 LAYERS = (
-    "bounds catalogue cluster config organism outcomes page plots progress rules scoring sources "
-    "spaces sparse splits store",
+    "bounds catalogue cluster config organism outcomes page plots progress rotary rules scoring "
+    "sources spaces sparse splits store",
     "checkpoints monitor planning protocol solvers subcommands tasks",
     "certificate logistic models",
     "calibration decoding folds sae",

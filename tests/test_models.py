@@ -1,11 +1,17 @@
 """A loaded model is the original model: same logits, same residual stream, whatever its folder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import FAMILIES, SHARED
+from conftest import FAMILIES, SHARED, random_probe, talking_task
 
+from mera_tl.activations import collect
 from mera_tl.checkpoints import lay_out_for_decoding, layout, load_folder
+from mera_tl.evaluation import evaluate
 from mera_tl.models import load_model, resid_post
+from mera_tl.readout import ReadSettings
+from mera_tl.steering import Steering
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
 
@@ -74,6 +80,27 @@ def test_layout_keeps_logits_bit_equal_and_copies_no_weights(checkpoints):
         assert torch.equal(model.hooked(TOKENS, attention_mask=mask), laid_out)
         lay_out_for_decoding(model.hooked)
         assert torch.equal(model.hooked(TOKENS, attention_mask=mask), laid_out)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_cache_of_turned_keys_keeps_logits_bit_equal(family, models):
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    model, turned = models[family], []
+    prompts = torch.tensor([[0, 0, 3, 9, 4], [7, 5, 2, 8, 6]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    theirs = TransformerLensKeyValueCache.init_cache(model.hooked.cfg, model.device, 2)
+    with torch.inference_mode():
+        for cache in (ours := model.new_cache(2), theirs):
+            steps = [model.next_token_logits(prompts, mask, cache)]
+            for _ in range(3):
+                tokens, one = steps[-1].argmax(-1, keepdim=True), torch.ones(2, 1, dtype=torch.long)
+                steps.append(model.next_token_logits(tokens, one, cache))
+            turned.append(torch.stack(steps))
+    assert torch.equal(*turned)
+    assert ours.entries[0].past_keys.shape == theirs.entries[0].past_keys.shape
+    same = torch.equal(ours.entries[0].past_keys, theirs.entries[0].past_keys)
+    assert same == (family == "gpt2")  # which has no rotary embedding: nothing to turn
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -191,3 +218,38 @@ def test_every_part_lies_where_forward_passes_look_for_it(family, checkpoints, m
     )
     placed = {id(weight) for part, _ in parts for weight in part.parameters()}
     assert placed == {id(weight) for weight in hooked.parameters()}
+
+
+# --- the original model as the engine -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals(checkpoints):
+    return {
+        family: load_model(str(path), device="cpu", engine="hugging_face")
+        for family, path in checkpoints.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_either_engine_gives_the_same_numbers(family, models, originals):
+    model, original = models[family], originals[family]
+    task, read = talking_task(model), ReadSettings(progress=False)
+    ours, theirs = (collect(each, task, settings=read) for each in (model, original))
+    for position, resid in ours.by_position.items():
+        assert (theirs.by_position[position] - resid).abs().max() < 1e-4
+    assert torch.equal(ours.outcomes.predictions, theirs.outcomes.predictions)
+    steering = Steering(random_probe(model)).at(0.5)
+    for positions in ("all", "last", "generated"):
+        hooks = replace(steering, positions=positions).fwd_hooks()
+        runs = [evaluate(each, task, hooks, settings=read) for each in (model, original)]
+        assert (runs[0].probs - runs[1].probs).abs().max() < 1e-4
+        assert torch.equal(runs[0].n_steered, runs[1].n_steered)
+        moved = (runs[0].probs - ours.outcomes.probs).abs().max()
+        assert runs[0].n_steered.sum() > 0 and moved > 1e-4  # positive control: steering shows
+
+
+def test_the_original_has_one_hook_point_a_layer_and_one_device(originals, checkpoints):
+    assert list(originals["llama"].hooked.hook_dict) == [resid_post(i) for i in range(3)]
+    with pytest.raises(ValueError, match="organism is no Hugging Face checkpoint"):
+        load_model("organism", engine="hugging_face")
