@@ -21,7 +21,7 @@ from torch import Tensor
 from mera_tl import scoring
 from mera_tl.logistic import logistic_path
 from mera_tl.solvers import Moments, Quadratic, lasso_path, least_squares, ridge_path
-from mera_tl.solvers import least_squares_from_rows as from_rows
+from mera_tl.wide import lasso_from_rows, least_squares_from_rows
 
 logger = logging.getLogger(__name__)
 
@@ -168,20 +168,28 @@ class _Layers:
     def of(
         examples: Examples, block: Int[Tensor, " example"], clip: float, refit: bool
     ) -> "_Layers":
-        x = examples.resid.double()
+        use = torch.cat([folds(), torch.ones(int(refit), N_BLOCKS, dtype=torch.bool)])
+        # Blocks that the same folds use are one; its examples lie together.
+        patterns, block = use.to(block.device)[:, block].T.unique(dim=0, return_inverse=True)
+        order = block.argsort(stable=True)
+        x = examples.resid[:, order].double()
         deviation, mean = torch.std_mean(x, dim=1, correction=0)
         # Below the resolution of float32 a feature is constant, and gets weight zero.
         varies = deviation > 1e-6 * examples.resid.abs().amax(1)
-        x = torch.where(varies[:, None], (x - mean[:, None]) / deviation[:, None], 0.0)
         scale = torch.where(varies, deviation, torch.inf)
-        target = scoring.logit_error(examples.error, clip)
-        use = torch.cat([folds(), torch.ones(int(refit), N_BLOCKS, dtype=torch.bool)])
-        truth = (examples.error, examples.incorrect)
-        return _Layers(x, mean, scale, target, *truth, block, use.to(x.device))
+        x.sub_(mean[:, None]).div_(scale[:, None])
+        error, incorrect = examples.error[order], examples.incorrect[order]
+        target = scoring.logit_error(error, clip)
+        return _Layers(x, mean, scale, target, error, incorrect, block[order], patterns.T)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether some fold has no more examples than features."""
+        return int(self.use[:, self.block].sum(-1).min()) <= self.x.shape[-1]
 
     @cached_property
     def moments(self) -> Moments:
-        moments = Moments(torch.zeros_like(self.mean), n_blocks=N_BLOCKS)
+        moments = Moments(torch.zeros_like(self.mean), n_blocks=self.use.shape[1])
         moments.add(self.x, self.target, self.block)
         return moments
 
@@ -198,9 +206,12 @@ class _Layers:
             share = 0.0 if kind == "logistic_l2" else 1.0
             solution = logistic_path(self.x, self.incorrect, fold, path, l1_share=share)
             coef, intercept = solution.coef, solution.intercept
-        elif kind == "least_squares" and int(fold.sum(-1).min()) <= self.x.shape[-1]:
-            solution = from_rows(self.x, self.target, fold)
-            coef, intercept = solution.coef, solution.intercept
+        elif self.is_wide and kind in ("least_squares", "lasso"):
+            data = (self.x, self.target, fold)
+            fit = (
+                lasso_from_rows(*data, path) if kind == "lasso" else least_squares_from_rows(*data)
+            )
+            coef, intercept = fit.coef, fit.intercept
         else:
             coef = self._regression(kind, path)
             intercept = self.problems.intercept(coef)

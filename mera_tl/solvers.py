@@ -152,68 +152,6 @@ def least_squares(problems: Quadratic) -> Solution:
     return _smooth(problems, coef[:, None], torch.zeros(1).to(coef))
 
 
-def least_squares_from_rows(
-    resid: Float[Tensor, "layer example d_model"],
-    target: Float[Tensor, " example"],
-    use: Bool[Tensor, "fold example"],
-) -> Solution:
-    """Fit by least squares where a fold has no more examples than features: least norm.
-
-    The products of examples with each other take the place of the Gram matrix, and the folds of a
-    layer share them.
-    """
-    floor = 1e-12 if resid.dtype == torch.float64 else 1e-5
-    weight = use.to(resid) / use.sum(-1, keepdim=True).to(resid)
-    target_mean = weight @ target
-    centred = (target - target_mean[:, None]) * use
-    solutions = []
-    for x in resid:
-        products = _products(x)
-        dual = torch.zeros_like(centred)
-        for fold, rows in enumerate(used.nonzero()[:, 0] for used in use):
-            kernel = products[rows[:, None], rows]
-            column = kernel.mean(0)
-            kernel -= column[:, None] + column - column.mean()
-            dual[fold, rows] = _solve_kernel(kernel, centred[fold, rows], floor)
-        # Whole products with the examples, all folds at once, instead of a copy of each fold's.
-        mean = weight @ x
-        coef = dual @ x - dual.sum(-1, keepdim=True) * mean
-        intercept = target_mean - (coef * mean).sum(-1)
-        residual = (coef @ x.T + intercept[:, None] - target) * use
-        gradient = residual @ x - residual.sum(-1, keepdim=True) * mean
-        gap = relative(gradient.norm(dim=-1), (centred @ x).norm(dim=-1))
-        solutions.append((coef, intercept, gap))
-    coefs, intercepts, gaps = (torch.cat(part)[:, None] for part in zip(*solutions, strict=True))
-    return reported(Solution(coefs, intercepts, gaps, tolerance_for(resid)))
-
-
-def _products(x: Float[Tensor, "example d_model"]) -> Float[Tensor, "example example"]:
-    """Return `x x'`, of which a quarter is only copied."""
-    half = len(x) // 2
-    products = x.new_empty(len(x), len(x))
-    products[:half, :half] = x[:half] @ x[:half].T
-    products[half:] = x[half:] @ x.T
-    products[:half, half:] = products[half:, :half].T
-    return products
-
-
-def _solve_kernel(
-    kernel: Float[Tensor, "example example"], target: Float[Tensor, " example"], floor: float
-) -> Float[Tensor, " example"]:
-    """Solve a centred, positive semidefinite system, ignoring directions below the floor."""
-    # Centring costs one rank, along the constant vector; what is added there meets a zero.
-    lifted = kernel + kernel.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(lifted)
-    pivots = factor.diagonal().square()
-    if not failed and pivots.min() > 10 * floor * pivots.max():
-        solved = torch.cholesky_solve(target[:, None], factor)
-        # One step of refinement: nearly dependent examples cost half of the digits.
-        return (solved + torch.cholesky_solve(target[:, None] - lifted @ solved, factor))[:, 0]
-    variances, axes = torch.linalg.eigh(kernel)
-    kept = variances > floor * variances[-1].clamp(min=0)
-    return axes @ torch.where(kept, (axes.T @ target) / variances, 0.0)
-
-
 def ridge_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Solution:
     """Minimise mean squared error + penalty * |w|^2 for every penalty (> 0).
 
@@ -246,26 +184,30 @@ def lasso_path(problems: Quadratic, penalties: Float[Tensor, " penalty"]) -> Sol
     l1 = penalties.to(problems.cross).expand(len(problems.cross), -1)
     start = torch.zeros_like(problems.cross)[:, None].expand(-1, len(penalties), -1)
     coef = active_newton(problems.gram, problems.cross, l1, start)
-    gap = _duality_gap(problems, coef, l1)
+    correlation = problems.cross[:, None] - coef @ problems.gram
+    gap = duality_gap(correlation, coef, problems.cross, problems.variance, l1)
     return reported(Solution(coef, problems.intercept(coef), gap, tolerance_for(coef)))
 
 
-def _duality_gap(
-    problems: Quadratic,
+def duality_gap(
+    correlation: Float[Tensor, "problem penalty d_model"],
     coef: Float[Tensor, "problem penalty d_model"],
+    cross: Float[Tensor, "problem d_model"],
+    variance: Float[Tensor, " problem"],
     l1: Float[Tensor, "problem penalty"],
 ) -> Float[Tensor, "problem penalty"]:
-    """Return the lasso's duality gap relative to its objective at zero coefficients."""
-    correlation = problems.cross[:, None] - coef @ problems.gram
-    variance = problems.variance[:, None]
-    explained = (problems.cross[:, None] * coef).sum(-1)
-    squared = variance - explained - (correlation * coef).sum(-1)
+    """Return the lasso's duality gap relative to its objective at zero coefficients.
+
+    `correlation` is that of the residuals with the features.
+    """
+    explained = (cross[:, None] * coef).sum(-1)
+    squared = variance[:, None] - explained - (correlation * coef).sum(-1)
     # The residual, shrunk until no feature correlates with it more than the penalty, is dual
     # feasible.
     shrink = (l1 / correlation.abs().amax(-1)).clamp(max=1)
-    dual = shrink * (variance - explained) - shrink.square() * squared / 2
+    dual = shrink * (variance[:, None] - explained) - shrink.square() * squared / 2
     primal = squared / 2 + l1 * coef.abs().sum(-1)
-    return relative((primal - dual).clamp(min=0), variance / 2)
+    return relative((primal - dual).clamp(min=0), variance[:, None] / 2)
 
 
 # --- what was reached -------------------------------------------------------------------------

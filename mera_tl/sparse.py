@@ -108,7 +108,8 @@ def _signed_step(
     """Return the better of two Newton steps for given signs, and the share of it that was taken."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
     downhill = torch.where(inside, -gradient - l1[:, None] * sign, 0.0)
-    newton = torch.cholesky_solve(downhill[..., None], factor)[..., 0]
+    half = torch.linalg.solve_triangular(factor, downhill[..., None], upper=False)
+    newton = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     newton = torch.where(failed[:, None] > 0, downhill / diagonal, newton)
     clipped = torch.where((coef + newton) * sign > 0, coef + newton, 0.0) * inside

@@ -14,7 +14,7 @@ LAYERS = (
     "bounds catalogue cluster config organism outcomes page plots progress rotary rules scoring "
     "sources spaces sparse splits store",
     "checkpoints monitor planning protocol solvers subcommands tasks",
-    "certificate logistic models",
+    "certificate logistic models wide",
     "calibration decoding folds sae",
     "readout",
     "evaluation",

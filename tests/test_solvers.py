@@ -9,7 +9,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 
-from mera_tl import solvers, sparse
+from mera_tl import solvers, sparse, wide
 from mera_tl.logistic import logistic_path
 from mera_tl.solvers import Moments, Quadratic, lasso_path, least_squares, ridge_path
 
@@ -77,7 +77,7 @@ def unique(x) -> bool:
 def test_least_squares_agrees(data):
     x, target, _ = data
     everyone = torch.ones(1, len(target), dtype=torch.bool)
-    rows = solvers.least_squares_from_rows(x, target, everyone)
+    rows = wide.least_squares_from_rows(x, target, everyone)
     for solution in (least_squares(Quadratic.of(x, target)), rows):
         assert solution.converged.all()
         for layer in range(len(x)):
@@ -96,7 +96,7 @@ def test_least_squares_is_the_shortest_of_the_fits():
     agree(least_squares(Quadratic.of(x, target)).coef[0, 0], reference)
     few = torch.zeros(1, len(target), dtype=torch.bool)
     few[0, :15] = True  # fewer examples than features
-    ours = solvers.least_squares_from_rows(x, target, few).coef[0, 0]
+    ours = wide.least_squares_from_rows(x, target, few).coef[0, 0]
     agree(ours, LinearRegression().fit(x[0, :15], target[:15]).coef_)
     agree(ours, least_squares(Quadratic.of(x[:, :15], target[:15])).coef[0, 0].numpy())
 
@@ -118,8 +118,12 @@ def lasso_objective(x, target, w, b, penalty):
 
 def test_lasso_agrees_at_all_published_penalties(data):
     x, target, _ = data
+    everyone = torch.ones(1, len(target), dtype=torch.bool)
     solution = lasso_path(Quadratic.of(x, target), torch.tensor(PUBLISHED))
-    assert solution.converged.all() and solution.gap.max() < 1e-8
+    rows = wide.lasso_from_rows(x, target, everyone, torch.tensor(PUBLISHED))
+    for each in (solution, rows):
+        assert each.converged.all() and each.gap.max() < 1e-8
+        assert float(each.coef.abs().sum()) == pytest.approx(float(rows.coef.abs().sum()), rel=1e-4)
     for layer in range(len(x)):
         for i, penalty in enumerate(PUBLISHED):
             with warnings.catch_warnings():
@@ -275,7 +279,9 @@ def test_the_duality_gap_bounds_the_distance_to_the_optimum():
     for size in (0.0, 1e-3, 0.1, 1.0):
         noise = torch.randn(best.shape, generator=generator, dtype=torch.float64)
         other = best + size * noise
-        gap = solvers._duality_gap(problems, other, l1)[0, 0] * problems.variance[0] / 2
+        correlation = problems.cross[:, None] - other @ problems.gram
+        parts = (correlation, other, problems.cross, problems.variance, l1)
+        gap = solvers.duality_gap(*parts)[0, 0] * problems.variance[0] / 2
         b = problems.intercept(other)[0, 0]
         excess = lasso_objective(x[0], target, other[0, 0], b, 0.05) - lasso_objective(
             x[0], target, best[0, 0], problems.intercept(best)[0, 0], 0.05
