@@ -13,7 +13,7 @@ PACKAGE = Path(mera_tl.__file__).parent
 LAYERS = (
     "bounds catalogue cluster config organism outcomes page plots progress rotary rules scoring "
     "sources spaces sparse splits store",
-    "checkpoints monitor planning protocol solvers subcommands tasks",
+    "checkpoints monitor planning protocol solvers subcommands tasks tracking",
     "certificate logistic models wide",
     "calibration decoding folds sae",
     "readout",
