@@ -5,8 +5,11 @@ stream and on SAE latents where there are SAEs: chosen on shared folds of the tr
 reported on test examples that no fold has seen, beside a control task of shuffled targets. Then
 one ridge probe per layer and token position, the predicted error beside the observed one, and
 probes of one task measured on the others. Expected: errors are read well above the dummy from the
-early layers on, latents read them about as well as the stream; hardly anything transfers. Two
-minutes of processor time a task, collecting included.
+early layers on, latents read them about as well as the stream; hardly anything transfers. Half a
+minute of processor time for the organism, two minutes for sms-llama.
+
+Found: so it is on four planted tasks (AUROC .7 to 1), where reading at the answer token is better
+on two of them and worse on one; between tasks most probes are near chance, some far below it.
 
     python -m experiments.probe_error_by_layer --tasks yesno_hint spam_cue
     python -m experiments.probe_error_by_layer --model .../sms-llama --tasks sms_spam --rows 3500 \

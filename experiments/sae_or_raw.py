@@ -3,17 +3,23 @@
 Same task, splits, layer and certificate in the residual stream, in latents, and in latents with the
 shift stretched so that re-encoding finds it again (gain). Expected: probes read about as well;
 shifts of latents fade, since an encoder is not its decoder's inverse. Found: so it is; after
-re-encoding a logistic probe predicts what it did before. Uncorrected, latents are certified twice
-in 30 (choice_hint, optimal_contrastive in layer 2: SPI .25 against .05; spam_cue: .03). Corrected,
-optimal_logistic_probe is on yesno_bias (.81, .64 in layer 2) and spam_cue (.67; not in layer 2),
-where the raw one abstains or gains .03 at most; choice_hint is mixed; on sentiment_fan, which can
-be corrected, nothing is, and fixed strengths do more harm than in the stream. What helps is the
-direction: see `sae_direction_or_space`.
+re-encoding a logistic probe predicts what it did before.
 
-The organism brings its SAEs (five minutes on one core, and as long with `--tasks sentiment_fan
-sentiment_noise`); any other model gets them trained here, on its training split:
-`--model ../shared/models/sms-llama --tasks sms_spam --data-dir ../shared/data --layers 2
---template ../shared/models/sms-llama/prompt_template.txt --train 0-799 --calibration 2600-2899
+Split 0 (looked at when the correction was thought of): uncorrected, latents are certified twice in
+30 (choice_hint, optimal_contrastive in layer 2: SPI .25 against .05; spam_cue: .03). Corrected,
+optimal_logistic_probe is on yesno_bias (.81, .64 in layer 2) and spam_cue (.67; not in layer 2),
+where the raw one abstains or gains .03 at most. Split 7, fresh: the same three (.74, .88 and .56),
+where raw and uncorrected latents abstain or get .18 at most; choice_hint is mixed again (.33 in
+latents against .18), sentiment_fan and sentiment_noise give nothing, and fixed strengths with the
+correction do more harm there than in the stream. sms-llama, layer 2 (an SAE that explains .97):
+all abstain in all three; the corrected fixed logistic shift costs a quarter of the accuracy. So
+latents help where one planted direction is missed by the raw probe, and not on real text. What
+helps is the direction: see `sae_direction_or_space`.
+
+The organism brings its SAEs (three minutes of processor time for `--seed 7 --tasks yesno_bias
+spam_cue choice_hint sentiment_fan sentiment_noise`); any other model gets them trained here, on its
+training split, in twelve: `--seed 7 --model .../sms-llama --tasks sms_spam --layers 2
+--data-dir ... --template .../prompt_template.txt --train 0-799 --calibration 2600-2899
 --test 3000-3399`.
 """
 

@@ -242,6 +242,13 @@ def test_transitions_of_a_method_add_up_to_all_examples():
         assert sum(np.array(bar.customdata) for bar in panel).tolist() == [200, 200]
 
 
+@pytest.mark.parametrize("name", ["dots", "transitions"])
+def test_no_method_is_cut_off(name):
+    for axis in FIGURES[name].select_yaxes():
+        low, high = axis.range
+        assert low < -0.5 and high > len(axis.categoryarray) - 0.5
+
+
 def test_colours_belong_to_methods_whatever_else_is_drawn():
     alone = plots.spi_dots(records()[records()["method"] == "optimal_probe"])
     together = FIGURES["dots"]

@@ -47,7 +47,6 @@ SPACES = {
 }
 """By space and correction: blue for the stream and green for latents, as wherever they are told
 apart."""
-_SPI = "SPI is the share won of what could be won, or lost of what could be lost"
 
 
 def _with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
@@ -107,13 +106,15 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
 
 
 def spi_dots(df: pd.DataFrame) -> go.Figure:
-    """Draw SPI with intervals, one panel a task. Hollow marks abstained.
+    """Draw SPI with intervals, one panel a task; no_steering, which is 0, is left out.
 
-    Takes columns `spi_low` and `spi_high` where known; several seeds are dots of their own.
+    Hollow marks abstained. Takes columns `spi_low` and `spi_high` where known; several seeds are
+    dots of their own.
     """
-    df = _with_place(df)
+    steered = pd.DataFrame(df[df["method"] != "no_steering"])
+    df = _with_place(steered if len(steered) else df)
     figure, methods, places = _panels(df)
-    for row, place in enumerate(places, start=1):
+    for place, cell in places.items():
         for method in methods:
             rows = rows_where(df, where=place, method=method)
             off = (rows["decision"] == "ABSTAIN").tolist()
@@ -136,15 +137,15 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
                 marker={"color": colour_of(method), "symbol": symbol, "size": 10},
                 hovertemplate=f"{method}: SPI %{{x:.3f}}<extra>{place}</extra>",
                 showlegend=False,
-                row=row,
-                col=1,
+                **cell,
             )
     figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5)
-    figure.update_xaxes(title="SPI", row=len(places), col=1)
+    figure.update_xaxes(title="SPI: share won or lost", row=-(-len(places) // 2))
     known = "spi_low" in df and df["spi_low"].notna().to_numpy().any()
     bars = "; bars: 95 % confidence" if known else ""
-    caption = f"{_examples(df)}; hollow: abstained{bars}. {_SPI}"
-    return finish(figure, "Who helps, and how surely", caption, height=_height(methods, places))
+    caption = f"{_examples(df)}; hollow: abstained{bars}"
+    look = {"height": _height(methods, places), "meta": _narrowest(places)}
+    return finish(figure, "Who helps, and how surely", caption, **look)
 
 
 def transitions(df: pd.DataFrame) -> go.Figure:
@@ -154,7 +155,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
     """
     df = _with_place(df)
     figure, methods, places = _panels(df)
-    for row, place in enumerate(places, start=1):
+    for place, cell in places.items():
         rows = rows_where(df, where=place)
         for change, (name, colour) in CHANGES.items():
             counts = [
@@ -168,43 +169,56 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 orientation="h",
                 name=name,
                 legendgroup=change,
-                showlegend=row == 1,
+                showlegend=cell == {"row": 1, "col": 1},
                 marker_color=colour,
                 customdata=counts,
                 hovertemplate=f"%{{y}}: %{{customdata}} {name} (%{{x:.1%}})<extra>{place}</extra>",
-                row=row,
-                col=1,
+                **cell,
             )
     figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25, ticklabeloverflow="allow")
-    figure.update_xaxes(title="share of test examples", row=len(places), col=1)
-    height = _height(methods, places)
+    figure.update_xaxes(title="share of test examples", row=-(-len(places) // 2))
     caption = f"{_examples(df)}; against the unsteered answers"
     title = "What became of the examples"
-    return finish(figure, title, caption, height=height, barmode="stack")
+    look = {"height": _height(methods, places), "meta": _narrowest(places), "barmode": "stack"}
+    return finish(figure, title, caption, **look)
 
 
-def _panels(df: pd.DataFrame) -> tuple[go.Figure, list[str], list[str]]:
-    """Return one row of axes per place, sharing the x axis, methods downwards."""
+def _panels(df: pd.DataFrame) -> tuple[go.Figure, list[str], dict[str, dict[str, int]]]:
+    """Return axes in two columns, methods downwards, and the row and column of every place."""
     methods, places = in_order(df, "method"), in_order(df, "where")
+    n_columns = min(2, len(places))
+    n_rows = -(-len(places) // n_columns)
     figure = make_subplots(
-        rows=len(places),
+        rows=n_rows,
+        cols=n_columns,
         shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
         vertical_spacing=min(0.25, 34 / _height(methods, places)),
         subplot_titles=[place.replace("<br>", ", ") for place in places]
         if len(places) > 1
         else None,
     )
-    figure.update_annotations(x=0, xanchor="left", font_size=14)
-    figure.update_yaxes(categoryorder="array", categoryarray=methods[::-1])
-    return figure, methods, places
+    figure.update_annotations(font_size=14)
+    # Left to itself a shared category axis cuts off the methods of its ends.
+    look = {"categoryorder": "array", "categoryarray": methods[::-1]}
+    figure.update_yaxes(look, range=[-0.6, len(methods) - 0.4])
+    cells = [{"row": 1 + i // n_columns, "col": 1 + i % n_columns} for i in range(len(places))]
+    return figure, methods, dict(zip(places, cells, strict=True))
 
 
 def _signed(value: Any) -> str:
     return f"{value:+.2f}" if round(value, 2) else "0.00"
 
 
-def _height(methods: list[str], places: list[str]) -> int:
-    return 180 + len(places) * (34 + 24 * len(methods))
+def _height(methods: list[str], places: Any) -> int:
+    n_rows = -(-len(places) // 2)
+    return 180 + n_rows * (34 + 22 * len(methods))
+
+
+def _narrowest(places: Any) -> dict[str, int]:
+    """Return the least width at which two columns of panels can be read."""
+    return {"min_width": 700 if len(places) > 1 else 0}
 
 
 def raw_against_sae(df: pd.DataFrame) -> go.Figure:
