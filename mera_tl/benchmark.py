@@ -332,24 +332,29 @@ def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None
         )
 
 
-def table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Return records as the table that a person reads."""
-    rows = [
-        {
-            "model": record["model"],
-            "task": record["task"],
-            "method": record["method"],
-            "space": record["space"],
-            "n": record["n"],
-            "accuracy": record["accuracy"],
-            "error": record["error"],
-            "SPI": record["spi"],
-            "0->1": record["transitions"]["0->1"],
-            "1->0": record["transitions"]["1->0"],
-            "steered": record["steered_share"],
-            "decision": record["decision"] or "",
-            "threshold": float("nan") if record["threshold"] is None else record["threshold"],
-        }
-        for record in records
-    ]
-    return pd.DataFrame(rows)
+def table(records: Sequence[dict[str, Any]], *, full: bool = False) -> pd.DataFrame:
+    """Return records as the table that a person reads; `full` with all that a record measures.
+
+    Jobs that failed have no row.
+    """
+    done = [record for record in records if "failure" not in record]
+    return pd.DataFrame([_row(record, full) for record in done])
+
+
+def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
+    row = {name: record[name] for name in ("model", "task", "method", "space", "seed", "n")}
+    row |= {name: record[name] for name in ("accuracy", "error")} | {"SPI": record["spi"]}
+    if full:
+        row |= dict(zip(("SPI low", "SPI high"), record["spi_interval"], strict=True))
+        row["p"] = record["p_value"]
+    row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
+    row["steered"] = record["steered_share"]
+    if full:
+        # Records that are older than a measure lack it.
+        row["tokens"], row["layers"] = record.get("tokens_steered"), record.get("layers_steered")
+        row["shift"] = record.get("relative_shift")
+        row |= {name: record[name] for name in ("precision", "recall", "f1")}
+        text = record["free_text"] or {}
+        row |= {name: text.get(name) for name in ("perplexity", "distinct_1", "distinct_2")}
+    threshold = float("nan") if record["threshold"] is None else record["threshold"]
+    return row | {"decision": record["decision"] or "", "threshold": threshold}

@@ -274,7 +274,7 @@ def table(command: ask.Table) -> None:
         if not found:
             raise ValueError(f"{folder} holds no records.jsonl; pass the folder of a `mera run`.")
         records += found
-    frame = runs.table(records)
+    frame = runs.table(records, full=command.format != "text")
     writers: dict[str, Callable[[], str]] = {
         "text": lambda: frame.to_string(index=False, float_format="%.3f", na_rep=""),
         "csv": lambda: frame.to_csv(index=False),

@@ -140,6 +140,10 @@ def test_a_failing_job_is_a_record_and_the_others_go_on(
     assert timeless(r for r in records if "failure" not in r) == [
         r for r in undisturbed if not (r["seed"] == 1 and r["method"] == "additive_probe")
     ]
+    assert mera(monkeypatch, "table", tmp_path, "--format", "csv") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + len(records) - len(failed)
+    assert all(name in printed[0] for name in ("seed", "SPI low", "p,", "layers", "shift", "f1"))
     monkeypatch.undo()  # the disk has room again
     assert timeless(run_grid(config, tmp_path, progress=False)) == undisturbed
 
@@ -156,6 +160,23 @@ def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbe
 def test_two_processes_in_one_folder_are_refused(config, tmp_path):
     with store.lock(tmp_path), pytest.raises(ValueError, match="in use by process"):
         run_grid(config, tmp_path, progress=False)
+
+
+def test_records_go_to_wandb_offline_and_without_a_key(config, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    told = ["--models", *config.models, "--tasks", config.tasks[0], "--methods", "no_steering"]
+    told += ["--train", "30", "--calibration", "15", "--test", "15", "--out", str(tmp_path)]
+    assert mera(monkeypatch, "benchmark", *told) == 0
+    assert not list(tmp_path.rglob("*.wandb"))  # control: nothing is logged unasked
+    assert mera(monkeypatch, "benchmark", *told, "--wandb") == 0
+    (kept,) = tmp_path.rglob("offline-run-*/*.wandb")
+    assert str(kept.parent) in capsys.readouterr().out
+    assert b"no_steering/raw/0/accuracy" in kept.read_bytes()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert mera(monkeypatch, "benchmark", *told, "--wandb") == 2
+    assert "pip install mera-tl[wandb]" in capsys.readouterr().err
 
 
 # A child imports once and forks; each grandchild runs the grid and is killed at a random moment.
