@@ -1,0 +1,30 @@
+"""What each published error costs, turned on alone: SPI and decisions, against the same without."""
+
+from plotly.subplots import make_subplots
+
+from figures import results, save
+from mera_tl.plots.style import BLUE, GREY, finish
+
+
+def main() -> None:
+    df = results("errata").assign(steers=lambda d: d["threshold"].notna())
+    cells = df.pivot(index=["model", "task", "seed"], columns="switch")
+    errors = [name for name in df["switch"].unique() if "(" in name]
+    kinds = [name.split(",")[0] if "," in name else "none" for name in errors]
+    kinds = [kind if kind in set(df["switch"]) else "none" for kind in kinds]
+    change = cells["spi"][errors] - cells["spi"][kinds].to_numpy()
+    figure = make_subplots(1, 2, column_widths=[0.62, 0.38], shared_yaxes=True)
+    rows = change.melt(var_name="error")
+    for x, y, colour in ((rows["value"], rows["error"], GREY), (change.mean(), errors, BLUE)):
+        figure.add_scatter(x=x, y=y, mode="markers", marker_color=colour, marker_opacity=0.7)
+    for name, colour in (("steers", GREY), ("certified", BLUE)):
+        more = cells[name][errors].sum().to_numpy() - cells[name][kinds].sum().to_numpy()
+        figure.add_bar(x=more, y=errors, orientation="h", marker_color=colour, row=1, col=2)
+    figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in number")
+    figure.update_yaxes(autorange="reversed")
+    caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
+    save(finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
+
+
+if __name__ == "__main__":
+    main()
