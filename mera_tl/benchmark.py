@@ -287,6 +287,7 @@ def load_configured(config: RunConfig) -> Model:
         device=config.device,
         chat=config.chat,
         n_devices=config.n_devices,
+        engine=config.engine,
     )
 
 

@@ -41,8 +41,6 @@ def load_folder(folder: Path, where: Mapping[str, Any]) -> tuple[Any, tuple[int,
     Raises:
         ValueError: if the folder holds no model of a known family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json; pass the folder of a Hugging Face checkpoint "
@@ -53,23 +51,55 @@ def load_folder(folder: Path, where: Mapping[str, Any]) -> tuple[Any, tuple[int,
     architecture = (config.get("architectures") or [config.get("original_architecture", "none")])[0]
     if architecture == "HookedTransformer":
         return load_embedded(folder, where), ()
-    if architecture not in FAMILIES:
-        raise ValueError(
-            f"{folder} is a {architecture}; local folders of {', '.join(FAMILIES)} can be loaded."
-        )
-    cfg = _hooked_config(AutoConfig.from_pretrained(folder), where)
+    cfg = _config_of(folder, where)
     hooked = without_weights(cfg)
     if cfg.device == "meta":
         return hooked, ()
+    original, eos_ids = _read(folder, cfg)
+    _load_weights(hooked, _converters()[architecture](original, cfg))
+    return hooked, eos_ids
+
+
+def load_original(name: str, where: Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
+    """Load a checkpoint of a known family, a folder or an official name, to be run as it is.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or several devices are asked for.
+    """
+    from mera_tl.plain import Plain
+
+    if where["n_devices"] > 1:
+        raise ValueError(
+            "The engine 'hugging_face' runs on one device; leave --engine out to use more."
+        )
+    cfg = _config_of(name, where)
+    original, eos_ids = _read(name, cfg)
+    return Plain(original.to(cfg.device), cfg), eos_ids
+
+
+def _config_of(name: str | Path, where: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     try:
-        original = AutoModelForCausalLM.from_pretrained(folder, dtype=cfg.dtype)
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} is no checkpoint ({str(error).splitlines()[0]}).") from None
+    architecture = (config.architectures or ["model without a name"])[0]
+    if architecture not in FAMILIES:
+        raise ValueError(f"{name} is a {architecture}; {', '.join(FAMILIES)} can be loaded.")
+    return _hooked_config(config, where)
+
+
+def _read(name: str | Path, cfg: Any) -> tuple[Any, tuple[int, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        original = AutoModelForCausalLM.from_pretrained(name, dtype=cfg.dtype)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"{folder} does not load with transformers: {first}") from None
-    _load_weights(hooked, _converters()[architecture](original, cfg))
+        raise ValueError(f"{name} does not load with transformers: {first}") from None
     eos = original.generation_config.eos_token_id
-    eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    return hooked, eos_ids
+    return original, tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
 
 
 def without_weights(cfg: Any) -> Any:

@@ -122,7 +122,8 @@ class _LatestModel:
         self._model: Model | None = None
 
     def __call__(self, config: RunConfig) -> Model:
-        key = (config.model, config.dtype, config.device, config.chat, config.n_devices)
+        placed = (config.device, config.n_devices, config.engine)
+        key = (config.model, config.dtype, config.chat, *placed)
         if self._model is None or key != self._key:
             self._model = None  # the old one goes before the new one comes
             self._key, self._model = key, load_configured(config)

@@ -24,6 +24,7 @@ from mera_tl.checkpoints import (
     layout,
     load_embedded,
     load_folder,
+    load_original,
     without_weights,
 )
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Engine = Literal["transformer_lens", "hugging_face"]
+"""What runs the forward passes; the hooks and, to rounding, the numbers are the same."""
 FwdHooks = Sequence[tuple[str, Any]]
 """TransformerLens hooks: pairs of a hook name and a function `(activation, hook) -> activation`."""
 
@@ -157,13 +160,15 @@ def load_model(
     device: str | None = None,
     chat: bool = False,
     n_devices: int = 1,
+    engine: Engine = "transformer_lens",
 ) -> Model:
     """Load a model, unprocessed, as `HookedTransformer`.
 
     `name` is "organism" (the embedded model), a local Hugging Face folder of one of the families
     in `checkpoints.FAMILIES` (read by its own config.json, never by its name, and without
     network), or any official name that TransformerLens knows. Its layers are spread over
-    `n_devices` GPUs. On the device "meta" it has every shape and no weights.
+    `n_devices` GPUs. On the device "meta" it has every shape and no weights. The `engine`
+    "hugging_face" runs the original model, which decodes faster, with the hooks `resid_post` only.
 
     Raises:
         ValueError: if the name is unknown, the folder does not hold such a model, or there are
@@ -176,16 +181,21 @@ def load_model(
     with warnings.catch_warnings():
         # TransformerLens announces HookedTransformer's end in 4.0 at every construction.
         warnings.simplefilter("ignore", DeprecationWarning)
+        if name == "organism" and engine == "hugging_face":
+            raise ValueError("The organism is no Hugging Face checkpoint; leave engine out.")
         if name == "organism":
             hooked, source = load_embedded(ORGANISM_FOLDER, where), str(ORGANISM_FOLDER)
+        elif engine == "hugging_face" and device != "meta":
+            (hooked, eos_ids), source = load_original(name, where), name
         elif Path(name).exists():
             (hooked, eos_ids), source = load_folder(Path(name), where), name
         else:
             hooked, source = _load_official(name, where), name
     hooked.eval().requires_grad_(False)
-    lay_out_for_decoding(hooked)
-    for block in hooked.blocks:
-        rotate_once(block.attn)
+    if engine == "transformer_lens":
+        lay_out_for_decoding(hooked)
+        for block in hooked.blocks:
+            rotate_once(block.attn)
     tokenizer = _load_tokenizer(source)
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"The tokenizer of {name!r} has no chat template; leave chat off.")
