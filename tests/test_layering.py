@@ -12,7 +12,7 @@ import mera_tl
 PACKAGE = Path(mera_tl.__file__).parent
 LAYERS = (
     "bounds catalogue cluster config organism outcomes page plots progress rotary rules scoring "
-    "sources spaces sparse splits store",
+    "plain sources spaces sparse splits store",
     "checkpoints monitor planning protocol solvers subcommands tasks tracking",
     "certificate logistic models wide",
     "calibration decoding folds sae",
@@ -63,9 +63,9 @@ def test_imports_go_strictly_downwards(path):
         assert LAYER_OF[name] < LAYER_OF[path.stem], f"{path.stem} imports {name}"
 
 
-def test_only_two_modules_import_transformer_lens():
+def test_only_three_modules_import_transformer_lens():
     users = {path.stem for path in MODULES if "transformer_lens" in _roots(path)}
-    assert users == {"models", "checkpoints"}
+    assert users == {"models", "checkpoints", "plain"}
 
 
 def _roots(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from mera_tl.plots.comparing import (
     spi_heatmap,
     transitions,
 )
+from mera_tl.plots.costs import stage_costs
 from mera_tl.plots.guarantee import coverage, sample_size_curves, size_of_the_test
 from mera_tl.plots.reading import (
     geometry,
@@ -52,6 +53,7 @@ __all__ = [
     "size_of_the_test",
     "spi_dots",
     "spi_heatmap",
+    "stage_costs",
     "steered_share",
     "steering_curve",
     "transfer_matrix",
