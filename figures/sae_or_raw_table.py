@@ -20,11 +20,9 @@ def main() -> None:
     frame = read.join(won).reset_index(level=["space", "correction"])
     way = frame.pop("space") + frame.pop("correction").map({"gain": ", gain", "none": ""})
     frame.insert(0, "way", way)
-    caption = (
-        "MERA's rule, means over tasks and splits; shift: norms, at threshold .1; above: after it"
-    )
-    title = "Raw or SAE, in numbers"
-    save(number_table(frame.reset_index(), title=title, caption=caption), f"{NAME}_table")
+    caption = "MERA's rule, means over tasks and splits; shift: norms, at .1; above: after it"
+    figure = number_table(frame.reset_index(), title="Raw or SAE, in numbers", caption=caption)
+    save(figure, f"{NAME}_table")
 
 
 if __name__ == "__main__":

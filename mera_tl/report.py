@@ -220,8 +220,10 @@ def _effects(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
         errors = pd.DataFrame({new: changes[old] for old, new in names.items()})
         figure = plots.error_before_after(errors, method=str(method))
         yield figures.place(f"{prefix}errors", figure, errors)
-    # Where all abstain there are still the examples that a certificate was sought for.
-    shown = method or next(iter(run.certificates), None)
+    shown = method
+    if method is None or run.reach(method) is None:
+        # Where all abstain there are still the examples that a certificate was sought for.
+        shown = next(iter(run.certificates), None)
     if shown is not None:
         yield from _reach(run, figures, prefix, shown)
 

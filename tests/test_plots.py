@@ -76,7 +76,7 @@ def overlay() -> pd.DataFrame:
     rows = [
         {"place": place, "layer": i, "features": f, "position": p, "value": 0.6 + 0.1 * i}
         for place in ("clear", "hopeless")
-        for f in ("raw", "sae")
+        for f in (("raw",) if place == "clear" else ("raw", "sae"))
         for p in ("last", "exact")
         for i in range(2)
     ]

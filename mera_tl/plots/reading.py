@@ -86,26 +86,29 @@ def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
     test examples), `sd` (over the folds that chose), `dummy`, `n` and `n_test`.
     """
     places = in_order(df, "place")
-    figure, cells = grid_of(places)
+    (figure, cells), named = grid_of(places), set()
     for place, cell in zip(places, cells, strict=True):
         here = rows_where(df, place=place)
         for (features, (what, colour)), (position, (where, dash)) in product(
             FEATURES.items(), POSITIONS.items()
         ):
             rows = rows_where(here, features=features, position=position).sort_values("layer")
+            if not len(rows):
+                continue
             figure.add_scatter(
                 x=rows["layer"] + (0.08 if features == "sae" else 0),
                 y=rows["value"],
                 error_y={"array": rows["sd"], "thickness": 1.2, "width": 3},
                 name=f"{what}, {where}",
                 legendgroup=features + position,
-                showlegend=bool(place == places[0]),
+                showlegend=(features, position) not in named,
                 mode="lines+markers",
                 line={"color": colour, "dash": dash},
                 customdata=rows["layer"],
                 hovertemplate="layer %{customdata}: %{y:.3f}<extra>" + f"{what}, {where}</extra>",
                 **cell,
             )
+            named.add((features, position))
         dummy = rows_where(here, features="raw", position="last").sort_values("layer")
         figure.add_scatter(
             x=dummy["layer"],
