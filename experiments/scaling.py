@@ -10,7 +10,7 @@ gives up first, not when a cluster would be done.
     python -m experiments.scaling
 
 Expected: passes (collect, calibrate) grow with tokens x parameters, fits with n x width^2 x layers;
-on accelerators, which only the passes use, fits and disk become the bottleneck. Three minutes of
+on accelerators, which only the passes use, fits and disk become the bottleneck. Two minutes of
 processor time.
 """
 
