@@ -281,7 +281,7 @@ def table(command: ask.Table) -> None:
         "markdown": lambda: _markdown(frame),
         "latex": lambda: frame.to_latex(index=False, float_format="%.3f", na_rep=""),
     }
-    print(writers[command.format]())
+    print(writers[command.format]().rstrip("\n"))
 
 
 def report(command: ask.Report) -> None:
