@@ -51,6 +51,7 @@ def load_folder(folder: Path, where: Mapping[str, Any]) -> tuple[Any, tuple[int,
     architecture = (config.get("architectures") or [config.get("original_architecture", "none")])[0]
     if architecture == "HookedTransformer":
         return load_embedded(folder, where), ()
+    _require_family(folder, architecture)
     cfg = _config_of(folder, where)
     hooked = without_weights(cfg)
     if cfg.device == "meta":
@@ -85,9 +86,13 @@ def _config_of(name: str | Path, where: Mapping[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} is no checkpoint ({str(error).splitlines()[0]}).") from None
     architecture = (config.architectures or ["model without a name"])[0]
+    _require_family(name, architecture)
+    return _hooked_config(config, where)
+
+
+def _require_family(name: str | Path, architecture: str) -> None:
     if architecture not in FAMILIES:
         raise ValueError(f"{name} is a {architecture}; {', '.join(FAMILIES)} can be loaded.")
-    return _hooked_config(config, where)
 
 
 def _read(name: str | Path, cfg: Any) -> tuple[Any, tuple[int, ...]]:
