@@ -5,7 +5,7 @@ Probe and directions of one task are put to work on another, whose training exam
 scope and threshold, as for its own. Two arms: *directions* are foreign and the probe is the
 task's own; *both* are foreign. Beside them the task's own. Directions per answer stay at home: the
 options differ. Expected: hint-following is one habit of the model, so what corrects it on yes or no
-should correct it elsewhere. Run time: two minutes of processor time a split.
+should correct it elsewhere. Run time: five minutes of processor time a split.
 """
 
 import time
