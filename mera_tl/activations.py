@@ -92,7 +92,7 @@ class Activations:
         """
         manifest = store.read_json(Path(folder) / "manifest.json")
         records = store.read_records(Path(folder) / "outcomes.jsonl")
-        tensors = store.load_tensors(Path(folder) / "activations.safetensors")
+        tensors = store.map_tensors(Path(folder) / "activations.safetensors")
         return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
     def _repr_html_(self) -> str:

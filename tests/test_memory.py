@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, talking_task
+from conftest import FAMILIES, make_task, talking_task
 from test_cli import write_task
 
 from mera_tl import memory
@@ -91,3 +91,21 @@ def test_an_estimate_looks_at_the_largest_batch_and_advises(checkpoints, models,
 )
 def test_bytes_for_people(size, text):
     assert memory.human(size) == text
+
+
+def test_memory_does_not_grow_with_the_activations_collected(models, tmp_path):
+    """Only answers are kept, a few numbers an example; in memory, everything is."""
+    model, positions = models["llama"], 2
+    sizes = (100, 900)
+
+    def grown(folder: Path | None) -> float:
+        """Return the bytes that each further example adds to the peak."""
+        few, many = (
+            profiled_peak(lambda n=n: collect(model, make_task(n), settings=QUIET, out=folder))
+            for n in sizes
+        )
+        return (many - few) / (sizes[1] - sizes[0])
+
+    each = positions * model.n_layers * model.d_model * 4
+    assert grown(tmp_path) < each / 2
+    assert grown(None) > each / 2  # positive control: without a folder they are kept
