@@ -281,8 +281,8 @@ class Bench:
                 gains[row, where[moved]] = self._gain(reading, where[moved])
             return _read_nothing(answers, options)
 
-        # Caches of one token's passes are small: more prompts at once than in a whole evaluation.
-        wide = self.settings.wider(8)
+        # Passes of one token: more prompts at once, as long as their cache stays near the cores.
+        wide = self.settings.wider(2)
         run_batches([prompts[i] for i in places], run, wide, title)
         return gains
 
