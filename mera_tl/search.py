@@ -67,8 +67,7 @@ class Choices:
     keep: tuple[int, int, int] = (320, 160, 48)
     """How many candidates see a quarter of the examples, half of them, and all."""
     of_each: int = 2
-    """How many of the best of each direction and probe stay in the race whatever they are worth;
-    the best of all is also tried on the whole prompt."""
+    """How many of the best of each direction and probe stay in the race whatever they are worth."""
     metric: Metric = "correct"
     caution: float = 1.0
     """Standard errors that are subtracted from a candidate's mean gain."""
@@ -239,7 +238,7 @@ def fit_all(
 def race(bench: Bench, names: Sequence[Candidate], choices: Choices) -> list[Tried]:
     """Try all candidates on an eighth of the examples, the better on more, the best on all.
 
-    The best of every direction is also tried on the whole prompt, which costs a prompt each.
+    The best of every direction by MERA's rule is also tried on the whole prompt, at a prompt each.
     """
     generator = torch.Generator().manual_seed(choices.seed)
     order = torch.randperm(len(bench.task), generator=generator).tolist()

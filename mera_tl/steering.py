@@ -164,10 +164,10 @@ class SteerHook:
         steered = resid.clone()
         steered[:, start:][moved] = after
         if window is not None:
-            relative = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1)
-            rows = moved.nonzero()[:, 0]
+            size = before.float().norm(dim=-1).clamp(min=1e-12)  # padding may be nothing at all
+            relative = (after - before).float().norm(dim=-1) / size
             relative = relative * window.real[:, start:].to(here.device)[moved]
-            hook.ctx["shift"].index_add_(0, rows, relative)
+            hook.ctx["shift"].index_add_(0, moved.nonzero()[:, 0], relative)
         return steered
 
     @staticmethod
