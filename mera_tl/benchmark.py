@@ -148,6 +148,7 @@ class Run:
             positions=config.positions,
             probe_position=config.probe_position,
             strength=config.strength,
+            pairs=config.pairs,
             read=self.read,
             space=self.space,
             seed=config.seed,

@@ -54,6 +54,9 @@ class RunOptions:
     """What must improve: accuracy, or the error 1 - P(true option)."""
     strength: float = 0.1
     """Of fixed-strength methods, in units of the layer's typical residual norm."""
+    pairs: int = 0
+    """Examples with most and with least error that a contrastive probe compares (the paper: 50, 100
+    or 200). Default: half of the examples each."""
     readout: Literal["exact", "last"] = "exact"
     """Read the decoded answer token, or the final prompt token alone."""
     max_new_tokens: int = 8

@@ -53,6 +53,8 @@ class Setting:
     """Where probes read: the final prompt token (last) or the answer token (exact)."""
     strength: float = 0.1
     """Of the fixed-strength methods, in units of the layer's typical residual norm."""
+    pairs: int = 0
+    """Of a contrastive probe: examples with most and with least error; 0, half of all each."""
     read: ReadSettings = field(default_factory=ReadSettings)
     space: Space = field(default_factory=ResidualSpace)
     seed: int = 0
@@ -65,9 +67,12 @@ class Setting:
 
     def probe(self, kind: Kind) -> LinearProbe:
         """Fit a probe of this kind on the training split, once."""
+        fit = partial(fit_error_probe, kind=kind)
         if isinstance(self.space, SAESpace):
-            return self._kept_probe(kind, partial(fit_latent_probe, space=self.space, kind=kind))
-        return self._kept_probe(kind, partial(fit_error_probe, kind=kind))
+            fit = partial(fit_latent_probe, space=self.space, kind=kind)
+        if kind == "contrastive" and self.pairs:
+            return self._kept_probe(f"{kind}_{self.pairs}", partial(fit, penalty=float(self.pairs)))
+        return self._kept_probe(kind, fit)
 
     def ranked_probe(self, rank: Rank) -> LinearProbe:
         """Fit the paper's regressions and take the best, median or worst per layer, once."""

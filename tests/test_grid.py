@@ -6,11 +6,14 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from test_cli import mera, write_task
 
 from mera_tl import store
+from mera_tl.activations import Activations
 from mera_tl.config import GridConfig
 from mera_tl.grid import run_grid, run_name
+from mera_tl.probes import LinearProbe
 
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 
@@ -231,3 +234,24 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
         store.write_records(target, [{"a": 2}, {"b": Poison()}])
     assert store.read_records(target) == [{"a": 1}]
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_pairs_choose_what_a_contrastive_probe_compares(tmp_path):
+    """Even where the probe of all examples lies in the cache."""
+    sizes = {"train": "60", "calibration": "10", "test": "10"}
+    base = GridConfig(
+        models=("organism",), tasks=("spam_cue",), methods=("vanilla_contrastive",), **sizes
+    )
+    for pairs in (0, 5):
+        config, folder = replace(base, pairs=pairs), tmp_path / str(pairs)
+        (record,) = run_grid(config, folder, progress=False, cache=tmp_path / "cache")
+        assert record["details"]["penalty"] == pairs
+        folder /= run_name(config.runs()[0])
+        (kept,) = (folder / "probes").iterdir()
+        activations = Activations.load(folder / "activations")
+        resid, k = activations.resid("last"), pairs or len(activations.error) // 2
+        order = activations.error.argsort(stable=True)
+        wanted = resid[:, order[-k:]].mean(1) - resid[:, order[:k]].mean(1)
+        weights = LinearProbe.load(kept).weights
+        alike = torch.cosine_similarity(weights, wanted, dim=-1)
+        assert ((alike > 0.999) | (weights == 0).all(-1)).all() and (weights != 0).any()
