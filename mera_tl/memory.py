@@ -85,7 +85,8 @@ class Estimate:
     def _most_tokens(self) -> int:
         """Tokens a batch that leave a tenth of what is free now beside the weights."""
         share = 0.9 * (self.free - self.weights) / (self.cache + self.passing)
-        return max(1, int(share * (self.batch_tokens or 0)))
+        # Of long prompts, twice the tokens hold up to four times the rows.
+        return max(1, int(min(share, share**0.5) * (self.batch_tokens or 0)))
 
     def __str__(self) -> str:
         rows = [

@@ -99,16 +99,18 @@ class Model:
 
     def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each prompt, with the special tokens its tokenizer asks for."""
-        if not self.chat:
-            return self.tokenizer(list(prompts))["input_ids"]
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
-        # The template has written the special tokens already.
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        texts = [self._in_template(prompt) for prompt in prompts] if self.chat else list(prompts)
+        ids: list[list[int]] = []
+        # A tokenizer at work holds far more than ids, so it does not get all prompts at once.
+        for start in range(0, len(texts), 256):
+            # The template has written the special tokens already.
+            some = self.tokenizer(texts[start : start + 256], add_special_tokens=not self.chat)
+            ids += some["input_ids"]
+        return ids
+
+    def _in_template(self, prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
     def next_token_logits(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], cache: Any = None

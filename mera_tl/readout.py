@@ -32,7 +32,8 @@ class ReadSettings:
     """Prompts per batch. Default: as many as `batch_tokens` holds."""
     batch_tokens: int = 2048
     """Tokens per batch, padding counted; halved by itself when memory runs out. A CPU is fastest
-    near 2,000, where a batch stays in its caches; a GPU likes ten times that."""
+    near 2,000, where a batch stays in its caches; a GPU likes ten times that. Prompts longer than a
+    sixteenth of it count more, since attention takes memory with the square of their length."""
     max_new_tokens: int = 8
     """Tokens decoded at most before an example counts as unanswered."""
     truncate: bool = False
@@ -239,16 +240,21 @@ def _decode(
 
 # --- batches ------------------------------------------------------------------------------------
 
+LONG_PROMPTS = 16
+"""Prompts longer than this part of a batch's tokens count by the square of their length."""
+
 
 def by_length(prompts: Sequence[Sequence[int]], settings: ReadSettings) -> Iterator[list[int]]:
-    """Yield batches of indices, longest prompts first: the first batch needs most memory.
+    """Yield batches of indices, longest prompts first: what does not fit shows early.
 
     Prompts of like length share a batch, which is full when another row of its first, longest
     prompt's length would exceed `batch_tokens`, or at `batch_size` rows where that is given.
     """
     order, start = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), 0
     while start < len(order):
-        longest = max(1, len(prompts[order[start]]))
-        size = settings.batch_size or max(1, settings.batch_tokens // longest)
+        share = settings.batch_tokens / max(1, len(prompts[order[start]]))
+        # The second bounds the attention scores of a batch, rows * longest**2.
+        rows = max(1, int(min(share, share**2 / LONG_PROMPTS)))
+        size = settings.batch_size or rows
         yield order[start : start + size]
         start += size
