@@ -8,17 +8,18 @@ from mera_tl.plots.style import BLUE, GREY, finish
 
 def main() -> None:
     df = results("errata").assign(steers=lambda d: d["threshold"].notna())
+    df["certified"] = df["certified"].eq(True)  # nothing is certified of a fixed strength
+    against = df.drop_duplicates("switch").set_index("switch")["against"]
+    against = against.drop(against.unique())
+    errors, bases = list(against.index), list(against)
     cells = df.pivot(index=["model", "task", "seed"], columns="switch")
-    errors = [name for name in df["switch"].unique() if "(" in name]
-    kinds = [name.split(",")[0] if "," in name else "none" for name in errors]
-    kinds = [kind if kind in set(df["switch"]) else "none" for kind in kinds]
-    change = cells["spi"][errors] - cells["spi"][kinds].to_numpy()
+    change = cells["spi"][errors] - cells["spi"][bases].to_numpy()
     figure = make_subplots(1, 2, column_widths=[0.62, 0.38], shared_yaxes=True)
     rows = change.melt(var_name="error")
     for x, y, colour in ((rows["value"], rows["error"], GREY), (change.mean(), errors, BLUE)):
         figure.add_scatter(x=x, y=y, mode="markers", marker_color=colour, marker_opacity=0.7)
     for name, colour in (("steers", GREY), ("certified", BLUE)):
-        more = cells[name][errors].sum().to_numpy() - cells[name][kinds].sum().to_numpy()
+        more = cells[name][errors].sum().to_numpy() - cells[name][bases].sum().to_numpy()
         figure.add_bar(x=more, y=errors, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in number")
     figure.update_yaxes(autorange="reversed")
