@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from mera_tl.solvers import Solution, relative, reported, tolerance_for
+from mera_tl.solvers import Solution, lower_products, relative, reported, tolerance_for
 from mera_tl.sparse import active_newton
 
 
@@ -128,7 +128,7 @@ def _minimise(
         )
         support = coef[live] != 0
         largest = int(support.sum(-1).max())
-        size = largest + max(8, largest // 4) if l1.any() else coef.shape[1]
+        size = largest + max(4, largest // 4) if l1.any() else coef.shape[1]
         chosen = torch.where(support, torch.inf, excess).topk(min(size, coef.shape[1])).indices
         parabola = _Parabola.at(loss, live, chosen, margin[live])
         w, rates = coef[live].gather(1, chosen), (l1[live], l2[live])
@@ -205,10 +205,9 @@ class _Parabola:
         columns = loss.columns[loss.layer[live][:, None], chosen]
         chance = torch.sigmoid(margin)
         curvature = (chance * (1 - chance) * loss.weight[live]).clamp(min=1e-30)
-        weighted = columns * curvature[:, None]
         total = curvature.sum(-1)
-        centre = weighted.sum(-1) / total[:, None]
-        hessian = weighted @ columns.mT
+        centre = (columns @ curvature[..., None])[..., 0] / total[:, None]
+        hessian = _weighted_products(columns, curvature, loss.weight[live] > 0)
         hessian.baddbmm_((centre * total[:, None])[:, :, None], centre[:, None], alpha=-1)
         return _Parabola(columns, hessian, centre, total)
 
@@ -226,9 +225,24 @@ class _Parabola:
         if l1.any():
             cross = (hessian @ coef[..., None])[..., 0] - slope
             # The parabola is only a model: some steps on it are as good as its exact minimum.
-            n_steps = 12 + coef.shape[1] // 8
-            w = active_newton(hessian, cross, l1[:, None], coef[:, None], max_steps=n_steps)
+            w = active_newton(hessian, cross, l1[:, None], coef[:, None], max_steps=12)
             step = w[:, 0] - coef
         else:
             step = -torch.linalg.solve_ex(hessian, slope).result
         return step, -pull / self.total - (self.centre * step).sum(-1)
+
+
+def _weighted_products(
+    columns: Float[Tensor, "live chosen example"],
+    weight: Float[Tensor, "live example"],
+    used: Bool[Tensor, "live example"],
+) -> Float[Tensor, "live chosen chosen"]:
+    """Return the sums over examples of `weight x x'`."""
+    if columns.shape[1] < 128:
+        return (columns * weight[:, None]) @ columns.mT
+    # Many features: half of the products, of the examples that have weight, is worth the copies.
+    products = columns.new_empty(*columns.shape[:2], columns.shape[1])
+    for i, rows in enumerate(used):
+        half = lower_products(columns[i][:, rows] * weight[i, rows].sqrt())
+        products[i] = half.tril() + half.tril(-1).T
+    return products

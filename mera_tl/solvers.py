@@ -210,6 +210,15 @@ def duality_gap(
     return relative((primal - dual).clamp(min=0), variance[:, None] / 2)
 
 
+def lower_products(x: Float[Tensor, "row column"], size: int = 256) -> Float[Tensor, "row row"]:
+    """Return the lower triangle of `x x'`; what lies above it is not set."""
+    products = x.new_empty(len(x), len(x))
+    for start in range(0, len(x), size):
+        stop = min(start + size, len(x))
+        torch.mm(x[start:stop], x[:stop].T, out=products[start:stop, :stop])
+    return products
+
+
 # --- what was reached -------------------------------------------------------------------------
 
 

@@ -2,9 +2,9 @@
 
 Newton's method on the support. Each step takes the nonzero coefficients and the few that violate
 optimality most, solves for them exactly, and is tried twice: with the coefficients that would
-change sign clipped at zero, and in full. Both are searched for the minimum of the piecewise
-parabola along them. How many coefficients may enter at once doubles when a step succeeds and halves
-when it does not; one at a time always gains, which is why the method ends.
+change sign dropped and the others solved for again, and in full. Both are searched for the minimum
+of the piecewise parabola along them. How many coefficients may enter at once doubles when a step
+succeeds and halves when it does not; one at a time always gains, which is why the method ends.
 
 Activations are so collinear that their Gram matrix has a condition number of 1e10 and a lasso
 keeps a dozen coefficients: there coordinate descent runs out of iterations, and this is exact.
@@ -49,8 +49,7 @@ def active_newton(
         size = (w != 0).sum(-1) + torch.minimum(entering[live], violators)
         chosen = torch.where(w != 0, torch.inf, excess).topk(max(int(size.max()), 1)).indices
         inside = torch.arange(chosen.shape[1], device=live.device) < size[:, None]
-        mine = owner[live][:, None, None]
-        hessian = _padded(gram[mine, chosen[:, :, None], chosen[:, None]], inside)
+        hessian = _padded(_blocks(gram, owner[live], chosen), inside)
         moved, length = _signed_step(
             hessian,
             inside,
@@ -79,11 +78,27 @@ def _gradient(
     w, owner = coef[live], live // n_penalties
     size = max(int((w != 0).sum(-1).max()), 1)
     if 8 * size > coef.shape[1]:
-        images = coef.view(len(gram), n_penalties, -1) @ gram
-        return images.flatten(0, 1)[live] - cross[owner]
+        images = torch.empty_like(w)
+        for problem in owner.unique().tolist():
+            mine = owner == problem
+            images[mine] = w[mine] @ gram[problem]
+        return images - cross[owner]
     # While the support is small, only the rows of G that it meets are read.
     support = w.abs().topk(size).indices
     return (w.gather(1, support)[:, None] @ gram[owner[:, None], support])[:, 0] - cross[owner]
+
+
+def _blocks(
+    gram: Float[Tensor, "problem d_model d_model"],
+    owner: Int[Tensor, " live"],
+    chosen: Int[Tensor, "live chosen"],
+) -> Float[Tensor, "live chosen chosen"]:
+    """Return the rows and columns of G that were chosen for each fit."""
+    if chosen.shape[1] < 64:
+        return gram[owner[:, None, None], chosen[:, :, None], chosen[:, None]]
+    # Whole rows first: of large blocks, element by element costs as much as factorising them.
+    pairs = zip(owner.tolist(), chosen, strict=True)
+    return torch.stack([gram[problem][rows][:, rows] for problem, rows in pairs])
 
 
 def _padded(
@@ -108,11 +123,11 @@ def _signed_step(
     """Return the better of two Newton steps for given signs, and the share of it that was taken."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
     downhill = torch.where(inside, -gradient - l1[:, None] * sign, 0.0)
-    half = torch.linalg.solve_triangular(factor, downhill[..., None], upper=False)
-    newton = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
+    newton = _solve(factor, downhill)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     newton = torch.where(failed[:, None] > 0, downhill / diagonal, newton)
-    clipped = torch.where((coef + newton) * sign > 0, coef + newton, 0.0) * inside
+    target = _without_crossing(hessian, inside, coef, downhill, sign, coef + newton)
+    clipped = torch.where(target * sign > 0, target, 0.0) * inside
     # A coefficient that would leave zero on the wrong side is not allowed to enter.
     free = torch.where((coef == 0) & (newton * sign <= 0), 0.0, newton)
     steps = torch.stack([clipped - coef * inside, free])
@@ -127,6 +142,41 @@ def _signed_step(
     moved = torch.where(moved.abs() < 1e-14 * coef.abs().amax(-1)[:, None], 0.0, moved)
     first = gain[0] <= gain[1]
     return torch.where(first[:, None], moved[0], moved[1]), torch.where(first, *length)
+
+
+def _without_crossing(
+    hessian: Float[Tensor, "live chosen chosen"],
+    inside: Bool[Tensor, "live chosen"],
+    coef: Float[Tensor, "live chosen"],
+    downhill: Float[Tensor, "live chosen"],
+    sign: Float[Tensor, "live chosen"],
+    target: Float[Tensor, "live chosen"],
+) -> Float[Tensor, "live chosen"]:
+    """Drop the coefficients that a step would carry through zero, and solve for the others again.
+
+    Setting them to zero alone, with features as collinear as these, undoes most of the step.
+    """
+    wanted = (hessian @ coef[..., None])[..., 0] + downhill
+    kept = inside
+    for _ in range(6):
+        wrong = kept & (target * sign <= 0)
+        again = wrong.any(-1).nonzero()[:, 0]
+        if not len(again):
+            break
+        kept = kept & ~wrong
+        on = kept[again]
+        reduced = torch.where(on[:, :, None] & on[:, None], hessian[again], 0.0)
+        reduced.diagonal(dim1=-2, dim2=-1).add_(torch.where(on, 0.0, 1.0))
+        solved = _solve(torch.linalg.cholesky_ex(reduced).L, torch.where(on, wanted[again], 0.0))
+        target = target.index_copy(0, again, torch.where(on, solved, 0.0))
+    return target
+
+
+def _solve(
+    factor: Float[Tensor, "live chosen chosen"], wanted: Float[Tensor, "live chosen"]
+) -> Float[Tensor, "live chosen"]:
+    half = torch.linalg.solve_triangular(factor, wanted[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
 
 
 def _line_minimum(

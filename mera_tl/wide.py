@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mera_tl.solvers import Moments, Solution, duality_gap, relative, reported, tolerance_for
+from mera_tl.solvers import (
+    Moments,
+    Solution,
+    duality_gap,
+    lower_products,
+    relative,
+    reported,
+    tolerance_for,
+)
 from mera_tl.sparse import active_newton
 
 
@@ -27,7 +35,7 @@ def least_squares_from_rows(
     centred = (target - target_mean[:, None]) * use
     solutions = []
     for x in resid:
-        products, dual = _products(x), torch.zeros_like(centred)
+        products, dual = lower_products(x), torch.zeros_like(centred)
         room = torch.empty_like(products)  # at this size, fresh memory costs as much as sums
         for fold, used in enumerate(use):
             dual[fold] = _dual(x, _kernel(products, used, room), used, centred[fold])
@@ -41,17 +49,6 @@ def least_squares_from_rows(
         solutions.append((coef, intercept, gap))
     coefs, intercepts, gaps = (torch.cat(part)[:, None] for part in zip(*solutions, strict=True))
     return reported(Solution(coefs, intercepts, gaps, tolerance_for(resid)))
-
-
-def _products(
-    x: Float[Tensor, "example d_model"], size: int = 512
-) -> Float[Tensor, "example example"]:
-    """Return the lower triangle of `x x'`; what lies above it is not set."""
-    products = x.new_empty(len(x), len(x))
-    for start in range(0, len(x), size):
-        stop = min(start + size, len(x))
-        torch.mm(x[start:stop], x[:stop].T, out=products[start:stop, :stop])
-    return products
 
 
 def _kernel(
