@@ -1,4 +1,4 @@
-"""Every method on every task of the organism: impact, its certainty, what became of examples."""
+"""Every method on every task: impact in both spaces, its certainty, what became of examples."""
 
 from figures import results, save
 from mera_tl.frames import records_frame
@@ -6,11 +6,11 @@ from mera_tl.plots import spi_dots, spi_heatmap, transitions
 
 
 def main() -> None:
-    records = results("steer_or_abstain", "records-*.jsonl")
-    frame = records_frame(records.to_dict("records"))
-    save(spi_heatmap(frame), "spi_heatmap")
-    save(spi_dots(frame), "spi_dots")
-    save(transitions(frame), "transitions")
+    save(spi_heatmap(results("methods_by_task", "*-raw.jsonl")), "spi_heatmap")
+    save(spi_heatmap(results("methods_by_task", "*-sae.jsonl")), "spi_heatmap_sae")
+    few = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
+    save(spi_dots(few), "spi_dots")
+    save(transitions(few), "transitions")
 
 
 if __name__ == "__main__":
