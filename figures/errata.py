@@ -21,9 +21,9 @@ def main() -> None:
     for name, colour in (("steers", GREY), ("certified", BLUE)):
         more = cells[name][errors].sum().to_numpy() - cells[name][bases].sum().to_numpy()
         figure.add_bar(x=more, y=errors, orientation="h", marker_color=colour, row=1, col=2)
-    figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in number")
+    figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
-    caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
+    caption = f"{len(cells)} cells (grey), mean (blue); right: more or fewer certified (blue), steered (grey)"
     save(finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
 
 
