@@ -7,8 +7,8 @@ from mera_tl.plots.style import BLUE, GREY, finish
 
 
 def main() -> None:
-    df = results("errata").assign(steers=lambda d: d["threshold"].notna())
-    df["certified"] = df["certified"].eq(True)  # nothing is certified of a fixed strength
+    df = results("errata")
+    df = df.assign(steers=df["threshold"].notna(), certified=df["certified"].eq(True))
     against = df.drop_duplicates("switch").set_index("switch")["against"]
     against = against.drop(against.unique())
     errors, bases = list(against.index), list(against)
@@ -23,7 +23,7 @@ def main() -> None:
         figure.add_bar(x=more, y=errors, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
-    caption = f"{len(cells)} cells (grey), mean (blue); right: more or fewer certified (blue), steered (grey)"
+    caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
     save(finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
 
 

@@ -7,7 +7,9 @@ from mera_tl.plots import spi_dots, spi_heatmap, transitions
 
 def main() -> None:
     save(spi_heatmap(results("methods_by_task", "*-raw.jsonl")), "spi_heatmap")
-    save(spi_heatmap(results("methods_by_task", "*-sae.jsonl")), "spi_heatmap_sae")
+    latents = spi_heatmap(results("methods_by_task", "*-sae.jsonl"))
+    latents.layout.title.text += ", in SAE latents"
+    save(latents, "spi_heatmap_sae")
     few = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
     save(spi_dots(few), "spi_dots")
     save(transitions(few), "transitions")
