@@ -7,20 +7,19 @@ from mera_tl.plots.style import BLUE, GREY, finish
 
 
 def main() -> None:
-    df = results("errata")
-    df = df.assign(steers=df["threshold"].notna(), certified=df["certified"].eq(True))
+    df = results("errata").assign(steers=lambda d: d["threshold"].notna())
+    df["certified"] = df["certified"].eq(True)
     against = df.drop_duplicates("switch").set_index("switch")["against"]
     against = against.drop(against.unique())
-    errors, bases = list(against.index), list(against)
     cells = df.pivot(index=["model", "task", "seed"], columns="switch")
-    change = cells["spi"][errors] - cells["spi"][bases].to_numpy()
+    change = cells["spi"][against.index] - cells["spi"][against].to_numpy()
     figure = make_subplots(1, 2, column_widths=[0.62, 0.38], shared_yaxes=True)
-    rows = change.melt(var_name="error")
-    for x, y, colour in ((rows["value"], rows["error"], GREY), (change.mean(), errors, BLUE)):
+    for values, colour in ((change, GREY), (change.mean().to_frame().T, BLUE)):
+        x, y = values.to_numpy().ravel(), [*change.columns] * len(values)
         figure.add_scatter(x=x, y=y, mode="markers", marker_color=colour, marker_opacity=0.7)
     for name, colour in (("steers", GREY), ("certified", BLUE)):
-        more = cells[name][errors].sum().to_numpy() - cells[name][bases].sum().to_numpy()
-        figure.add_bar(x=more, y=errors, orientation="h", marker_color=colour, row=1, col=2)
+        more = cells[name][against.index].sum().to_numpy() - cells[name][against].sum().to_numpy()
+        figure.add_bar(x=more, y=against.index, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
     caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
