@@ -7,15 +7,25 @@ from typing import Any
 
 import torch
 
-from mera_tl import Activations, Model, Outcomes, certify, evaluate, scoring
-from mera_tl.candidates import Bench, Candidate, Fitted, choose
-from mera_tl.certificate import Calibration
-from mera_tl.directions import fit_directions
-from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
-from mera_tl.outcomes import spi
-from mera_tl.protocol import Protocol
-from mera_tl.readout import ReadSettings
-from mera_tl.search import Choices, candidates, divide, fit_all, race
+from mera_tl import Activations, Model, Outcomes, certify, evaluate
+from mera_tl.certificate import Calibration, Protocol
+from mera_tl.inference import ReadSettings, spi
+from mera_tl.methods import (
+    Bench,
+    Candidate,
+    Choices,
+    Fitted,
+    certify_flip,
+    choose,
+    divide,
+    fit_all,
+    flipped,
+    reading_hooks,
+    search_flip,
+)
+from mera_tl.methods.race import candidates, race
+from mera_tl.probes import metrics as scoring
+from mera_tl.steering import fit_directions
 from mera_tl.tasks import Splits, Task
 
 Fits = Mapping[float | None, Fitted]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mera_tl.bounds import betting, hoeffding_curve, lower_bound, mcnemar, unconditional
-from mera_tl.store import fingerprint, write_records
+from mera_tl.certificate import betting, hoeffding_curve, lower_bound, mcnemar, unconditional
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "coverage_of_the_guarantee"
 BATCH = 200

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from mera_tl.monitor import Monitor
-from mera_tl.store import fingerprint, write_records
+from mera_tl.certificate import Monitor
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "delay_of_the_monitor"
 BEFORE = (0.10, 0.04)  # recoveries and regressions of a good threshold

@@ -18,9 +18,9 @@ import torch
 import tyro
 
 from experiments import _reading_arms as arms
-from mera_tl import collect, evaluate, load_model, load_task, store
-from mera_tl.readout import ReadSettings
-from mera_tl.search import Choices, fit_all
+from mera_tl import collect, evaluate, load_model, load_task, storage
+from mera_tl.inference import ReadSettings
+from mera_tl.methods import Choices, fit_all
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 DIRECTIONS = ("contrastive", "controlled_contrastive")
@@ -40,9 +40,9 @@ class Config:
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     names = [Path(model).name for model in config.models]
-    plan = store.fingerprint(asdict(config) | {"models": names})
+    plan = storage.fingerprint(asdict(config) | {"models": names})
     path = RESULTS / f"{plan}.jsonl"
-    records = store.read_records(path)
+    records = storage.read_records(path)
     done = {(r["model"], r["seed"]) for r in records}
     for folder in config.models:
         model = load_model(folder, device="cpu")
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
             if (model.name, seed) not in done:
                 started = time.process_time()
                 records += across(config, model, seed)
-                store.write_records(path, records)
+                storage.write_records(path, records)
                 print(model.name, seed, f"{time.process_time() - started:.0f} s", flush=True)
 
 

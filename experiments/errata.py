@@ -24,14 +24,12 @@ import torch
 import tyro
 
 import mera_tl
-from mera_tl import store
+from mera_tl import storage
 from mera_tl.benchmark import scores
-from mera_tl.calibration import certify
-from mera_tl.gains import calibrate
+from mera_tl.certificate import PAPER_THRESHOLDS, Protocol, calibrate, certify
+from mera_tl.inference import ReadSettings
 from mera_tl.probes import LinearProbe, fit_ranked_probe
-from mera_tl.protocol import PAPER_THRESHOLDS, Protocol
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Additive
+from mera_tl.steering import Additive
 from mera_tl.tasks import Splits
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
@@ -203,7 +201,7 @@ def main(config: Config) -> None:
     for task in config.tasks:
         for seed in config.seeds:
             records += run(config, model, task, seed)
-            store.write_records(path, records)
+            storage.write_records(path, records)
             print(task, seed, [round(r["spi"], 2) for r in records[-len(SWITCHES) :]], flush=True)
 
 

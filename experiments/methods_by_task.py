@@ -16,12 +16,9 @@ from typing import Annotated
 import tyro
 
 from experiments.errata import ORGANISM_TASKS
-from mera_tl import store
-from mera_tl.benchmark import table
-from mera_tl.config import GridConfig
-from mera_tl.controlled import METHODS
-from mera_tl.grid import run_grid
-from mera_tl.methods import IN_LATENTS
+from mera_tl import storage
+from mera_tl.benchmark import GridConfig, run_grid, table
+from mera_tl.methods import IN_LATENTS, METHODS
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 LEFT_OUT = ("certificate", "versions", "n_train", "n_calibration", "details")
@@ -47,7 +44,7 @@ def main(
     records = run_grid(config, out)
     name = "-".join((*(Path(model).name for model in config.models), *config.spaces))
     kept = [{k: v for k, v in record.items() if k not in LEFT_OUT} for record in records]
-    store.write_records(RESULTS / f"{name}.jsonl", kept)
+    storage.write_records(RESULTS / f"{name}.jsonl", kept)
     means = table(records).groupby("method", sort=False)
     print(means[["accuracy", "SPI", "0->1", "1->0"]].mean().round(3).to_string())
 

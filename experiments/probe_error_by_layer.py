@@ -27,16 +27,12 @@ import tyro
 from einops import rearrange
 
 import mera_tl
-from mera_tl import scoring
-from mera_tl.activations import Activations
-from mera_tl.decoding import left_pad
-from mera_tl.folds import Examples, fit_grid
-from mera_tl.latents import MIN_FIRING
+from mera_tl.inference import Activations, left_pad
 from mera_tl.models import resid_post
-from mera_tl.probes import fit_error_probe
-from mera_tl.probing import probe_path, selectivity, transfer
-from mera_tl.sae import load_saes
-from mera_tl.store import fingerprint, write_records
+from mera_tl.probes import Examples, fit_error_probe, fit_grid, probe_path, selectivity, transfer
+from mera_tl.probes import metrics as scoring
+from mera_tl.sae import MIN_FIRING, load_saes
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "probe_error_by_layer"
 RIDGE = (0.01, 0.1, 1.0, 3.0, 10.0)

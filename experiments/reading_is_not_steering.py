@@ -22,9 +22,9 @@ import torch
 import tyro
 
 from experiments import _reading_arms as arms
-from mera_tl import collect, evaluate, load_model, load_task, store
-from mera_tl.readout import ReadSettings
-from mera_tl.search import Choices
+from mera_tl import collect, evaluate, load_model, load_task, storage
+from mera_tl.inference import ReadSettings
+from mera_tl.methods import Choices
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 FIXABLE = "spam_cue yesno_bias sentiment_fan spam_hint yesno_hint sentiment_hint choice_hint"
@@ -54,8 +54,8 @@ READ = ReadSettings(progress=False)
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    path = RESULTS / f"{store.fingerprint(named(config))}.jsonl"
-    records = store.read_records(path)
+    path = RESULTS / f"{storage.fingerprint(named(config))}.jsonl"
+    records = storage.read_records(path)
     done = {(r["model"], r["task"], r["seed"]) for r in records}
     for folder in config.models:
         model = load_model(folder, device="cpu")
@@ -66,7 +66,7 @@ def main(config: Config) -> None:
                     rows = list(cell(config, model, task, seed))
                     seconds = time.process_time() - started
                     records += [row | {"cell_seconds": round(seconds)} for row in rows]
-                    store.write_records(path, records)
+                    storage.write_records(path, records)
                     print(model.name, task, seed, f"{seconds:.0f} s", flush=True)
 
 

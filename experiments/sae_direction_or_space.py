@@ -18,18 +18,13 @@ from typing import Any
 import torch
 import tyro
 
-from mera_tl import store
-from mera_tl.activations import collect
-from mera_tl.evaluation import evaluate
-from mera_tl.gains import calibrate
-from mera_tl.latents import fit_latent_probe
+from mera_tl import storage
+from mera_tl.certificate import calibrate
+from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.models import Model, load_model
 from mera_tl.probes import fit_error_probe
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Additive
-from mera_tl.sae import load_saes
-from mera_tl.spaces import SAESpace
-from mera_tl.steering import Steering
+from mera_tl.sae import fit_latent_probe, load_saes
+from mera_tl.steering import Additive, SAESpace, Steering
 from mera_tl.tasks import load_task
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
@@ -49,10 +44,10 @@ class Config:
 
 def main(config: Config) -> None:
     model, rows = load_model("organism"), []
-    path = RESULTS / f"{store.fingerprint(asdict(config))}.jsonl"
+    path = RESULTS / f"{storage.fingerprint(asdict(config))}.jsonl"
     for task in config.tasks:
         rows += compare(config, model, task)
-        store.write_records(path, rows)
+        storage.write_records(path, rows)
 
 
 def compare(config: Config, model: Model, name: str) -> list[dict[str, Any]]:

@@ -34,14 +34,12 @@ import pandas as pd
 import torch
 import tyro
 
-from mera_tl import store
-from mera_tl.activations import Activations, collect
-from mera_tl.benchmark import Run, load_configured, open_run
-from mera_tl.config import RunConfig
-from mera_tl.latents import measure_latents, predictions, reconstruction
+from mera_tl import storage
+from mera_tl.benchmark import Run, RunConfig, load_configured, open_run
+from mera_tl.inference import Activations, collect
 from mera_tl.probes import fit_error_probe
-from mera_tl.sae_training import train_saes
-from mera_tl.spaces import SAESpace
+from mera_tl.sae import measure_latents, predictions, reconstruction, train_saes
+from mera_tl.steering import SAESpace
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 KINDS = ("ridge", "logistic", "contrastive")
@@ -104,8 +102,8 @@ def write(config: Config, kept: dict[str, list[pd.DataFrame]]) -> None:
     for kind, frames in kept.items():
         frame = pd.concat(frames or [pd.DataFrame()], ignore_index=True)
         frame = frame.assign(model=Path(config.model).name)
-        path = RESULTS / f"{kind}-{store.fingerprint(named(config))}.jsonl"
-        store.write_text(path, frame.to_json(orient="records", lines=True))
+        path = RESULTS / f"{kind}-{storage.fingerprint(named(config))}.jsonl"
+        storage.write_text(path, frame.to_json(orient="records", lines=True))
 
 
 def configure(

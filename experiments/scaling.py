@@ -29,13 +29,10 @@ from scipy.optimize import nnls
 
 import mera_tl
 from experiments.speed_of_the_probes import drawn
-from mera_tl.benchmark import open_run
-from mera_tl.config import RunConfig
-from mera_tl.evaluation import tokenize_task
+from mera_tl.benchmark import RunConfig, deal, open_run
+from mera_tl.inference import ReadSettings, tokenize_task
 from mera_tl.organism import FOLDER as ORGANISM
-from mera_tl.readout import ReadSettings
-from mera_tl.shards import deal
-from mera_tl.store import fingerprint, write_records
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 READ = ReadSettings(readout="last", progress=False)

@@ -14,8 +14,8 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from mera_tl.bounds import mcnemar, unconditional
-from mera_tl.store import fingerprint, write_records
+from mera_tl.certificate import mcnemar, unconditional
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "size_of_the_test"
 

@@ -12,10 +12,8 @@ from time import process_time
 import numpy as np
 import tyro
 
-from mera_tl.bounds import BOUNDS
-from mera_tl.calibration import certify
-from mera_tl.protocol import DEFAULT_THRESHOLDS, Protocol
-from mera_tl.store import fingerprint, write_records
+from mera_tl.certificate import BOUNDS, DEFAULT_THRESHOLDS, Protocol, certify
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "speed_of_the_certificate"
 

@@ -23,8 +23,7 @@ import torch
 import tyro
 
 import mera_tl
-from mera_tl.evaluation import tokenize_task
-from mera_tl.readout import ReadSettings
+from mera_tl.inference import ReadSettings, tokenize_task
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
 from threadpoolctl import threadpool_limits
 
 import mera_tl
-from mera_tl import folds
-from mera_tl.activations import Activations
-from mera_tl.outcomes import Outcomes
-from mera_tl.probing import probe_path
-from mera_tl.store import fingerprint, write_records
+from mera_tl.inference import Activations, Outcomes
+from mera_tl.probes import cross_validation as folds
+from mera_tl.probes import probe_path
+from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "speed_of_the_probes"
 SHARED = Path(__file__).parents[2] / "shared"

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from mera_tl import store
-from mera_tl.benchmark import open_run
-from mera_tl.config import RunConfig
-from mera_tl.directions import fit_direction
-from mera_tl.frames import RunFolder
+from mera_tl import storage
+from mera_tl.benchmark import RunConfig, open_run
 from mera_tl.methods import METHODS, Setting, Treatment
 from mera_tl.probes import fit_error_probe
+from mera_tl.report import RunFolder
+from mera_tl.steering import fit_direction
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 
@@ -72,8 +71,8 @@ def main(config: Config | None = None) -> None:
             kept["probes"].append(run.probe_errors().assign(task=task))
     for name, frames in kept.items():
         frame = pd.concat(frames, ignore_index=True)
-        path = RESULTS / f"{name}-{store.fingerprint(config.__dict__)}.jsonl"
-        store.write_text(path, frame.to_json(orient="records", lines=True))
+        path = RESULTS / f"{name}-{storage.fingerprint(config.__dict__)}.jsonl"
+        storage.write_text(path, frame.to_json(orient="records", lines=True))
         print(f"{path.name}: {len(frame)} rows")
 
 

@@ -26,7 +26,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa:
 from experiments import _organism_card as cards  # noqa: E402
 from experiments import _organism_saes as saes  # noqa: E402
 from experiments import _organism_training as training  # noqa: E402
-from mera_tl import store  # noqa: E402
+from mera_tl import storage  # noqa: E402
 
 ARCHITECTURE: dict[str, Any] = {
     "original_architecture": "HookedTransformer",
@@ -57,8 +57,8 @@ class Config:
 def save(model: HookedTransformer, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write weights as fp16 and round the model itself to them, so that figures are of the file."""
     weights = {name: value.detach().half() for name, value in model.named_parameters()}
-    store.save_tensors(out / "model.safetensors", weights)
-    store.write_json(out / "config.json", {**ARCHITECTURE, "d_vocab": model.cfg.d_vocab})
+    storage.save_tensors(out / "model.safetensors", weights)
+    storage.write_json(out / "config.json", {**ARCHITECTURE, "d_vocab": model.cfg.d_vocab})
     tokenizer.save_pretrained(out)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -89,7 +89,7 @@ def main(config: Config) -> None:
     card["total_seconds"] = round(time.monotonic() - started)
     card["cpu_seconds"] = round(time.process_time())  # what a core of one's own takes
     card["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-    store.write_json(config.out / "card.json", card)
+    storage.write_json(config.out / "card.json", card)
     print(cards.card_table(card))
 
 

@@ -1,8 +1,8 @@
 """Every method on every task: impact in both spaces, its certainty, what became of examples."""
 
 from figures import results, save
-from mera_tl.frames import records_frame
 from mera_tl.plots import spi_dots, spi_heatmap, transitions
+from mera_tl.report import records_frame
 
 
 def main() -> None:

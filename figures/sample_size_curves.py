@@ -3,7 +3,7 @@
 import pandas as pd
 
 from figures import save
-from mera_tl.planning import likely_effects, sample_size_table
+from mera_tl.certificate import likely_effects, sample_size_table
 from mera_tl.plots import sample_size_curves
 
 NAME = "sample_size_curves"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from mera_tl.bounds import (
+from mera_tl.certificate import (
     BOUNDS,
     CHURN_SHARE,
     betting,

@@ -10,10 +10,17 @@ import sys
 import numpy as np
 import pytest
 
-from mera_tl.bounds import favourite_weights, unconditional
-from mera_tl.calibration import certify, certify_groups
-from mera_tl.certificate import Calibration, Decision
-from mera_tl.protocol import DEFAULT_THRESHOLDS, PAPER_THRESHOLDS, Protocol
+from mera_tl.certificate import (
+    DEFAULT_THRESHOLDS,
+    PAPER_THRESHOLDS,
+    Calibration,
+    Decision,
+    Protocol,
+    certify,
+    certify_groups,
+    favourite_weights,
+    unconditional,
+)
 
 # Mild to strong: the gain rises to six points at the sixth threshold, then over-steering sets in;
 # regressions grow throughout, to 5 % at the peak.

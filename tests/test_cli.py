@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import make_task
 
-from mera_tl import cli, store
-from mera_tl.benchmark import open_run
+from mera_tl import storage
+from mera_tl.benchmark import RunConfig, open_run
 from mera_tl.certificate import Calibration
-from mera_tl.config import RunConfig
+from mera_tl.cli import app as cli
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
 
@@ -55,7 +55,7 @@ def arguments(checkpoints, toy, out, **changes):
 
 
 def without_times(path):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in store.read_records(path)]
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in storage.read_records(path)]
 
 
 def test_the_main_job_writes_records_certificates_and_a_table(
@@ -65,7 +65,7 @@ def test_the_main_job_writes_records_certificates_and_a_table(
     told = arguments(checkpoints, toy, out)
     assert mera(monkeypatch, "run", *told, "--methods", *METHODS) == 0
     printed = capsys.readouterr().out
-    records = store.read_records(out / "records.jsonl")
+    records = storage.read_records(out / "records.jsonl")
     assert [record["method"] for record in records] == list(METHODS)
     for record in records:
         assert record["method"] in printed
@@ -184,7 +184,7 @@ def test_another_configuration_in_the_folder_is_refused(
 
 def test_a_folder_in_use_is_refused(monkeypatch, capsys, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
-    with store.lock(out):
+    with storage.lock(out):
         assert mera(monkeypatch, "run", *arguments(checkpoints, toy, out)) == 2
     assert "in use by process" in capsys.readouterr().err
 

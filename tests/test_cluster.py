@@ -10,11 +10,7 @@ import pytest
 from test_cli import write_task
 from test_grid import timeless
 
-from mera_tl import cluster
-from mera_tl.benchmark import open_run
-from mera_tl.config import GridConfig, RunConfig
-from mera_tl.grid import run_grid
-from mera_tl.shards import collect_shards
+from mera_tl.benchmark import GridConfig, RunConfig, cluster, collect_shards, open_run, run_grid
 
 
 def halve(number: int) -> float:

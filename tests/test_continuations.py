@@ -3,10 +3,9 @@
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl.continuations import _continue, free_text
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Additive
-from mera_tl.steering import Steering
+from mera_tl.inference import ReadSettings
+from mera_tl.inference.free_text import _continue, free_text
+from mera_tl.steering import Additive, Steering
 
 QUIET = ReadSettings(progress=False)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mera_tl import store
+from mera_tl import storage
 
 # Any attempt to open a connection ends the process: what runs, runs without a network.
 REFUSE = """
@@ -47,7 +47,7 @@ def test_the_demo_corrects_what_can_be_corrected_and_abstains_where_nothing_can(
     records = {
         (record["task"], record["method"]): record
         for path in out.glob("*/records.jsonl")
-        for record in store.read_records(path)
+        for record in storage.read_records(path)
     }
     for task in ("spam_cue", "sentiment_fan"):
         searched = records[task, "searched"]

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from mera_tl.directions import (
+from mera_tl.inference import Outcomes
+from mera_tl.steering import (
     KINDS,
+    Adaptive,
     Statistics,
     answer_controlled,
     contrastive,
@@ -19,8 +21,6 @@ from mera_tl.directions import (
     fit_directions,
     pattern,
 )
-from mera_tl.outcomes import Outcomes
-from mera_tl.rules import Adaptive
 
 D = 24
 CONTROLLED = (controlled_pattern, controlled_contrastive)

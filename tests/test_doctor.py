@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from mera_tl import doctor
+from mera_tl.benchmark import doctor
 
 
 def names(checks) -> dict:

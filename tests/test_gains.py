@@ -6,10 +6,8 @@ import pytest
 import torch
 from conftest import random_probe, talking_task
 
-from mera_tl.evaluation import evaluate
-from mera_tl.gains import calibrate, strength_grid, threshold_grid
-from mera_tl.protocol import Protocol
-from mera_tl.readout import ReadSettings
+from mera_tl.certificate import Protocol, calibrate, strength_grid, threshold_grid
+from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.steering import Steering
 
 QUIET = ReadSettings(progress=False)
@@ -62,7 +60,7 @@ def test_a_grid_after_the_prompt_runs_each_prompt_once(models, monkeypatch):
 
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])
 def test_strengths_are_steered_one_by_one(models, positions):
-    from mera_tl.rules import Additive
+    from mera_tl.steering import Additive
 
     model = models["qwen2"]
     task, steering = talking_task(model), Steering(random_probe(model), positions=positions)

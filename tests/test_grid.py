@@ -9,10 +9,9 @@ import pytest
 import torch
 from test_cli import mera, write_task
 
-from mera_tl import store
-from mera_tl.activations import Activations
-from mera_tl.config import GridConfig
-from mera_tl.grid import run_grid, run_name
+from mera_tl import storage
+from mera_tl.benchmark import GridConfig, run_grid, run_name
+from mera_tl.inference import Activations
 from mera_tl.probes import LinearProbe
 
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
@@ -48,13 +47,11 @@ def test_every_job_has_one_record(config, undisturbed):
 
 
 def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
-    import mera_tl.activations
-    import mera_tl.benchmark
-    import mera_tl.grid
+    from mera_tl.benchmark import grid, run
 
     counts = {"collect": 0, "load": 0}
-    monkeypatch.setattr(mera_tl.grid, "_latest_model", mera_tl.grid._LatestModel())
-    real_collect, real_load = mera_tl.benchmark.collect, mera_tl.grid.load_configured
+    monkeypatch.setattr(grid, "_latest_model", grid._LatestModel())
+    real_collect, real_load = run.collect, grid.load_configured
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -63,8 +60,8 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(mera_tl.benchmark, "collect", counted("collect", real_collect))
-    monkeypatch.setattr(mera_tl.grid, "load_configured", counted("load", real_load))
+    monkeypatch.setattr(run, "collect", counted("collect", real_collect))
+    monkeypatch.setattr(grid, "load_configured", counted("load", real_load))
     run_grid(config, tmp_path, progress=False)
     assert counts == {"collect": 4, "load": 1}
     run_grid(config, tmp_path, progress=False)  # everything is found again
@@ -130,14 +127,14 @@ def test_a_failing_job_is_a_record_and_the_others_go_on(
     def fail(setting):
         if setting.seed == 1:
             raise OSError("No space left on device")
-        return mera_tl.methods.additive_probe(setting)
+        return mera_tl.methods.methods.additive_probe(setting)
 
-    monkeypatch.setitem(mera_tl.methods.METHODS, "additive_probe", fail)
+    monkeypatch.setitem(mera_tl.methods.methods.METHODS, "additive_probe", fail)
     options = ["--methods", *METHODS, "--seeds", "0", "1", "--train", "30", "--out", str(tmp_path)]
     told = ["--models", *config.models, "--tasks", *config.tasks, *options]
     assert mera(monkeypatch, "benchmark", *told, "--calibration", 15, "--test", 15) == 1
     assert "No space left on device" in capsys.readouterr().err
-    records = store.read_records(tmp_path / "records.jsonl")
+    records = storage.read_records(tmp_path / "records.jsonl")
     failed = [record for record in records if "failure" in record]
     assert [(r["seed"], r["method"]) for r in failed] == [(1, "additive_probe")] * 2
     assert timeless(r for r in records if "failure" not in r) == [
@@ -161,7 +158,7 @@ def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbe
 
 
 def test_two_processes_in_one_folder_are_refused(config, tmp_path):
-    with store.lock(tmp_path), pytest.raises(ValueError, match="in use by process"):
+    with storage.lock(tmp_path), pytest.raises(ValueError, match="in use by process"):
         run_grid(config, tmp_path, progress=False)
 
 
@@ -186,8 +183,8 @@ def test_records_go_to_wandb_offline_and_without_a_key(config, tmp_path, monkeyp
 HARNESS = """
 import os, random, signal, sys, time
 import torch; torch.set_num_threads(1)
-from mera_tl.config import GridConfig
-from mera_tl.grid import run_grid
+from mera_tl.benchmark import GridConfig
+from mera_tl.benchmark import run_grid
 config, folder, kills, seed = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng, killed = random.Random(seed), 0
 while True:
@@ -215,13 +212,13 @@ def test_killed_at_a_hundred_random_moments_it_ends_the_same(config, tmp_path, u
         [sys.executable, "-W", "ignore", "-c", HARNESS, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert timeless(store.read_records(folder / "records.jsonl")) == undisturbed
+    assert timeless(storage.read_records(folder / "records.jsonl")) == undisturbed
     assert not list(folder.rglob("*.tmp"))  # what the killed ones left is swept up
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     target = tmp_path / "records.jsonl"
-    store.write_records(target, [{"a": 1}])
+    storage.write_records(target, [{"a": 1}])
 
     class Stop(BaseException):
         pass
@@ -231,8 +228,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        store.write_records(target, [{"a": 2}, {"b": Poison()}])
-    assert store.read_records(target) == [{"a": 1}]
+        storage.write_records(target, [{"a": 2}, {"b": Poison()}])
+    assert storage.read_records(target) == [{"a": 1}]
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 

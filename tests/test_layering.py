@@ -10,62 +10,87 @@ import pytest
 import mera_tl
 
 PACKAGE = Path(mera_tl.__file__).parent
-LAYERS = (
-    "bounds catalogue cluster config organism outcomes page plots progress rotary rules scoring "
-    "plain sources spaces sparse splits store",
-    "checkpoints monitor planning protocol solvers subcommands tasks tracking",
-    "certificate logistic models wide",
-    "calibration decoding folds sae",
-    "readout",
-    "evaluation",
-    "activations continuations sae_training",
+ROOMS = (
+    "storage organism plots",
+    "models tasks",
+    "inference",
     "probes",
-    "directions probing steering",
-    "gains latents reach",
-    "candidates ledger",
-    "search",
-    "flip methods",
-    "controlled",
+    "steering",
+    "certificate sae",
+    # The workbench; nothing above this line imports from below it.
+    "methods",
     "benchmark",
-    "doctor frames grid memory shards",
     "report",
-    "commands",
     "cli",
 )
-LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+"""From the ground up: a room imports rooms of lower floors only, and itself."""
+FLOOR_OF = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports_of(source: str) -> set[str]:
-    """Names of mera_tl modules that a source imports, at its top or inside functions."""
+    """Dotted names of what a source imports from mera_tl, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-            if node.module == "mera_tl":
-                names = [f"mera_tl.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("mera_tl.")}
+        found |= {name.removeprefix("mera_tl.") for name in names if name.startswith("mera_tl.")}
     return found
 
 
 def test_the_finder_sees_every_kind_of_import():
     source = "import mera_tl.a\nfrom mera_tl import b\ndef f():\n    from mera_tl.c.d import e\n"
-    assert imports_of(source) == {"a", "b", "c"}
+    assert imports_of(source) == {"a", "b", "c.d.e"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_imports_go_strictly_downwards(path):
-    assert path.stem in LAYER_OF, f"give {path.stem} a place in the table"
-    for name in imports_of(path.read_text(encoding="utf-8")):
-        assert LAYER_OF[name] < LAYER_OF[path.stem], f"{path.stem} imports {name}"
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_strictly_downwards(path):
+    room = room_of(path)
+    assert room in FLOOR_OF, f"give {room} a place in the table"
+    for name in {name.split(".")[0] for name in imports_of(path.read_text(encoding="utf-8"))}:
+        assert name == room or FLOOR_OF[name] < FLOOR_OF[room], f"{room} imports {name}"
 
 
-def test_only_three_modules_import_transformer_lens():
-    users = {path.stem for path in MODULES if "transformer_lens" in _roots(path)}
-    assert users == {"models", "checkpoints", "plain"}
+def longest_chains() -> dict[str, int]:
+    """Floor of every module: the longest chain of imports below it; a circle never ends."""
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in MODULES}
+    below = {
+        name: {
+            part
+            for imported in imports_of(path.read_text(encoding="utf-8"))
+            for part in (imported, imported.rpartition(".")[0])
+            if part in names and part != name
+        }
+        for name, path in names.items()
+    }
+    floors: dict[str, int] = {}
+    while len(floors) < len(below):
+        ready = [n for n in below if n not in floors and below[n] <= floors.keys()]
+        assert ready, f"these import each other in a circle: {sorted(below.keys() - floors.keys())}"
+        floors |= {n: 1 + max((floors[b] for b in below[n]), default=0) for n in ready}
+    return floors
+
+
+def test_no_module_imports_in_a_circle():
+    assert longest_chains()
+
+
+def test_the_root_is_small_and_every_room_says_what_is_in_it():
+    assert len([path for path in PACKAGE.glob("*.py")]) <= 5
+    for room in FLOOR_OF.keys() - {"storage"}:
+        text = (PACKAGE / room / "__init__.py").read_text(encoding="utf-8")
+        assert len(ast.get_docstring(ast.parse(text)) or "") > 60, room
+
+
+def test_only_the_models_import_transformer_lens():
+    assert {room_of(path) for path in MODULES if "transformer_lens" in _roots(path)} == {"models"}
 
 
 def _roots(path: Path) -> set[str]:
@@ -83,8 +108,8 @@ def _roots(path: Path) -> set[str]:
         ("import mera_tl", ("torch", "pandas", "transformers")),
         ("import mera_tl.cli", ("torch", "pandas", "transformers", "plotly")),
         ("import mera_tl.tasks", ("torch", "datasets", "pandas")),
-        ("import mera_tl.planning", ("torch", "pandas")),
-        ("import mera_tl.activations, mera_tl.methods", ("sae_lens", "ray")),
+        ("import mera_tl.certificate.sample_sizes", ("torch", "pandas")),
+        ("import mera_tl.methods.methods, mera_tl.inference.activations", ("sae_lens", "ray")),
     ],
 )
 def test_heavy_packages_are_imported_only_where_they_are_needed(statement, banned):
@@ -99,5 +124,5 @@ def test_public_names_are_sorted_documented_and_there():
     assert mera_tl.__all__ == sorted(mera_tl.__all__)
     for name in mera_tl.__all__:
         assert getattr(mera_tl, name).__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'steer_everything'"):
+    with pytest.raises(AttributeError, match="steer_everything"):
         mera_tl.steer_everything  # noqa: B018

@@ -8,11 +8,8 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, random_probe
 
-from mera_tl.evaluation import evaluate
-from mera_tl.ledger import explain
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Additive
-from mera_tl.steering import Steering
+from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.steering import Additive, Steering, explain
 
 SETTINGS = ReadSettings(readout="last", progress=False)
 THRESHOLD = 0.3

@@ -8,12 +8,9 @@ import torch
 from conftest import FAMILIES, make_task, talking_task
 from test_cli import write_task
 
-from mera_tl import memory
-from mera_tl.activations import collect
-from mera_tl.config import RunConfig
-from mera_tl.evaluation import tokenize_task
+from mera_tl.benchmark import RunConfig, memory
+from mera_tl.inference import ReadSettings, collect, tokenize_task
 from mera_tl.models import load_model
-from mera_tl.readout import ReadSettings
 
 QUIET = ReadSettings(progress=False)
 

@@ -6,11 +6,8 @@ import pytest
 import torch
 from conftest import FAMILIES, SHARED, random_probe, talking_task
 
-from mera_tl.activations import collect
-from mera_tl.checkpoints import lay_out_for_decoding, layout, load_folder
-from mera_tl.evaluation import evaluate
-from mera_tl.models import load_model, resid_post
-from mera_tl.readout import ReadSettings
+from mera_tl.inference import ReadSettings, collect, evaluate
+from mera_tl.models import lay_out_for_decoding, layout, load_folder, load_model, resid_post
 from mera_tl.steering import Steering
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mera_tl.monitor import BETS, Monitor, read_gains
+from mera_tl.certificate import BETS, Monitor, read_gains
 
 
 def stream(rng, shape, recovery, regression):

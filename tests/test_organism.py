@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mera_tl.evaluation import evaluate
+from mera_tl.inference import evaluate
 from mera_tl.models import load_model
 from mera_tl.organism import FOLDER, TASKS, generate
 from mera_tl.organism.prompts import INSTRUCTION, NOISE_RATE, REPLY_CUE, drafts
-from mera_tl.store import read_json
+from mera_tl.storage import read_json
 from mera_tl.tasks import Example, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

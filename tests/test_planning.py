@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mera_tl.bounds import betting, unconditional
-from mera_tl.planning import (
+from mera_tl.certificate import (
     Effect,
+    betting,
     continuous_sample_size,
     format_rows,
     likely_effects,
     power,
     sample_size,
     sample_size_table,
+    unconditional,
 )
 
 # Least n for 80 % power at min_gain 0 and delta .05 / 10, by gain: churn low, mid, high, found by

@@ -5,7 +5,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from mera_tl import methods, plots
+from mera_tl import plots
+from mera_tl.methods import methods
 from mera_tl.plots.style import CHANGES, knob_axis, symbol_of
 
 

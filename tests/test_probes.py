@@ -9,11 +9,18 @@ from pandas.testing import assert_frame_equal
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
-from mera_tl import folds, scoring
-from mera_tl.activations import Activations
-from mera_tl.outcomes import Outcomes
-from mera_tl.probes import LinearProbe, choose, fit_error_probe, fit_ranked_probe
-from mera_tl.probing import probe_path, selectivity, transfer
+from mera_tl.inference import Activations, Outcomes
+from mera_tl.probes import (
+    LinearProbe,
+    choose,
+    fit_error_probe,
+    fit_ranked_probe,
+    probe_path,
+    selectivity,
+    transfer,
+)
+from mera_tl.probes import cross_validation as folds
+from mera_tl.probes import metrics as scoring
 
 KINDS = ("ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive")
 MANIFEST = {"model": "planted", "model_fingerprint": "f00d", "task": "toy", "data_hash": "1"}

@@ -6,11 +6,8 @@ import pytest
 import torch
 from conftest import random_probe, talking_task
 
-from mera_tl.evaluation import evaluate
-from mera_tl.reach import BACK, Reach, evaluate_reach
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Additive
-from mera_tl.steering import Steering
+from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.steering import BACK, Additive, Reach, Steering, evaluate_reach
 
 SETTINGS = ReadSettings(batch_size=7, max_new_tokens=4, progress=False)
 LIMIT = 0.4

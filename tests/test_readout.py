@@ -6,17 +6,20 @@ import pytest
 import torch
 from conftest import make_task, talking_task
 
-from mera_tl.activations import Activations, collect
-from mera_tl.evaluation import evaluate
-from mera_tl.models import Model
-from mera_tl.outcomes import (
+from mera_tl.inference import (
+    Activations,
     Outcomes,
+    ReadSettings,
     accuracy_interval,
+    by_length,
+    collect,
+    evaluate,
+    option_tokens,
     paired_p_value,
     spi,
     spi_interval,
 )
-from mera_tl.readout import ReadSettings, by_length, option_tokens
+from mera_tl.models import Model
 
 QUIET = ReadSettings(progress=False)
 
@@ -114,12 +117,12 @@ def test_collect_to_a_folder_equals_collect_in_memory(model, task, tmp_path):
 
 
 def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkeypatch):
-    import mera_tl.activations
+    import mera_tl.inference.activations
 
     def fail(*args, **kwargs):
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(mera_tl.activations, "read_batch", fail)
+    monkeypatch.setattr(mera_tl.inference.activations, "read_batch", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         collect(model, task, settings=QUIET, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -159,9 +162,9 @@ def test_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed():
 
 
 def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, caplog):
-    import mera_tl.evaluation
+    import mera_tl.inference.evaluation
 
-    model, sizes, real = models["llama"], [], mera_tl.evaluation.read_batch
+    model, sizes, real = models["llama"], [], mera_tl.inference.evaluation.read_batch
 
     def small_machine(model, prompts, *args, **kwargs):
         sizes.append(len(prompts))
@@ -171,7 +174,7 @@ def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, cap
 
     settings = replace(QUIET, batch_size=16)
     wanted = evaluate(model, task, settings=settings)
-    monkeypatch.setattr(mera_tl.evaluation, "read_batch", small_machine)
+    monkeypatch.setattr(mera_tl.inference.evaluation, "read_batch", small_machine)
     run = evaluate(model, task, settings=settings)
     assert sizes[:3] == [16, 8, 4]
     assert max(sizes[2:]) == 4
@@ -180,12 +183,12 @@ def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, cap
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(models, task, monkeypatch):
-    import mera_tl.evaluation
+    import mera_tl.inference.evaluation
 
     def fail(*args, **kwargs):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(mera_tl.evaluation, "read_batch", fail)
+    monkeypatch.setattr(mera_tl.inference.evaluation, "read_batch", fail)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         evaluate(models["llama"], task, settings=QUIET)
 
@@ -223,7 +226,7 @@ def test_too_long_a_prompt_names_its_row_and_truncation_spares_the_question(mode
         evaluate(model, task, settings=QUIET)
     run = evaluate(model, task, settings=replace(QUIET, truncate=True))
     assert len(run) == 6
-    from mera_tl.evaluation import tokenize_task
+    from mera_tl.inference import tokenize_task
 
     tokens = tokenize_task(model, task, replace(QUIET, truncate=True))[2]
     assert len(tokens) == model.n_ctx - QUIET.max_new_tokens

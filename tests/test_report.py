@@ -10,12 +10,10 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from mera_tl import report, store
-from mera_tl.benchmark import open_run
-from mera_tl.config import RunConfig
-from mera_tl.frames import RunFolder, find_runs, records_frame
-from mera_tl.page import write_page
-from mera_tl.report import _Figures, write_report
+from mera_tl import storage
+from mera_tl.benchmark import RunConfig, open_run
+from mera_tl.report import RunFolder, find_runs, records_frame, report, write_page
+from mera_tl.report.report import _Figures, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
@@ -127,10 +125,10 @@ def test_a_run_without_activations_or_probes_still_opens(folder, tmp_path):
 
 def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
-    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    records = storage.read_records(tmp_path / "run" / "records.jsonl")
     for record in records:
         record["hashes"]["data"]["test"] = "0" * 16
-    store.write_records(tmp_path / "run" / "records.jsonl", records)
+    storage.write_records(tmp_path / "run" / "records.jsonl", records)
     text = write_report(tmp_path / "run").read_text("utf-8")
     assert "prompts cannot be shown" in text
     assert "</b>, row" not in text
@@ -138,19 +136,19 @@ def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
 
 def test_records_from_before_intervals_and_free_text_still_open(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
-    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    records = storage.read_records(tmp_path / "run" / "records.jsonl")
     later = {"spi_interval", "accuracy_interval", "p_value", "free_text"}
     old = [{k: v for k, v in record.items() if k not in later} for record in records]
     assert len(old[0]) < len(records[0])
-    store.write_records(tmp_path / "run" / "records.jsonl", old)
+    storage.write_records(tmp_path / "run" / "records.jsonl", old)
     assert "spi" in specs(write_report(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("number", [0, 99])
 def test_another_format_says_what_to_do(folder, tmp_path, number):
     shutil.copytree(folder, tmp_path / "run")
-    records = store.read_records(tmp_path / "run" / "records.jsonl")
-    store.write_records(
+    records = storage.read_records(tmp_path / "run" / "records.jsonl")
+    storage.write_records(
         tmp_path / "run" / "records.jsonl", [r | {"format": number} for r in records]
     )
     with pytest.raises(ValueError, match="run it again into a new folder"):
@@ -175,10 +173,10 @@ def test_geometry_is_that_of_the_steering_that_was_used(folder):
 def test_a_direction_that_is_not_kept_is_found_again(folder, tmp_path):
     """MERA along another direction lands on its limit, and mostly outside of the plane."""
     shutil.copytree(folder, tmp_path / "run")
-    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    records = storage.read_records(tmp_path / "run" / "records.jsonl")
     records[-1]["details"]["direction"] = "controlled_contrastive"
     records[-1]["threshold"] = 0.2
-    store.write_records(tmp_path / "run" / "records.jsonl", records)
+    storage.write_records(tmp_path / "run" / "records.jsonl", records)
     cloud = RunFolder.open(tmp_path / "run").cloud("optimal_probe")
     assert cloud is not None and cloud.limit is not None
     moved = cloud.plane().dropna()

@@ -7,9 +7,8 @@ import sys
 import pytest
 from test_cli import mera, write_task
 
-from mera_tl import store
-from mera_tl.config import GridConfig
-from mera_tl.grid import run_grid
+from mera_tl import storage
+from mera_tl.benchmark import GridConfig, run_grid
 from mera_tl.methods import IN_LATENTS, METHODS, require_space
 
 STARRED = IN_LATENTS[2:]
@@ -51,7 +50,7 @@ def test_every_starred_method_runs_in_latents(
 ):
     told = arguments(checkpoints, toy, trained, tmp_path / "run")
     assert mera(monkeypatch, "run", *told, "--methods", "no_steering", *STARRED) == 0
-    records = store.read_records(tmp_path / "run" / "records.jsonl")
+    records = storage.read_records(tmp_path / "run" / "records.jsonl")
     assert [r["method"] for r in records] == [
         "no_steering",
         *sorted(STARRED, key=list(METHODS).index),
@@ -60,7 +59,7 @@ def test_every_starred_method_runs_in_latents(
     by_method = {r["method"]: r for r in records}
     assert by_method["additive_probe"]["steered_share"] == 1.0
     assert by_method["optimal_probe"]["certificate"]
-    probe = store.load_tensors(tmp_path / "run" / "probes" / "ridge" / "probe.safetensors")
+    probe = storage.load_tensors(tmp_path / "run" / "probes" / "ridge" / "probe.safetensors")
     assert probe["weights"].shape == (3, 64)
     assert probe["weights"][:2].any(-1).all()
     assert not probe["weights"][2].any()

@@ -7,22 +7,40 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, random_probe, talking_task
 
-from mera_tl import controlled, plots
-from mera_tl.activations import collect
-from mera_tl.candidates import Bench, Candidate, Fitted, Tried, choose, tabulate
-from mera_tl.decoding import Decoding, hooked_pass
-from mera_tl.directions import Direction
-from mera_tl.evaluation import evaluate
-from mera_tl.flip import certify_flip, flipped, reading_hooks, search_flip
-from mera_tl.gains import calibrate
-from mera_tl.methods import Setting
+from mera_tl import plots
+from mera_tl.certificate import Protocol, calibrate
+from mera_tl.inference import (
+    Decoding,
+    Outcomes,
+    ReadSettings,
+    collect,
+    evaluate,
+    hooked_pass,
+    option_tokens,
+    read_again,
+    read_batch,
+)
+from mera_tl.methods import (
+    Bench,
+    Candidate,
+    Choices,
+    Fitted,
+    Search,
+    Setting,
+    Tried,
+    certify_flip,
+    choose,
+    controlled,
+    divide,
+    flipped,
+    reading_hooks,
+    search,
+    search_flip,
+    tabulate,
+)
+from mera_tl.methods.race import candidates
 from mera_tl.models import load_model
-from mera_tl.outcomes import Outcomes
-from mera_tl.protocol import Protocol
-from mera_tl.readout import ReadSettings, option_tokens, read_again, read_batch
-from mera_tl.rules import Adaptive, Gated
-from mera_tl.search import Choices, Search, candidates, divide, search
-from mera_tl.steering import Steering
+from mera_tl.steering import Adaptive, Direction, Gated, Steering
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)

@@ -7,11 +7,9 @@ import pytest
 import torch
 from test_cli import write_task
 
-from mera_tl import shards as module
-from mera_tl.benchmark import open_run
-from mera_tl.config import RunConfig
-from mera_tl.readout import ReadSettings, by_length
-from mera_tl.shards import collect_shards, deal
+from mera_tl.benchmark import RunConfig, collect_shards, deal, open_run
+from mera_tl.benchmark import shards as module
+from mera_tl.inference import ReadSettings, by_length
 
 FILES = ("activations.safetensors", "outcomes.jsonl", "manifest.json")
 

@@ -9,9 +9,17 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 
-from mera_tl import solvers, sparse, wide
-from mera_tl.logistic import logistic_path
-from mera_tl.solvers import Moments, Quadratic, lasso_path, least_squares, ridge_path
+from mera_tl.probes import (
+    Moments,
+    Quadratic,
+    lasso_path,
+    logistic_path,
+    ridge_path,
+    solvers,
+)
+from mera_tl.probes import lasso as sparse
+from mera_tl.probes import least_squares as wide
+from mera_tl.probes.solvers import least_squares
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 PUBLISHED = (0.5, 0.25, 0.1, 0.05, 0.01, 0.005)

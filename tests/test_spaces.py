@@ -7,21 +7,18 @@ import pytest
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl.activations import Activations, collect
-from mera_tl.evaluation import evaluate
-from mera_tl.latents import (
+from mera_tl.inference import Activations, ReadSettings, collect, evaluate
+from mera_tl.models import resid_post
+from mera_tl.sae import (
+    check,
     fit_latent_probe,
+    load_saes,
     measure_latents,
     predictions,
     reconstruction,
     support,
 )
-from mera_tl.models import resid_post
-from mera_tl.readout import ReadSettings
-from mera_tl.rules import Adaptive, Additive
-from mera_tl.sae import check, load_saes
-from mera_tl.spaces import ResidualSpace, SAESpace
-from mera_tl.steering import Steering
+from mera_tl.steering import Adaptive, Additive, ResidualSpace, SAESpace, Steering
 
 QUIET = ReadSettings(progress=False)
 LAYER, WIDTH, D_SAE = 1, 32, 96
@@ -237,7 +234,7 @@ def test_layers_without_an_sae_are_not_steered(models):
 @pytest.fixture(scope="module")
 def planted():
     """Activations of a three-layer model in which one latent of layer 1 tells the error."""
-    from mera_tl.outcomes import Outcomes
+    from mera_tl.inference import Outcomes
 
     n, space = 300, SAESpace({1: new_sae("standard"), 2: new_sae("standard", layer=2)})
     resid = torch.randn(n, 3, WIDTH, generator=torch.Generator().manual_seed(5)) * 2
@@ -436,7 +433,7 @@ def test_the_organisms_saes_explain_it_and_noise_does_not(organism):
 
 
 def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path):
-    from mera_tl.sae_training import TrainOptions, train_saes
+    from mera_tl.sae import TrainOptions, train_saes
 
     model, task = models["llama"], make_task(60)
     options = {"n_steps": 150, "step_tokens": 128, "architecture": "topk"}

@@ -6,13 +6,17 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, random_probe, talking_task
 
-from mera_tl.decoding import Decoding, hooked_pass, left_pad
-from mera_tl.evaluation import evaluate
+from mera_tl.inference import (
+    Decoding,
+    ReadSettings,
+    evaluate,
+    hooked_pass,
+    left_pad,
+    option_tokens,
+    read_batch,
+)
 from mera_tl.models import resid_post
-from mera_tl.readout import ReadSettings, option_tokens, read_batch
-from mera_tl.rules import Adaptive, Additive
-from mera_tl.spaces import ResidualSpace
-from mera_tl.steering import Steering
+from mera_tl.steering import Adaptive, Additive, ResidualSpace, Steering
 
 QUIET = ReadSettings(progress=False)
 
@@ -116,7 +120,7 @@ def test_alone_equals_batched_and_left_padded(model, task, positions):
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])
 def test_cached_equals_uncached(model, positions):
     """Decode six tokens with a cache; recompute every step from scratch under a full window."""
-    from mera_tl.decoding import Window
+    from mera_tl.inference import Window
 
     prompts = prompts_of(model, make_task(6))
     hooks = steered(model, positions=positions).fwd_hooks()

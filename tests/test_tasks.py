@@ -11,8 +11,9 @@ import datasets
 import pytest
 import yaml
 
-from mera_tl import catalogue, tasks
 from mera_tl.tasks import Example, Task, load_task
+from mera_tl.tasks import datasets as catalogue
+from mera_tl.tasks import task as tasks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DATA = SHARED / "data"

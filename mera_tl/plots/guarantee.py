@@ -4,7 +4,16 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mera_tl.plots.style import BLUE, GREEN, GREY, ORANGE, SKY, VERMILLION, finish, rows_where
+from mera_tl.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILLION,
+    finish,
+    rows_where,
+)
 
 BOUND_COLOURS = {"unconditional": BLUE, "mcnemar": ORANGE, "betting": GREEN, "hoeffding": GREY}
 

@@ -1,0 +1,187 @@
+"""How much memory and disk a run will take, before any weight is loaded.
+
+Weights, the key-value cache and the files of activations are counted exactly, from the shapes of a
+model without weights and from the tokens of the task; what passes through a block is a formula,
+within a third of what profiles of four architectures showed.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # arrives with the accelerate that TransformerLens needs
+import torch
+
+from mera_tl import storage
+from mera_tl.benchmark.config import RunConfig
+from mera_tl.benchmark.run import Run
+from mera_tl.inference.activations import positions_of
+from mera_tl.inference.answers import ReadSettings, by_length
+from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.models.model import Model, load_model
+
+GPU_TOKENS = 16384
+"""Tokens a batch that keep a GPU busy; more only take memory."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, and what they are compared with."""
+
+    title: str
+    weights: int
+    """On the device, or on all devices together."""
+    cache: int
+    """Keys and values of the largest batch, every token decoded."""
+    passing: int
+    """What lives at once inside a block while the largest batch passes, cache not counted."""
+    batch: str
+    """The largest batch, in words."""
+    activations: int
+    """The file of the training split's activations."""
+    collected: str
+    """What that file holds, in words."""
+    free: int
+    """Of the device's memory."""
+    free_disk: int
+    batch_tokens: int | None
+    """What the batches may hold, where rows were not asked for."""
+    on_gpu: bool
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device at the largest batch."""
+        return self.weights + self.cache + self.passing
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits into what is free now."""
+        return self.device <= self.free and self.activations <= self.free_disk
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, in one sentence."""
+        if self.activations > self.free_disk:
+            return "The activations do not fit on the disk: collect fewer with --train, or move."
+        if self.weights > self.free:
+            return (
+                "The weights alone do not fit: take --dtype bfloat16, spread them with --n-devices "
+                "N, or choose a smaller model."
+            )
+        if self.device > self.free:
+            return f"The largest batch does not fit: pass {self._smaller}."
+        if self.on_gpu and (self.batch_tokens or GPU_TOKENS) < min(GPU_TOKENS, self._most_tokens):
+            most = min(GPU_TOKENS, self._most_tokens)
+            return f"This fits; a GPU is faster with --batch-tokens {most}."
+        return "This fits."
+
+    @property
+    def _smaller(self) -> str:
+        asked = self.batch_tokens is None
+        return "a smaller --batch-size" if asked else f"--batch-tokens {self._most_tokens}"
+
+    @property
+    def _most_tokens(self) -> int:
+        """Tokens a batch that leave a tenth of what is free now beside the weights."""
+        share = 0.9 * (self.free - self.weights) / (self.cache + self.passing)
+        # Of long prompts, twice the tokens hold up to four times the rows.
+        return max(1, int(min(share, share**0.5) * (self.batch_tokens or 0)))
+
+    def __str__(self) -> str:
+        rows = [
+            ("weights", self.weights, "twice that in main memory while a checkpoint is read"),
+            ("cache of a batch", self.cache, self.batch),
+            ("passing activations", self.passing, "of the same batch"),
+            ("device in all", self.device, f"of {human(self.free)} free now"),
+            ("activations on disk", self.activations, self.collected),
+            ("disk", self.free_disk, "free here"),
+        ]
+        lines = [f"  {what:<20}{human(size):>10}   {note}" for what, size, note in rows]
+        return "\n".join([self.title, *lines, self.advice])
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Estimate what a run will take, from its configuration.
+
+    Raises:
+        ValueError: as loading the model's configuration and the task.
+    """
+    run = Run(config, Path(), load=_outline)
+    model, settings = run.model, run.read
+    prompts = [p for split in run.splits for p in tokenize_task(model, split, settings)]
+    batches = [(len(b), len(prompts[b[0]])) for b in by_length(prompts, settings)]
+    new = settings.max_new_tokens if settings.readout == "exact" else 0
+    rows, columns = max(
+        batches, key=lambda b: cache_bytes(model, b[0], b[1] + new) + passing_bytes(model, *b)
+    )
+    train, positions = run.splits.train, positions_of(settings)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Estimate(
+        title=f"{model.name} in {config.dtype} on {device}, {train.name}:",
+        weights=weight_bytes(model),
+        cache=cache_bytes(model, rows, columns + new),
+        passing=passing_bytes(model, rows, columns),
+        batch=f"{rows} prompts of up to {columns} tokens, {new} decoded",
+        activations=activation_bytes(model, len(train), settings),
+        collected=f"{len(train)} prompts x {len(positions)} positions x {model.n_layers} layers "
+        f"x {model.d_model}",
+        free=free_memory(device, config.n_devices),
+        free_disk=shutil.disk_usage(Path()).free,
+        batch_tokens=None if settings.batch_size else settings.batch_tokens,
+        on_gpu=device.startswith("cuda"),
+    )
+
+
+def _outline(config: RunConfig) -> Model:
+    return load_model(config.model, dtype=config.dtype, device="meta", chat=config.chat)
+
+
+def weight_bytes(model: Model) -> int:
+    """Return the bytes of all parameters; TransformerLens keeps a tied embedding twice."""
+    return sum(w.numel() * w.element_size() for w in model.hooked.parameters())
+
+
+def cache_bytes(model: Model, rows: int, columns: int) -> int:
+    """Return the bytes of the keys and values of that many tokens."""
+    cfg = model.hooked.cfg
+    return 2 * cfg.n_layers * rows * columns * _kv_heads(cfg) * cfg.d_head * cfg.dtype.itemsize
+
+
+def passing_bytes(model: Model, rows: int, columns: int) -> int:
+    """Return about what lives at once in a forward pass, cache and weights not counted.
+
+    Four copies of the residual stream, and the larger of four of the MLP's inner layer, or of the
+    queries, keys and values with four of the scores (raw, masked, exponential, pattern).
+    """
+    cfg, tokens = model.hooked.cfg, rows * columns
+    assert cfg.d_mlp is not None  # every family that loads has an MLP
+    heads, kv_heads = cfg.n_heads * cfg.d_head, _kv_heads(cfg) * cfg.d_head
+    attention = tokens * (5 * heads + 2 * kv_heads) + 4.3 * rows * cfg.n_heads * columns**2
+    inside = max(4 * tokens * cfg.d_mlp, attention, rows * cfg.d_vocab)
+    return int(cfg.dtype.itemsize * (4 * tokens * cfg.d_model + inside))
+
+
+def activation_bytes(model: Model, n: int, settings: ReadSettings) -> int:
+    """Return the size of the file that `collect` writes for `n` examples."""
+    shapes = {name: (n, model.n_layers, model.d_model) for name in positions_of(settings)}
+    return storage.TensorFile("", shapes).size
+
+
+def free_memory(device: str, n_devices: int = 1) -> int:
+    """Return the bytes that are free on a device now, on all of them where there are several."""
+    if device.startswith("cuda"):
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(n_devices))
+    return psutil.virtual_memory().available
+
+
+def human(n_bytes: int) -> str:
+    """Write bytes for people, in binary units."""
+    units, size = ["B", "KiB", "MiB", "GiB", "TiB"], float(n_bytes)
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def _kv_heads(cfg: Any) -> int:
+    return cfg.n_key_value_heads or cfg.n_heads

@@ -1,0 +1,192 @@
+"""Whether a guarantee still holds: watch paired outcomes of audited traffic, one at a time.
+
+Audit a random share of the traffic by also answering it unsteered and grading both. Two kinds of
+wealth bet that the mean gain has fallen below a floor. The *e-process* never restarts: its alarm is
+false with probability at most `false_alarm`, however long one watches. The *restarted* one forgets
+good times, so it is quick after a late change: its alarms are false at most once in `patience`
+pairs on average (an e-CUSUM: Shin, Ramdas & Rinaldo 2024). Both hold whatever the past did, as long
+as each gain's expectation given the past is at least the floor. Constant work per pair.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mera_tl import storage
+
+N_BETS = 12
+BETS: tuple[float, ...] = tuple(0.02 * (0.9 / 0.02) ** (i / (N_BETS - 1)) for i in range(N_BETS))
+"""Shares of wealth to stake, from timid (for small harm) to bold; their mean is watched."""
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Evidence that the mean gain is below `floor`, after `n` audited pairs."""
+
+    floor: float = 0.0
+    """Least mean gain that is still acceptable; 0 asks only whether steering harms."""
+    false_alarm: float = 0.05
+    """Greatest probability that the e-process ever alarms while the mean gain is acceptable."""
+    patience: float = 1000.0
+    """Least mean number of audited pairs to a false alarm of the restarted process."""
+    n: int = 0
+    recoveries: int = 0
+    regressions: int = 0
+    log_wealth: tuple[float, ...] = (0.0,) * N_BETS
+    log_restarted: tuple[float, ...] = (-math.inf,) * N_BETS
+    harmful_at: int | None = None
+    """Pair at which the e-process first alarmed."""
+    changed_at: int | None = None
+    """Pair at which the restarted process first alarmed."""
+
+    def __post_init__(self) -> None:
+        if not -1 < self.floor < 1:
+            raise ValueError(
+                f"`floor={self.floor!r}` is not a gain between -1 and 1; pass one, as 0.0."
+            )
+        if not 0 < self.false_alarm < 1 or self.patience <= 1:
+            raise ValueError(
+                f"`false_alarm={self.false_alarm!r}` must lie between 0 and 1 and "
+                f"`patience={self.patience!r}` above 1; pass, for example, 0.05 and 1000.0."
+            )
+
+    def update(self, gain: float) -> "Monitor":
+        """Take in one audited pair: steered minus unsteered, in [-1, 1]."""
+        if not -1 <= gain <= 1:  # also refuses NaN
+            raise ValueError(
+                f"A gain of {gain!r} is not in [-1, 1]; pass steered minus unsteered correctness "
+                "or error."
+            )
+        reach = 1 + abs(self.floor)  # the most a stake can lose, so that wealth stays positive
+        growth = [math.log1p(bet / reach * (self.floor - gain)) for bet in BETS]
+        wealth = tuple(w + g for w, g in zip(self.log_wealth, growth, strict=True))
+        restarted = tuple(max(w, 0.0) + g for w, g in zip(self.log_restarted, growth, strict=True))
+        n = self.n + 1
+        harmful = _log_mean(wealth) >= math.log(1 / self.false_alarm)
+        changed = _log_mean(restarted) >= math.log(self.patience)
+        return replace(
+            self,
+            n=n,
+            recoveries=self.recoveries + (gain > 0),
+            regressions=self.regressions + (gain < 0),
+            log_wealth=wealth,
+            log_restarted=restarted,
+            harmful_at=self.harmful_at or (n if harmful else None),
+            changed_at=self.changed_at or (n if changed else None),
+        )
+
+    def update_all(self, gains: Iterable[float]) -> "Monitor":
+        """Take in pairs in the order in which they were served."""
+        monitor = self
+        for gain in gains:
+            monitor = monitor.update(gain)
+        return monitor
+
+    @property
+    def withdraw(self) -> bool:
+        """Whether the guarantee should be withdrawn: either alarm, once raised, stands."""
+        return self.harmful_at is not None or self.changed_at is not None
+
+    @property
+    def e_value(self) -> float:
+        """Return the e-process: 1 / e bounds the probability of ever seeing so much by chance."""
+        return math.exp(min(700.0, _log_mean(self.log_wealth)))
+
+    @property
+    def restarted_e_value(self) -> float:
+        """Return the restarted process, to be compared with `patience`."""
+        return math.exp(min(700.0, _log_mean(self.log_restarted)))
+
+    def __str__(self) -> str:
+        seen = (
+            f"after {self.n} audited pairs ({self.recoveries} better, {self.regressions} worse), "
+            f"evidence of a mean gain below {self.floor:g} is {self.e_value:.3g} of the "
+            f"{1 / self.false_alarm:g}, and restarted {self.restarted_e_value:.3g} of the "
+            f"{self.patience:g}, that raise an alarm"
+        )
+        if not self.withdraw:
+            return f"The guarantee stands: {seen}."
+        alarms = [
+            f"at pair {at} {what}"
+            for at, what in (
+                (self.harmful_at, f"(false with probability at most {self.false_alarm:g})"),
+                (self.changed_at, f"(false once in {self.patience:g} pairs)"),
+            )
+            if at is not None
+        ]
+        return (
+            f"Withdraw the guarantee and steer nothing until recalibrated: an alarm was raised "
+            f"{' and '.join(alarms)}; {seen}."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the state as plain values."""
+        # JSON has no infinity; a process that has not begun is null.
+        state = asdict(self)
+        state["log_restarted"] = [None if v == -math.inf else v for v in self.log_restarted]
+        return state
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Monitor":
+        """Rebuild a monitor from `to_json`.
+
+        Raises:
+            ValueError: if this is not the state of a monitor.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(state, dict) or set(state) != names or len(state["log_wealth"]) != N_BETS:
+            raise ValueError(
+                "This is not the state of a monitor, or of another version; start a new one."
+            )
+        restarted = (-math.inf if v is None else v for v in state["log_restarted"])
+        return cls(
+            **{
+                **state,
+                "log_wealth": tuple(state["log_wealth"]),
+                "log_restarted": tuple(restarted),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the state as JSON, whole or not at all."""
+        storage.write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Monitor":
+        """Read a state written by `save`."""
+        return cls.from_json(storage.read_json(path))
+
+
+def _log_mean(logs: tuple[float, ...]) -> float:
+    top = max(logs)
+    if top == -math.inf:
+        return top
+    return top + math.log(sum(math.exp(value - top) for value in logs) / len(logs))
+
+
+def read_gains(lines: Iterable[str]) -> Iterator[float]:
+    """Read one gain per line of JSONL, in order: `gain`, or `steered` and `unsteered`.
+
+    The latter two are correctness (true/false, 0/1) or any score in [0, 1] that is better when
+    higher.
+
+    Raises:
+        ValueError: naming the line that is neither.
+    """
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if "gain" in record:
+                yield float(record["gain"])
+            else:
+                yield float(record["steered"]) - float(record["unsteered"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"Line {number} is no audited pair: {line.strip()[:80]!r}; write one JSON object a "
+                'line, as {"steered": true, "unsteered": false} or {"gain": 1}.'
+            ) from None

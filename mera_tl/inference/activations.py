@@ -1,0 +1,194 @@
+"""Collect `resid_post` of all layers and the model's errors, in the pass that produces the answer.
+
+Rows are gathered inside the hooks: per layer one vector an example at the final prompt token
+(`last`) and one at the answer token (`exact`). They go to a file as they come, so memory grows
+with the batch and not with the number of examples.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mera_tl import storage
+from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
+from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.models.model import Model, resid_post
+from mera_tl.tasks.task import Task
+
+Position = Literal["last", "exact"]
+WriteRow = Callable[[str, int, np.ndarray], None]
+"""Keeps "layer d_model" of one example at one position."""
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """`resid_post` of every layer, at the positions that were collected, with the outcomes."""
+
+    by_position: Mapping[str, Float[Tensor, "example layer d_model"]] = field(repr=False)
+    outcomes: Outcomes = field(repr=False)
+    """Of the unsteered run that produced the activations."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Model, data, template, positions: what a probe fitted on this is good for."""
+
+    def resid(self, position: Position = "last") -> Float[Tensor, "layer example d_model"]:
+        """Return the activations at a position, all layers; `exact` is zero where unanswered.
+
+        Raises:
+            ValueError: if that position was not collected, or holds a value that is not finite.
+        """
+        if position not in self.by_position:
+            raise ValueError(
+                f"Position {position!r} was not collected, only {', '.join(self.by_position)}; "
+                "`exact` needs readout='exact'."
+            )
+        resid = self.by_position[position].transpose(0, 1)
+        if not torch.isfinite(resid).all():
+            bad = (~torch.isfinite(resid).all(-1)).nonzero()[0].tolist()
+            raise ValueError(
+                f"Activations hold NaN or infinity (first in layer {bad[0]}, example {bad[1]}); "
+                "collect with dtype float32 or bfloat16, or leave that example out."
+            )
+        return resid
+
+    @property
+    def error(self) -> Float[Tensor, " example"]:
+        """The unsteered error, 1 - P(true option)."""
+        return self.outcomes.error
+
+    @property
+    def correct(self) -> Bool[Tensor, " example"]:
+        """Whether the unsteered answer was the true option."""
+        return self.outcomes.correct
+
+    @property
+    def labels(self) -> Int[Tensor, " example"]:
+        """The true options' indices."""
+        return self.outcomes.labels
+
+    def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
+        """Return the activations of some examples."""
+        kept = {name: resid[indices] for name, resid in self.by_position.items()}
+        return Activations(kept, self.outcomes.subset(indices), self.manifest)
+
+    def save(self, folder: str | Path) -> None:
+        """Write activations.safetensors, outcomes.jsonl and manifest.json into a folder."""
+        storage.save_tensors(Path(folder) / "activations.safetensors", self.by_position)
+        _save_rest(Path(folder), self.outcomes, self.manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Activations":
+        """Read what `save`, or `collect` with a folder, has written.
+
+        Raises:
+            ValueError: if a file is missing or damaged.
+        """
+        manifest = storage.read_json(Path(folder) / "manifest.json")
+        records = storage.read_records(Path(folder) / "outcomes.jsonl")
+        tensors = storage.map_tensors(Path(folder) / "activations.safetensors")
+        return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
+
+    def _repr_html_(self) -> str:
+        shapes = ", ".join(f"{p}: {tuple(t.shape)}" for p, t in self.by_position.items())
+        model, task = self.manifest.get("model"), self.manifest.get("task")
+        return f"<b>resid_post</b> of {model} on {task} ({shapes})<br>{self.outcomes._repr_html_()}"
+
+
+def collect(
+    model: Model,
+    task: Task[Any],
+    *,
+    settings: ReadSettings | None = None,
+    out: str | Path | None = None,
+) -> Activations:
+    """Answer a task unsteered, gathering `resid_post` at `last` and, with readout exact, `exact`.
+
+    With a folder `out`, activations are written there as they come and read back lazily by the
+    operating system; without, they are kept in memory.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    settings = settings or ReadSettings()
+    options = option_tokens(model, task.options)
+    prompts = tokenize_task(model, task, settings)
+    shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
+    kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
+
+    def keep(position: str, row: int, values: np.ndarray) -> None:
+        kept[position][row] = torch.from_numpy(values)
+
+    with ExitStack() as stack:
+        write_row: WriteRow = keep
+        if out is not None:
+            path = Path(out) / "activations.safetensors"
+            write_row = stack.enter_context(storage.TensorFile(path, shapes)).write
+
+        def run(batch: list[int]) -> Reading:
+            capture = _Capture(model, batch, write_row)
+            return read_batch(
+                model,
+                [prompts[i] for i in batch],
+                options,
+                settings,
+                capture.fwd_hooks,
+                on_prompt=lambda rows: capture.write("last", rows),
+                on_answer=lambda rows: capture.write("exact", rows),
+            )
+
+        outcomes = gather(task, options, run_batches(prompts, run, settings, "collect"))
+    manifest = {
+        **model.manifest,
+        "task": task.name,
+        "role": task.role,
+        "options": list(task.options),
+        "data_hash": task.data_hash,
+        "source": dict(task.source),
+        "hook": "blocks.{layer}.hook_resid_post",
+        "readout": settings.readout,
+        "n": len(task),
+    }
+    if out is None:
+        return Activations(kept, outcomes, manifest)
+    _save_rest(Path(out), outcomes, manifest)
+    return Activations.load(out)
+
+
+def positions_of(settings: ReadSettings) -> tuple[Position, ...]:
+    """Return the positions that are collected under a readout."""
+    return ("last", "exact") if settings.readout == "exact" else ("last",)
+
+
+def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) -> None:
+    storage.write_records(folder / "outcomes.jsonl", outcomes.to_records())
+    storage.write_json(folder / "manifest.json", dict(manifest))
+
+
+class _Capture:
+    """Hooks that keep the final column of the latest pass, and their way out."""
+
+    def __init__(self, model: Model, batch: list[int], write_row: WriteRow) -> None:
+        self._batch, self._write_row = batch, write_row
+        self._latest: list[Tensor] = [torch.empty(0)] * model.n_layers
+        self.fwd_hooks = [(resid_post(layer), self._keep(layer)) for layer in range(model.n_layers)]
+
+    def _keep(self, layer: int) -> Any:
+        def keep(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:  # noqa: ARG001
+            # Prompts are padded on the left: the last column is every row's newest token.
+            self._latest[layer] = resid[:, -1].float()
+
+        return keep
+
+    def write(self, position: str, rows: Int[Tensor, " column_rows"]) -> None:
+        """Write the latest columns of the rows that are not -1."""
+        values = torch.stack([column.cpu() for column in self._latest], dim=1).numpy()
+        for column, row in enumerate(rows.tolist()):
+            if row >= 0:
+                self._write_row(position, self._batch[row], values[column])

@@ -1,0 +1,156 @@
+"""Run a task through a model under hooks: one `Outcomes` per run.
+
+Prompts are tokenized once, sorted by length, left-padded and decoded in batches. A batch that does
+not fit into memory is halved, and so are all after it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from mera_tl.inference.answers import (
+    COUNTS,
+    OptionTokens,
+    Reading,
+    ReadSettings,
+    by_length,
+    option_tokens,
+    read_batch,
+)
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.progress import is_watched
+from mera_tl.models.model import FwdHooks, Model
+from mera_tl.tasks.task import Example, Task
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def evaluate(
+    model: Model,
+    task: Task[Any],
+    fwd_hooks: FwdHooks = (),
+    *,
+    settings: ReadSettings | None = None,
+    title: str = "evaluate",
+) -> Outcomes:
+    """Answer every example of a task under hooks.
+
+    Raises:
+        ValueError: if a prompt exceeds the context, options share tokens, or a hook matches
+            nothing.
+    """
+    settings = settings or ReadSettings()
+    options = option_tokens(model, task.options)
+    prompts = tokenize_task(model, task, settings)
+
+    def run(batch: list[int]) -> Reading:
+        return read_batch(model, [prompts[i] for i in batch], options, settings, fwd_hooks)
+
+    return gather(task, options, run_batches(prompts, run, settings, title))
+
+
+def run_batches(
+    prompts: Sequence[Sequence[int]],
+    run: Callable[[list[int]], Result],
+    settings: ReadSettings,
+    title: str,
+) -> list[tuple[list[int], Result]]:
+    """Run batches of prompt indices, longest first, halving the batch when memory runs out."""
+    results: list[tuple[list[int], Result]] = []
+    pending = list(by_length(prompts, settings))[::-1]
+    hidden = not (settings.progress and is_watched())
+    with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
+        while pending:
+            batch = pending.pop()
+            try:
+                results.append((batch, run(batch)))
+                bar.update(len(batch))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                size = len(batch) // 2
+                logger.warning(
+                    "out of memory with %d prompts at once; going on with %d", len(batch), size
+                )
+                left = sorted(
+                    (i for b in [batch, *pending] for i in b), key=lambda i: -len(prompts[i])
+                )
+                pending = [left[i : i + size] for i in range(0, len(left), size)][::-1]
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    return results
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def gather(
+    task: Task[Any], options: OptionTokens, results: Sequence[tuple[list[int], Reading]]
+) -> Outcomes:
+    """Put the readings of batches back into the order of the task."""
+    order = torch.tensor([i for batch, _ in results for i in batch]).argsort()
+
+    def column(name: str) -> torch.Tensor:
+        return torch.cat([getattr(reading, name) for _, reading in results])[order]
+
+    return Outcomes(
+        options=options.options,
+        rows=torch.tensor([example.row for example in task.examples]),
+        labels=torch.tensor(task.labels),
+        predictions=column("predictions"),
+        probs=column("probs").float(),
+        **{name: column(name) for name in COUNTS},
+    )
+
+
+def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list[list[int]]:
+    """Tokenize every prompt of a task and check it against the model's context.
+
+    Raises:
+        ValueError: naming the rows whose prompts are too long and cannot, or may not, be shortened.
+    """
+    prompts = model.tokenize([example.prompt for example in task.examples])
+    room = model.n_ctx - (settings.max_new_tokens if settings.readout == "exact" else 0)
+    long = [i for i, tokens in enumerate(prompts) if len(tokens) > room]
+    if not settings.truncate and long:
+        raise ValueError(
+            f"{_rows(task, long)} of {task.name} exceed the {room} tokens that {model.name} "
+            f"has for a prompt (longest: {max(len(prompts[i]) for i in long)}); "
+            "pass truncate (--truncate) to shorten their text, or leave them out."
+        )
+    for i in long:
+        prompts[i] = _shorten(model, task.examples[i], room)
+    fixed = [i for i in long if len(prompts[i]) > room]
+    if fixed:
+        raise ValueError(
+            f"{_rows(task, fixed)} of {task.name} exceed the {room} tokens of {model.name} even "
+            "without their text; leave them out."
+        )
+    return prompts
+
+
+def _rows(task: Task[Any], indices: list[int]) -> str:
+    rows = ", ".join(str(task.examples[i].row) for i in indices[:8])
+    return f"{len(indices)} prompts (rows {rows}{', ...' if len(indices) > 8 else ''})"
+
+
+def _shorten(model: Model, example: Example, room: int) -> list[int]:
+    """Cut the end of an example's text, token by token as needed, until its prompt fits."""
+    text = model.tokenizer(example.text, add_special_tokens=False)["input_ids"]
+    tokens = model.tokenize([example.prompt])[0]
+    while len(tokens) > room and text:
+        text = text[: len(text) - (len(tokens) - room)] if len(tokens) - room < len(text) else []
+        shorter = model.tokenizer.decode(text, clean_up_tokenization_spaces=False)
+        tokens = model.tokenize([example.with_text(shorter).prompt])[0]
+    return tokens

@@ -1,0 +1,106 @@
+"""What steering does to free text: continuations of the same prompts, steered and not.
+
+A method that answers better by breaking the model is no good. Prompts are continued greedily
+without looking for an answer; perplexity is the *unsteered* model's on the continuation, and
+repetition shows as a low share of distinct n-grams.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mera_tl.inference.answers import ReadSettings, by_length
+from mera_tl.inference.decoding import Decoding, hooked_pass, left_pad
+from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.models.model import FwdHooks, Model
+from mera_tl.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class FreeText:
+    """Continuations of a task's prompts, summed up."""
+
+    n_tokens: int
+    """Tokens generated over all prompts, without padding."""
+    perplexity: float
+    """Of the continuations under the unsteered model, per token."""
+    distinct_1: float
+    """Share of tokens that are different, within a continuation, averaged."""
+    distinct_2: float
+    """Share of token pairs that are different, within a continuation, averaged."""
+
+
+def free_text(
+    model: Model,
+    task: Task[Any],
+    fwd_hooks: FwdHooks = (),
+    *,
+    n_new: int = 24,
+    settings: ReadSettings | None = None,
+) -> FreeText:
+    """Continue every prompt of a task under hooks, greedily, for at most `n_new` tokens.
+
+    Raises:
+        ValueError: as `evaluate`; prompt and continuation must fit the context.
+    """
+    settings = settings or ReadSettings()
+    prompts = tokenize_task(model, task, ReadSettings(max_new_tokens=n_new))
+    texts: list[list[int]] = []
+    logs: list[float] = []
+    for batch in by_length(prompts, settings):
+        starts = [prompts[i] for i in batch]
+        tokens = _continue(model, starts, fwd_hooks, n_new)
+        for start, row in zip(starts, tokens.tolist(), strict=True):
+            text = row[: row.index(-1)] if -1 in row else row
+            texts.append(text)
+            logs += _log_probs(model, start, text)
+    mean = sum(logs) / max(1, len(logs))
+    return FreeText(
+        n_tokens=len(logs),
+        perplexity=float(torch.tensor(-mean).exp()),
+        distinct_1=_distinct(texts, 1),
+        distinct_2=_distinct(texts, 2),
+    )
+
+
+def _continue(
+    model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks, n_new: int
+) -> Int[Tensor, "batch new"]:
+    """Decode greedily; -1 where a row has ended."""
+    out = torch.full((len(prompts), n_new), -1)
+    with torch.inference_mode(), hooked_pass(model, fwd_hooks):
+        decoding = Decoding(model, prompts, fwd_hooks)
+        logits = decoding.prompt()
+        for step in range(n_new):
+            emitted = logits.argmax(-1)
+            out[decoding.rows.cpu(), step] = emitted.cpu()
+            going = ~decoding.is_end(emitted)
+            if step + 1 == n_new or not going.any():
+                break
+            decoding.keep(going)
+            logits = decoding.next(emitted[going])
+    return out
+
+
+def _log_probs(model: Model, start: Sequence[int], text: Sequence[int]) -> list[float]:
+    """Return the unsteered model's log-probability of each token of a continuation."""
+    if not text:
+        return []
+    tokens, mask = left_pad([[*start, *text]], model.device)
+    with torch.inference_mode():
+        logits = model.hooked(tokens, attention_mask=mask)[0, -len(text) - 1 : -1]
+    chosen = logits.float().log_softmax(-1).gather(1, tokens[0, -len(text) :, None])
+    return chosen[:, 0].tolist()
+
+
+def _distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    shares = []
+    for text in texts:
+        grams = list(zip(*(text[i:] for i in range(n)), strict=False))
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 1.0

@@ -1,0 +1,328 @@
+"""One way of steering, tried on examples: a candidate, its gains, the choice among many.
+
+A candidate that acts from the final prompt token on shares all that comes before with every other:
+each prompt is run once, each candidate costs one token, and only the examples whose score exceeds
+its limit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mera_tl.inference.activations import Activations
+from mera_tl.inference.answers import OptionTokens, Reading, ReadSettings, option_tokens, read_again
+from mera_tl.inference.decoding import Decoding, hooked_pass
+from mera_tl.inference.evaluation import evaluate, run_batches, tokenize_task
+from mera_tl.inference.outcomes import Metric, Outcomes
+from mera_tl.models.model import Model
+from mera_tl.probes.probe import LinearProbe, fit_error_probe
+from mera_tl.sae.probes import fit_latent_probe
+from mera_tl.steering.directions import Direction, fit_directions
+from mera_tl.steering.rules import Adaptive, Gated
+from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
+from mera_tl.steering.steering import Positions, Steering
+from mera_tl.tasks.task import Task
+
+RAW = ResidualSpace()
+MEANS = ("contrastive", "controlled_contrastive", "answer_controlled")
+"""Directions that are differences of means, and so have a length of their own."""
+
+MIN_ERRORS = 5
+"""An answer with fewer wrong or right examples than this has no probe of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Probes and the directions that go with them."""
+
+    probe: LinearProbe
+    by_answer: tuple[LinearProbe, ...]
+    """One per unsteered answer; none where all share `probe`."""
+    directions: Mapping[str, Direction]
+
+    @staticmethod
+    def ridge(
+        activations: Activations,
+        penalty: float,
+        kinds: Sequence[str],
+        *,
+        space: Space = RAW,
+        seed: int = 0,
+    ) -> "Fitted":
+        """Fit the probe of MERA's rule and its directions."""
+        probe = _fit(activations, space, kind="ridge", penalty=penalty, seed=seed)
+        return Fitted(probe, (), fit_directions(features(activations, space), probe, kinds))
+
+    @staticmethod
+    def per_answer(
+        activations: Activations, kinds: Sequence[str], *, space: Space = RAW, seed: int = 0
+    ) -> "Fitted":
+        """Fit one logistic probe per unsteered answer; where errors are few, that of all examples.
+
+        Error is an exclusive or of the truth and the answer, which no linear probe can read. Given
+        the answer it is the truth, which one can.
+        """
+        pooled = _fit(activations, space, kind="logistic", seed=seed)
+        probes = []
+        for answer in range(len(activations.outcomes.options)):
+            chosen = activations.outcomes.predictions == answer
+            wrong = int((chosen & ~activations.correct).sum())
+            if min(wrong, int(chosen.sum()) - wrong) < MIN_ERRORS:
+                probes.append(pooled)
+                continue
+            part = activations.subset(chosen.nonzero()[:, 0])
+            probes.append(_fit(part, space, kind="logistic", seed=seed))
+        directions = fit_directions(features(activations, space), pooled, kinds)
+        return Fitted(pooled, tuple(probes), directions)
+
+    def score(
+        self,
+        resid: Float[Tensor, "layer example d_model"],
+        answers: Int[Tensor, " example"],
+    ) -> Float[Tensor, "layer example"]:
+        """Return every example's score, by the probe of its answer."""
+        score = self.probe.score(resid)
+        for answer, probe in enumerate(self.by_answer):
+            chosen = (answers == answer).nonzero()[:, 0]
+            score[:, chosen] = probe.score(resid[:, chosen])
+        return score
+
+
+def _fit(activations: Activations, space: Space, **options: Any) -> LinearProbe:
+    if isinstance(space, SAESpace):
+        return fit_latent_probe(activations, space, **options)
+    return fit_error_probe(activations, **options)
+
+
+def features(activations: Activations, space: Space) -> Activations:
+    """Return activations as a space reads them; zero in the layers where an SAE space has none."""
+    if not isinstance(space, SAESpace):
+        return activations
+    read = {}
+    for position in activations.by_position:
+        resid = activations.resid(position)  # pyright: ignore[reportArgumentType]
+        read[position] = torch.zeros(resid.shape[1], len(resid), space.d_sae)
+        for layer in space.layers:
+            read[position][:, layer] = space.read(resid[layer], layer)
+    return replace(activations, by_position=read)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of steering, in words."""
+
+    direction: str
+    penalty: float | None
+    """Of the ridge probe; None is one logistic probe per unsteered answer."""
+    layers: tuple[int, ...]
+    positions: Positions
+    threshold: float
+    strength: float | None = None
+    """None is MERA's rule; a number moves that many directions where the threshold is exceeded."""
+
+
+def steering_of(
+    candidate: Candidate,
+    probe: LinearProbe,
+    by_answer: tuple[LinearProbe, ...],
+    direction: Tensor | None,
+    space: Space = RAW,
+) -> Steering:
+    """Return a candidate's steering, at its threshold."""
+    steering = Steering(
+        probe,
+        direction,
+        rule=Adaptive() if candidate.strength is None else Gated(strength=candidate.strength),
+        space=space,
+        layers=candidate.layers,
+        positions=candidate.positions,
+        by_answer=by_answer,
+    )
+    return steering.at(candidate.threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A candidate with its paired gains; NaN for the examples that it has not seen."""
+
+    candidate: Candidate
+    gains: Float[Tensor, " example"]
+
+    @property
+    def seen(self) -> Float[Tensor, " seen"]:
+        """The gains on the examples that it has seen."""
+        return self.gains[~self.gains.isnan()]
+
+    def value(self, caution: float) -> float:
+        """Return the mean gain less `caution` standard errors: what it may be worth elsewhere."""
+        seen = self.seen
+        return float(seen.mean() - caution * seen.std(correction=0) / len(seen) ** 0.5)
+
+
+def choose(tried: Sequence[Tried], caution: float = 1.0) -> Candidate:
+    """Return the candidate of greatest value or, of those that are hardly worse, the simplest.
+
+    Hardly worse: no more regressions, and behind by at most one standard error of a sum of paired
+    differences that is zero on average.
+    Simplest: fewest layers, then the last token rather than all, then the mildest threshold.
+    """
+    complete = max(len(each.seen) for each in tried)
+    finalists = [each for each in tried if len(each.seen) == complete]
+    best = max(finalists, key=lambda each: each.value(caution))
+
+    def close(other: Tried) -> bool:
+        behind = best.seen - other.seen
+        harm = [int((each.seen < 0).sum()) for each in (best, other)]
+        return harm[1] <= harm[0] and float(behind.sum()) <= float(behind.norm()) + 1e-9
+
+    def simplicity(other: Tried) -> tuple[Any, ...]:
+        way = other.candidate
+        rank = (len(way.layers), way.positions == "all", way.strength or 0.0, -way.threshold)
+        return *rank, -other.value(caution)
+
+    # Only candidates that are of use at all may be called simple.
+    useful = [each for each in finalists if close(each) and each.value(caution) > 0]
+    return min(useful or [best], key=simplicity).candidate
+
+
+def tabulate(tried: Sequence[Tried], caution: float = 1.0) -> pd.DataFrame:
+    """Return one row per candidate, the most valuable first."""
+    rows = [
+        asdict(each.candidate)
+        | {
+            "n": len(each.seen),
+            "recoveries": int((each.seen > 0).sum()),
+            "regressions": int((each.seen < 0).sum()),
+            "gain": float(each.seen.mean()),
+            "value": each.value(caution),
+        }
+        for each in tried
+    ]
+    return pd.DataFrame(rows).sort_values(["n", "value"], ascending=False, ignore_index=True)
+
+
+# --- trying ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Where candidates are tried: examples, and what the model answers to them unsteered."""
+
+    model: Model
+    task: Task[Any]
+    base: Outcomes
+    fitted: Mapping[float | None, Fitted]
+    """By the penalty of candidates."""
+    metric: Metric
+    settings: ReadSettings
+    space: Space = RAW
+
+    def steering(self, candidate: Candidate) -> Steering:
+        """Return a candidate's steering."""
+        fitted = self.fitted[candidate.penalty]
+        direction = fitted.directions[candidate.direction].vectors
+        return steering_of(candidate, fitted.probe, fitted.by_answer, direction, self.space)
+
+    def advance(self, field: Sequence[Tried], places: Sequence[int], title: str) -> list[Tried]:
+        """Return the candidates with their gains at these places too."""
+        more = self.gains([each.candidate for each in field], places, title)
+        return [
+            replace(each, gains=each.gains.where(~each.gains.isnan(), new))
+            for each, new in zip(field, more, strict=True)
+        ]
+
+    def gains(
+        self, names: Sequence[Candidate], places: Sequence[int], title: str
+    ) -> Float[Tensor, "candidate example"]:
+        """Return paired gains at these places, NaN elsewhere."""
+        gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
+        where = torch.tensor(places)
+        short = [row for row, name in enumerate(names) if name.positions != "all"]
+        if short:
+            gains[short] = self._from_last_token([names[row] for row in short], places, title)
+        task, base = self.task.subset(places), self.base.subset(where)
+        quiet = replace(self.settings, progress=False)
+        for row in set(range(len(names))) - set(short):
+            hooks = self.steering(names[row]).fwd_hooks()
+            steered = evaluate(self.model, task, hooks, settings=quiet)
+            gains[row, where] = steered.gain(base, self.metric)
+        return gains
+
+    def _from_last_token(
+        self, names: Sequence[Candidate], places: Sequence[int], title: str
+    ) -> Float[Tensor, "candidate example"]:
+        options = option_tokens(self.model, self.task.options)
+        prompts = tokenize_task(self.model, self.task, self.settings)
+        hooks = [self.steering(name).fwd_hooks() for name in names]
+        gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
+
+        def run(batch: list[int]) -> Reading:
+            where = torch.tensor([places[i] for i in batch])
+            with torch.inference_mode(), hooked_pass(self.model, ()):
+                decoding = Decoding(self.model, [prompts[i] for i in where], ())
+                answers = options.class_logits(decoding.prompt()).argmax(-1)
+            peaks = self._peaks(names, decoding, options, answers)
+            for row, (name, candidate) in enumerate(zip(names, hooks, strict=True)):
+                gains[row, where] = 0.0
+                limit = torch.logit(torch.tensor(name.threshold))
+                highest = torch.stack([peaks[name.penalty, layer] for layer in name.layers])
+                moved = (highest.amax(0) > limit).nonzero()[:, 0]
+                if not len(moved):
+                    continue
+                here = moved.to(answers.device)
+                reading = read_again(
+                    decoding, here, options, self.settings, candidate, answers=answers[here]
+                )
+                gains[row, where[moved]] = self._gain(reading, where[moved])
+            return _read_nothing(answers, options)
+
+        # Passes of one token: more prompts at once, as long as their cache stays near the cores.
+        wide = self.settings.wider(2)
+        run_batches([prompts[i] for i in places], run, wide, title)
+        return gains
+
+    def _gain(self, reading: Reading, places: Tensor) -> Float[Tensor, " kept"]:
+        labels = torch.tensor(self.task.labels)[places]
+        base = self.base.subset(places)
+        if self.metric == "correct":
+            return (reading.predictions == labels).double() - base.correct.double()
+        return base.error.double() - 1 + reading.probs.gather(1, labels[:, None])[:, 0].double()
+
+    def _peaks(
+        self,
+        names: Sequence[Candidate],
+        decoding: Decoding,
+        options: OptionTokens,
+        answers: Int[Tensor, " batch"],
+    ) -> dict[tuple[float | None, int], Float[Tensor, " batch"]]:
+        """Return the highest unsteered score from the final prompt token on, by probe and layer.
+
+        A row that stays below a limit in all layers of a candidate is never moved by it.
+        """
+        rows = torch.arange(len(answers), device=answers.device)
+        peaks = {}
+        for penalty, layer in {(name.penalty, layer) for name in names for layer in name.layers}:
+            fitted = self.fitted[penalty]
+            reader = Steering(
+                fitted.probe,
+                space=self.space,
+                layers=(layer,),
+                positions="last",
+                by_answer=fitted.by_answer,
+            )
+            hooks = reader.fwd_hooks()  # without a limit they move nothing
+            reading = read_again(decoding, rows, options, self.settings, hooks, answers=answers)
+            peaks[penalty, layer] = reading.peak
+        return peaks
+
+
+def _read_nothing(answers: Int[Tensor, " batch"], options: OptionTokens) -> Reading:
+    """Return an empty reading: what was read has gone into the gains."""
+    probs = torch.zeros(len(answers), len(options.options))
+    counts = torch.zeros_like(answers, device="cpu")
+    return Reading(answers.cpu(), probs, *[counts] * 4, *[probs[:, 0]] * 2)

@@ -1,0 +1,98 @@
+"""Correct without steering: answer the second-best option where the predicted error is too high.
+
+The baseline that every way of steering must beat. Where a probe reads the error well and options
+are few it is strong, and it costs nothing. It has the probes of the search, per answer too, and the
+same choice on training data and certificate.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.decision import certify
+from mera_tl.certificate.terms import Protocol
+from mera_tl.inference.activations import Activations
+from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.evaluation import evaluate
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.methods.candidates import Candidate, Tried, choose, steering_of, tabulate
+from mera_tl.methods.race import Choices, Search, divide, fit_all, require_training
+from mera_tl.models.model import FwdHooks, Model
+from mera_tl.steering.rules import Adaptive
+from mera_tl.steering.steering import Steering
+from mera_tl.tasks.task import Calibration as CalibrationRole
+from mera_tl.tasks.task import Task, Train
+
+
+def flipped(outcomes: Outcomes, score: Float[Tensor, " example"], threshold: float) -> Outcomes:
+    """Return the outcomes with the second-best option where the predicted error is too high.
+
+    The two options exchange their probabilities. An unanswered example stays so.
+    """
+    too_high = (score > torch.logit(torch.tensor(threshold))) & outcomes.answered
+    best, second = outcomes.probs.topk(2, dim=-1).indices.unbind(-1)
+    chosen = too_high.nonzero()[:, 0]
+    probs, predictions = outcomes.probs.clone(), outcomes.predictions.clone()
+    probs[chosen, best[chosen]] = outcomes.probs[chosen, second[chosen]]
+    probs[chosen, second[chosen]] = outcomes.probs[chosen, best[chosen]]
+    predictions[chosen] = second[chosen]
+    return replace(outcomes, probs=probs, predictions=predictions)
+
+
+def search_flip(
+    task: Task[Train], activations: Activations, *, choices: Choices | None = None
+) -> Search:
+    """Choose probe, layer and threshold on training data; needs no model.
+
+    Raises:
+        ValueError: as `search`.
+    """
+    choices = choices or Choices()
+    require_training(task, activations)
+    fit, judge = divide(task, choices.search_share, choices.seed)
+    learned, held_out = (activations.subset(torch.tensor(part)) for part in (fit, judge))
+    fitted = fit_all(learned, replace(choices, directions=()))
+    base, resid = held_out.outcomes, held_out.resid("last")
+    tried = []
+    for penalty, probes in fitted.items():
+        scores = probes.score(resid, base.predictions)
+        for layer, score in enumerate(scores):
+            for threshold in choices.gates if penalty is None else choices.thresholds:
+                name = Candidate("flip", penalty, (layer,), "final", threshold)
+                gains = flipped(base, score, threshold).gain(base, choices.metric)
+                tried.append(Tried(name, gains))
+    chosen = choose(tried, choices.caution)
+    probes = fitted[chosen.penalty]
+    steering = steering_of(chosen, probes.probe, probes.by_answer, None)
+    details = {"n_fit": len(fit), "n_search": len(judge), "notes": ()}
+    return Search(chosen, steering, tabulate(tried, choices.caution), details)
+
+
+def reading_hooks(steering: Steering) -> FwdHooks:
+    """Return hooks that move nothing and read the score at the final prompt token."""
+    return replace(steering, rule=Adaptive(), positions="final").fwd_hooks()
+
+
+def certify_flip(
+    model: Model,
+    task: Task[CalibrationRole],
+    found: Search,
+    *,
+    protocol: Protocol,
+    min_gain: float = 0.0,
+    settings: ReadSettings | None = None,
+) -> Calibration:
+    """Certify the one flip that was chosen, on held-out examples, or abstain."""
+    base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
+    threshold = found.chosen.threshold
+    gains = flipped(base, base.peak, threshold).gain(base, protocol.metric).numpy()
+    rows: list[Any] = [example.row for example in task.examples]
+    once = replace(protocol, thresholds=(threshold,), weights=None)
+    decision = certify(gains[None], (threshold,), protocol=once, min_gain=min_gain, examples=rows)
+    return replace(
+        decision, base=base.accuracy if protocol.metric == "correct" else base.mean_error
+    )

@@ -1,0 +1,295 @@
+"""Fit every kind of probe on shared folds, and measure each where it was not fitted.
+
+Examples are dealt into ten blocks; each of five folds fits on seven and holds out three, and one
+last fit uses them all. Every layer, kind and penalty meets the same folds, so that a comparison is
+paired and sums over blocks serve all of them. Features are standardised once per layer, without a
+look at the targets, and the scale is folded back: a probe acts on raw `h`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import pandas as pd
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mera_tl.probes import metrics as scoring
+from mera_tl.probes.least_squares import lasso_from_rows, least_squares_from_rows
+from mera_tl.probes.logistic import logistic_path
+from mera_tl.probes.solvers import Moments, Quadratic, lasso_path, least_squares, ridge_path
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive"]
+Grid = Mapping[str, Sequence[float]]
+"""Penalties by kind. Ridge: in units of the mean feature variance. Lasso: scikit-learn's alpha.
+Logistic: 1/C. Contrastive: number of pairs, 0 for half of the examples. Least squares: 0."""
+
+LASSO = (0.5, 0.25, 0.1, 0.05, 0.01, 0.005)
+PUBLISHED: Grid = {"least_squares": (0.0,), "lasso": LASSO, "logistic": (1.0,)}
+"""The paper's fits."""
+REGRESSIONS: Grid = {"least_squares": (0.0,), "lasso": LASSO}
+FULL: Grid = {
+    "ridge": (0.01, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0),
+    **PUBLISHED,
+    "contrastive": (0.0, 50.0, 100.0, 200.0),
+}
+
+N_FOLDS, N_BLOCKS, HELD_OUT_BLOCKS = 5, 10, 3
+CHUNK_BYTES = 1 << 30
+"""Layers are fitted in chunks whose matrices stay near this size, one layer at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Activations at one position, the error there, and whether the answer was incorrect."""
+
+    resid: Float[Tensor, "layer example d_model"]
+    error: Float[Tensor, " example"]
+    incorrect: Bool[Tensor, " example"]
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+    def shuffled(self, seed: int) -> "Examples":
+        """Return a control task: the same targets, dealt to other examples at random."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return replace(self, error=self.error[order], incorrect=self.incorrect[order])
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """All probes of a grid, on every fold and, last, where they were refitted, on all examples."""
+
+    kinds: tuple[str, ...]
+    penalties: tuple[float, ...]
+    weights: Float[Tensor, "layer fold fit d_model"]
+    bias: Float[Tensor, "layer fold fit"]
+
+    def layers(self, start: int, stop: int) -> "Fits":
+        """Return the probes of a range of layers."""
+        return replace(self, weights=self.weights[start:stop], bias=self.bias[start:stop])
+
+    def score(
+        self, resid: Float[Tensor, "layer example d_model"], fold: int
+    ) -> Float[Tensor, "layer fit example"]:
+        """Return the scores of one fold's probes."""
+        weights = self.weights[:, fold].to(resid)
+        score = einsum(weights, resid, "layer fit d, layer example d -> layer fit example")
+        return score + self.bias[:, fold, :, None].to(resid)
+
+
+def folds() -> Bool[Tensor, "fold block"]:
+    """Return which blocks each fold fits on: seven of ten, the held-out three moving round."""
+    start = torch.arange(N_FOLDS)[:, None] * HELD_OUT_BLOCKS
+    held_out = (start + torch.arange(HELD_OUT_BLOCKS)) % N_BLOCKS
+    return torch.ones(N_FOLDS, N_BLOCKS, dtype=torch.bool).scatter(1, held_out, False)
+
+
+def blocks(incorrect: Bool[Tensor, " example"], seed: int) -> Int[Tensor, " example"]:
+    """Deal examples into ten blocks at random, errors and correct ones evenly.
+
+    Raises:
+        ValueError: if there are fewer examples than blocks.
+    """
+    n = len(incorrect)
+    if n < N_BLOCKS:
+        raise ValueError(
+            f"A probe needs at least {N_BLOCKS} examples, to hold some out, but got {n}; "
+            "collect more."
+        )
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    dealt = shuffled[incorrect.cpu()[shuffled].long().argsort(stable=True)]
+    block = torch.empty(n, dtype=torch.long)
+    block[dealt] = torch.arange(n) % N_BLOCKS
+    return block.to(incorrect.device)
+
+
+def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: bool = True) -> Fits:
+    """Fit every kind and penalty of a grid for every layer, on every fold.
+
+    With `refit`, one last fold holds the fits to all examples.
+
+    Raises:
+        ValueError: if examples are too few, or a logistic probe has only one class to learn.
+    """
+    _require_targets(examples, grid)
+    block = blocks(examples.incorrect, seed)
+    n_layers, _, width = examples.resid.shape
+    per_chunk = max(1, CHUNK_BYTES // (8 * width * width * (N_BLOCKS + 2 * N_FOLDS)))
+    parts = []
+    for start in range(0, n_layers, per_chunk):
+        some = replace(examples, resid=examples.resid[start : start + per_chunk])
+        layers = _Layers.of(some, block, clip, refit)
+        parts.append([layers.fit(kind, tuple(penalties)) for kind, penalties in grid.items()])
+    kinds, penalties = zip(*((k, p) for k, many in grid.items() for p in many), strict=True)
+    weights = torch.cat([torch.cat([w for w, _ in part], dim=2) for part in parts])
+    bias = torch.cat([torch.cat([b for _, b in part], dim=2) for part in parts])
+    return Fits(kinds, penalties, weights, bias)
+
+
+def _require_targets(examples: Examples, grid: Grid) -> None:
+    """Say what cannot be learnt from these targets."""
+    one_class = examples.incorrect.all() or not examples.incorrect.any()
+    if one_class and any(kind.startswith("logistic") for kind in grid):
+        every = "incorrect" if examples.incorrect.any() else "correct"
+        raise ValueError(
+            f"A logistic probe needs correct and incorrect answers, but all {len(examples)} are "
+            f"{every}; collect more examples, or fit kind='ridge' to the error."
+        )
+    if examples.error.max() == examples.error.min():
+        logger.warning(
+            "The error is %.3g for all %d examples: there is nothing to read, and probes get no "
+            "direction.",
+            float(examples.error[0]),
+            len(examples),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Layers:
+    """A few layers' examples, standardised, with their targets and blocks."""
+
+    x: Float[Tensor, "layer example d_model"]
+    mean: Float[Tensor, "layer d_model"]
+    scale: Float[Tensor, "layer d_model"]
+    target: Float[Tensor, " example"]
+    error: Float[Tensor, " example"]
+    incorrect: Bool[Tensor, " example"]
+    block: Int[Tensor, " example"]
+    use: Bool[Tensor, "fold block"]
+
+    @staticmethod
+    def of(
+        examples: Examples, block: Int[Tensor, " example"], clip: float, refit: bool
+    ) -> "_Layers":
+        use = torch.cat([folds(), torch.ones(int(refit), N_BLOCKS, dtype=torch.bool)])
+        # Blocks that the same folds use are one; its examples lie together.
+        patterns, block = use.to(block.device)[:, block].T.unique(dim=0, return_inverse=True)
+        order = block.argsort(stable=True)
+        x = examples.resid[:, order].double()
+        deviation, mean = torch.std_mean(x, dim=1, correction=0)
+        # Below the resolution of float32 a feature is constant, and gets weight zero.
+        varies = deviation > 1e-6 * examples.resid.abs().amax(1)
+        scale = torch.where(varies, deviation, torch.inf)
+        x.sub_(mean[:, None]).div_(scale[:, None])
+        error, incorrect = examples.error[order], examples.incorrect[order]
+        target = scoring.logit_error(error, clip)
+        return _Layers(x, mean, scale, target, error, incorrect, block[order], patterns.T)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether some fold has no more examples than features."""
+        return int(self.use[:, self.block].sum(-1).min()) <= self.x.shape[-1]
+
+    @cached_property
+    def moments(self) -> Moments:
+        moments = Moments(torch.zeros_like(self.mean), n_blocks=self.use.shape[1])
+        moments.add(self.x, self.target, self.block)
+        return moments
+
+    @cached_property
+    def problems(self) -> Quadratic:
+        return self.moments.pool(self.use)
+
+    def fit(
+        self, kind: str, penalties: tuple[float, ...]
+    ) -> tuple[Float[Tensor, "layer fold fit d_model"], Float[Tensor, "layer fold fit"]]:
+        """Return raw weights and biases."""
+        path, fold = torch.tensor(penalties).to(self.x), self.use[:, self.block]
+        if kind.startswith("logistic"):
+            share = 0.0 if kind == "logistic_l2" else 1.0
+            solution = logistic_path(self.x, self.incorrect, fold, path, l1_share=share)
+            coef, intercept = solution.coef, solution.intercept
+        elif self.is_wide and kind in ("least_squares", "lasso"):
+            data = (self.x, self.target, fold)
+            fit = (
+                lasso_from_rows(*data, path) if kind == "lasso" else least_squares_from_rows(*data)
+            )
+            coef, intercept = fit.coef, fit.intercept
+        else:
+            coef = self._regression(kind, path)
+            intercept = self.problems.intercept(coef)
+        n_layers = len(self.x)
+        weights = rearrange(coef, "(l f) p d -> l f p d", l=n_layers) / self.scale[:, None, None]
+        offset = einsum(weights, self.mean, "layer fold fit d, layer d -> layer fold fit")
+        return weights, rearrange(intercept, "(l f) p -> l f p", l=n_layers) - offset
+
+    def _regression(
+        self, kind: str, path: Float[Tensor, " penalty"]
+    ) -> Float[Tensor, "problem penalty d_model"]:
+        if kind == "least_squares":
+            return least_squares(self.problems).coef
+        if kind == "lasso":
+            return lasso_path(self.problems, path).coef
+        if kind == "ridge":
+            coef = ridge_path(self.problems, path).coef
+        else:
+            coef = torch.stack([self._contrast(int(pairs)) for pairs in path.tolist()], 1)
+        return coef * self._held_out_slope(coef)
+
+    def _contrast(self, pairs: int) -> Float[Tensor, "problem d_model"]:
+        """Return mean(h | most error) - mean(h | least error) of each fold, on raw features."""
+        differences = []
+        for used in self.use[:, self.block]:
+            rows = used.nonzero()[:, 0]
+            rows = rows[self.error[rows].argsort(stable=True)]
+            k = min(pairs or len(rows) // 2, len(rows) // 2)
+            differences.append(self.x[:, rows[-k:]].mean(1) - self.x[:, rows[:k]].mean(1))
+        variance = torch.where(self.scale.isfinite(), self.scale.square(), 0.0)
+        return rearrange(torch.stack(differences, 1) * variance[:, None], "l f d -> (l f) d")
+
+    def _held_out_slope(
+        self, coef: Float[Tensor, "problem penalty d_model"]
+    ) -> Float[Tensor, "problem penalty 1"]:
+        """Return the factor that turns a direction's projection into log-odds of error.
+
+        Regresses target on projection in one dimension, on examples that the direction was not
+        fitted to: in-sample slopes are as overconfident as the fit. A fold takes the slope of the
+        other folds, the last fit that of all. Where nothing can be read the slope is not positive,
+        and the weights become zero.
+        """
+        fits = rearrange(coef, "(l f) p d -> l f p d", f=len(self.use))[:, :N_FOLDS]
+        held_out = self.moments.pool(~self.use[:N_FOLDS])
+        slopes = held_out.spread(rearrange(fits, "l f p d -> (l f) p d"))
+        covariance, variance = (
+            torch.cat([part.sum(1, keepdim=True) - part, part.sum(1, keepdim=True)], dim=1)
+            for part in (rearrange(slope, "(l f) p -> l f p", f=N_FOLDS) for slope in slopes)
+        )
+        slope = torch.where(variance > 0, covariance / variance, 0.0).clamp(min=0)
+        return rearrange(slope[:, : len(self.use)], "l f p -> (l f) p 1")
+
+
+def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) -> pd.DataFrame:
+    """Measure every fit on the examples its fold held out: one row per layer, kind and penalty.
+
+    Each metric has three columns: its mean over the folds, its spread `*_sd`, and `*_dummy`, the
+    same for the constant prediction "the mean error of the fold". `nonzero` counts the weights.
+    """
+    held_out = ~folds()[:, blocks(examples.incorrect, seed)]
+    error, incorrect = examples.error.double(), examples.incorrect
+    measured, dummies = [], []
+    for fold, rows in enumerate(held_out):
+        there = (error[rows], incorrect[rows])
+        score = fits.score(examples.resid[:, rows].double(), fold)
+        measured.append(scoring.measure(score, *there, clip=clip))
+        constant = torch.logit(error[~rows].mean(), eps=clip).expand(1, int(rows.sum()))
+        dummies.append(scoring.measure(constant, *there, clip=clip))
+    n_layers, _, n_fits = fits.bias.shape
+    columns = {
+        "layer": torch.arange(n_layers).repeat_interleave(n_fits).tolist(),
+        "kind": list(fits.kinds) * n_layers,
+        "penalty": list(fits.penalties) * n_layers,
+        "nonzero": (fits.weights[:, :N_FOLDS] != 0).sum(-1).double().mean(1).flatten().tolist(),
+    }
+    for name in scoring.METRICS:
+        values = torch.stack([fold[name] for fold in measured])
+        columns[name] = values.mean(0).flatten().tolist()
+        columns[f"{name}_sd"] = values.std(0).flatten().tolist()
+        columns[f"{name}_dummy"] = float(torch.stack([fold[name] for fold in dummies]).mean())
+    return pd.DataFrame(columns)

@@ -1,0 +1,310 @@
+"""Run folders read back as data frames, the shape in which figures and reports take them."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mera_tl import storage
+from mera_tl.benchmark.config import RunConfig, parse_layers
+from mera_tl.benchmark.run import FORMAT
+from mera_tl.certificate.certificate import Calibration
+from mera_tl.inference.activations import Activations
+from mera_tl.methods.race import Search
+from mera_tl.models.model import resid_post
+from mera_tl.probes.probe import LinearProbe
+from mera_tl.steering.directions import fit_direction
+from mera_tl.steering.reach import Reach
+from mera_tl.steering.rules import Adaptive, Additive
+from mera_tl.steering.steering import Steering
+from mera_tl.tasks.task import Task, load_task
+
+MOST_POINTS = 800
+"""Examples drawn in a cloud at most; more only cover one another."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """What a run has left in its folder."""
+
+    path: Path
+    config: RunConfig
+    records: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """Read a run.
+
+        Raises:
+            ValueError: if there is none, or its records have another format.
+        """
+        path = Path(path)
+        records = storage.read_records(path / "records.jsonl")
+        if not records:
+            raise ValueError(f"{path} holds no records.jsonl; pass the folder of a `mera run`.")
+        formats = {record.get("format", 0) for record in records}
+        if formats != {FORMAT}:
+            raise ValueError(
+                f"{path} holds records of format {sorted(formats)}, this version reads {FORMAT}; "
+                "run it again into a new folder, or use the mera_tl that wrote it: "
+                f"{records[0].get('versions', {}).get('mera-tl', 'unknown')}."
+            )
+        names = {field.name for field in fields(RunConfig)}
+        kept = storage.read_json(path / "config.json")
+        config = RunConfig(**{name: value for name, value in kept.items() if name in names})
+        return cls(path, config, tuple(records))
+
+    @property
+    def title(self) -> str:
+        """Model, task and seed."""
+        first = self.records[0]
+        space = "" if first["space"] == "raw" else " in SAE space"
+        return f"{first['model']} on {first['task']}{space}, seed {first['seed']}"
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this run again; what is default is left out."""
+        config = self.config
+        parts = ["mera run --model", shlex.quote(config.model), "--task", shlex.quote(config.task)]
+        for field in fields(RunConfig):
+            value = getattr(config, field.name)
+            if value == field.default or field.name in ("model", "task"):
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            parts += [flag] if value is True else [flag, shlex.quote(str(value))]
+        methods = [record["method"] for record in self.records]
+        return " ".join([*parts, "--methods", *methods, "--out", shlex.quote(self.path.name)])
+
+    def record(self, method: str) -> dict[str, Any]:
+        """Return the record of a method."""
+        return next(record for record in self.records if record["method"] == method)
+
+    @cached_property
+    def certificates(self) -> dict[str, Calibration]:
+        """The certificates, in the order of the records."""
+        paths = {
+            r["method"]: self.path / "certificates" / f"{r['method']}.json" for r in self.records
+        }
+        return {name: Calibration.load(path) for name, path in paths.items() if path.exists()}
+
+    def evidence(self, method: str) -> pd.DataFrame:
+        """Return the evidence of a certificate, for `plots.steering_curve`."""
+        return evidence_frame(self.certificates[method], method)
+
+    @property
+    def main_method(self) -> str | None:
+        """The certified method with the highest bound; without one, what changed most answers."""
+        steering = {m: c.best.lower for m, c in self.certificates.items() if not c.abstained}
+        if steering:
+            return max(steering, key=lambda method: steering[method])
+        changed = {
+            r["method"]: r["transitions"]["0->1"] + r["transitions"]["1->0"] for r in self.records
+        }
+        most = max(changed, key=lambda method: changed[method])
+        return most if changed[most] else None
+
+    def probe_errors(self) -> pd.DataFrame:
+        """Return the held-out metrics of every probe, for `plots.probe_error`."""
+        tables = []
+        for path in sorted(self.path.glob("probes/*/probe.json")):
+            plain = storage.read_json(path)
+            name = f"{path.parent.name}, {plain['position']}"
+            tables.append(pd.DataFrame(plain["metrics"]).assign(probe=name))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def changes(self, method: str) -> pd.DataFrame:
+        """Return what a method did to each test example: answers and errors before and after."""
+        folder = self.path / "outcomes"
+        before = pd.DataFrame(storage.read_records(folder / "no_steering.jsonl"))
+        after = pd.DataFrame(storage.read_records(folder / f"{method}.jsonl"))
+        if before.empty or after.empty:
+            return pd.DataFrame()
+        frame = before.merge(after, on=["row", "label"], suffixes=("_before", "_after"))
+        change = [
+            f"{int(b)}->{int(a)}"
+            for b, a in zip(frame["correct_before"], frame["correct_after"], strict=True)
+        ]
+        return frame.assign(change=change)
+
+    def reach(self, method: str) -> Reach | None:
+        """Return what a method moved where on the test examples; None if it steered nothing."""
+        path = self.path / "reach" / f"{method}.safetensors"
+        return Reach.load(path) if path.exists() else None
+
+    def predicted(self, method: str, layer: int) -> pd.DataFrame:
+        """Return predicted error and correctness of each test example, before and after a layer."""
+        reach, changes = self.reach(method), self.changes(method)
+        if reach is None or changes.empty:
+            return pd.DataFrame()
+        answers = changes[["correct_before", "correct_after"]].reset_index(drop=True)
+        return pd.concat([reach.examples(layer), answers], axis=1)
+
+    def cloud(self, method: str) -> "Cloud | None":
+        """Return the training activations with a method's steering, if both are kept.
+
+        None in SAE space, where a probe does not read the activations themselves, and for methods
+        that do not steer.
+        """
+        record, kept = self.record(method), self.path / "activations"
+        if record["space"] != "raw" or not (kept / "manifest.json").exists():
+            return None
+        activations = Activations.load(kept)
+        steering = self._steering(record, activations)
+        if steering is None or steering.probe.position not in activations.by_position:
+            return None
+        return Cloud(steering, activations)
+
+    def _steering(self, record: dict[str, Any], activations: Activations) -> Steering | None:
+        """Build a method's steering again from what it left; without a threshold if it abstained.
+
+        A direction that is not kept is fitted again, to the same activations.
+        """
+        details, threshold = record["details"], record["threshold"]
+        searched = self.path / "searches" / record["method"]
+        folder = self.path / "probes" / str(details.get("probe"))
+        if record["method"] == "flip":
+            return None
+        if (searched / "search.json").exists():
+            steering = Search.load(searched).steering
+            return steering if threshold is not None else replace(steering, rule=Adaptive())
+        if not (folder / "probe.json").exists():
+            return None
+        layers, probe = parse_layers(self.config.layers), LinearProbe.load(folder)
+        steering = Steering(probe, layers=layers, positions=self.config.positions)
+        if kind := details.get("direction"):
+            vectors = fit_direction(activations, probe, kind).vectors
+            steering = replace(steering, direction=vectors)
+        if details.get("strength"):
+            return replace(steering, rule=Additive(details["strength"]))
+        return steering if threshold is None else steering.at(threshold)
+
+    def test_task(self) -> Task[Any]:
+        """Build the test split again.
+
+        Raises:
+            ValueError: if the data is gone or has changed since.
+        """
+        c = self.config
+        task = load_task(c.task, data_dir=c.data_dir, template=c.template)
+        test = task.split(c.seed, train=c.train, calibration=c.calibration, test=c.test).test
+        wanted = self.records[0]["hashes"]["data"]["test"]
+        if test.data_hash != wanted:
+            raise ValueError(
+                f"The test split of {c.task} has hash {test.data_hash}, the run saw {wanted}; "
+                "bring the data back that it was made with."
+            )
+        return test
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """Training activations and a steering: where they lie, and where it takes them."""
+
+    steering: Steering
+    activations: Activations
+
+    @property
+    def layer(self) -> int:
+        """The steered layer; of several the one that reads best."""
+        layers, best = self.steering.layer_numbers, self.steering.probe.best_layer
+        return best if best in layers else layers[0]
+
+    @property
+    def limit(self) -> float | None:
+        """The score above which examples move; None if all do, or none."""
+        limit = getattr(self.steering.rule, "limit", math.inf)
+        return limit if math.isfinite(limit) else None
+
+    def plane(self, *, seed: int = 0) -> pd.DataFrame:
+        """Return a sample in the plane of the probe and the leading direction orthogonal to it.
+
+        `score_after` and `other_after` say where the steering takes an example, NaN where it is
+        left alone; `in_plane` is the share of the shift's length that lies in this plane.
+        """
+        hook = dict(self.steering.fwd_hooks())[resid_post(self.layer)]
+        resid = self.activations.resid(self.steering.probe.position)[self.layer].float()
+        answers = self.activations.outcomes.predictions.clamp(min=0)
+        weights, bias, step = (
+            values if values.ndim == n else values[answers]
+            for values, n in ((hook.weights, 1), (hook.bias, 0), (hook.step, 1))
+        )
+        score = (resid * weights).sum(-1) + bias
+        shift = hook.rule.amount(score)[:, None] * step
+        moved = (shift != 0).any(-1).numpy()
+        axes, other = _other_axis(resid, hook.weights)
+        centred = resid.double() - resid.double().mean(0)
+        after = {
+            "score_after": score + (shift * weights).sum(-1),
+            "other_after": (centred + shift) @ other,
+            "in_plane": (shift.double() @ axes.T).norm(dim=-1) / shift.norm(dim=-1),
+        }
+        columns = {"score": score, "other": centred @ other, "correct": self.activations.correct}
+        frame = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+        for name, values in after.items():
+            frame[name] = np.where(moved, values.numpy(), np.nan)
+        drawn = np.random.default_rng(seed).permutation(len(frame))[:MOST_POINTS]
+        return frame.iloc[np.sort(drawn)]
+
+
+def _other_axis(
+    resid: Float[Tensor, "example d_model"], weights: Float[Tensor, "*option d_model"]
+) -> tuple[Float[Tensor, "axis d_model"], Float[Tensor, " d_model"]]:
+    """Return the direction of greatest variance orthogonal to all probes, and it with theirs."""
+    probes = torch.linalg.qr(weights.double().reshape(-1, weights.shape[-1]).T).Q.T
+    centred = resid.double() - resid.double().mean(0)
+    rest = centred - centred @ probes.T @ probes
+    _, vectors = torch.linalg.eigh(rest.T @ rest)
+    return torch.cat([probes, vectors[:, -1:].T]), vectors[:, -1]
+
+
+def evidence_frame(certificate: Calibration, method: str) -> pd.DataFrame:
+    """Return a certificate's evidence, one row per threshold, with its terms in every row."""
+    frame = pd.DataFrame([asdict(row) for row in certificate.evidence])
+    known = certificate.base is not None and certificate.protocol.metric == "correct"
+    return frame.assign(
+        chosen=frame["threshold"] == certificate.threshold,
+        method=method,
+        knob=certificate.protocol.knob,
+        n=certificate.n,
+        min_gain=certificate.min_gain,
+        confidence=1 - certificate.protocol.delta,
+        base=certificate.base if known else np.nan,
+    )
+
+
+def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return records with the ends of their interval as `spi_low` and `spi_high`.
+
+    NaN where nothing was steered: there is nothing uncertain in it.
+    """
+    ends = []
+    for record in records:
+        idle = record["method"] == "no_steering" or record["decision"] == "ABSTAIN"
+        known = None if idle else record.get("spi_interval")  # records of 0.1.0 have none
+        ends.append(known or (np.nan, np.nan))
+    low, high = zip(*ends, strict=True)
+    return pd.DataFrame(list(records)).assign(spi_low=low, spi_high=high)
+
+
+def find_runs(folders: str | Path | Sequence[str | Path]) -> list[RunFolder]:
+    """Open runs: folders of runs, or folders whose subfolders are.
+
+    Raises:
+        ValueError: if one of them holds no run.
+    """
+    given = [folders] if isinstance(folders, str | Path) else list(folders)
+    paths: list[Path] = []
+    for folder in map(Path, given):
+        inside = sorted(path.parent for path in folder.glob("*/records.jsonl"))
+        # A grid keeps records of its own beside the folders of its runs.
+        paths += [folder] if (folder / "config.json").exists() or not inside else inside
+    return [RunFolder.open(path) for path in paths]

@@ -1,0 +1,196 @@
+"""Train sparse autoencoders on what a model makes of a task, with sae-lens and offline.
+
+An SAE sees every token of the training prompts but the BOS, whose activation never varies. Inputs
+are scaled to a norm of sqrt(d_model) on average while training; the scale is folded back, so that
+latents are read from raw activations.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mera_tl.inference.answers import ReadSettings, by_length
+from mera_tl.inference.decoding import left_pad
+from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.inference.progress import is_watched
+from mera_tl.models.model import Model, resid_post
+from mera_tl.sae.loading import Layers, require_sae_lens, starts_with_bos
+from mera_tl.tasks.task import Task
+
+Architecture = Literal["standard", "jumprelu", "topk", "batchtopk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What to train, and for how long."""
+
+    architecture: Architecture = "standard"
+    """Of the SAE. A batchtopk is saved as the jumprelu it amounts to."""
+    expansion: int = 4
+    """Latents per dimension of the residual stream."""
+    sparsity: float = 2.0
+    """Weight of the sparsity penalty, L1 for standard, L0 for jumprelu."""
+    k: int = 16
+    """Latents that are on at a time, for topk and batchtopk."""
+    n_steps: int = 1500
+    """Training steps."""
+    step_tokens: int = 1024
+    """Tokens in a step."""
+    max_tokens: int = 200_000
+    """Tokens to learn from at most, of prompts taken in their order."""
+    seed: int = 0
+    """Of the initial weights and the order of the tokens."""
+
+
+def train_saes(
+    model: Model,
+    task: Task[Any],
+    layers: Layers,
+    out: str | Path,
+    *,
+    options: TrainOptions | None = None,
+    settings: ReadSettings | None = None,
+) -> list[Path]:
+    """Train one SAE a layer; write each into `out/layer_{l}`, where `load_saes` finds them.
+
+    Raises:
+        ValueError: if sae-lens is not installed, a layer is not there, a prompt is too long, or
+            there are fewer tokens than in one step.
+    """
+    require_sae_lens()
+    options, settings = options or TrainOptions(), settings or ReadSettings()
+    layers = layers if isinstance(layers, tuple) else tuple(range(model.n_layers))
+    wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
+    if wrong or not layers:
+        raise ValueError(
+            f"layers={layers} but {model.name} has {model.n_layers} layers, numbered 0 to "
+            f"{model.n_layers - 1}; choose among them."
+        )
+    prompts = tokenize_task(model, task, settings)
+    paths = []
+    for layer in layers:
+        resid = _read_tokens(model, prompts, layer, options, settings)
+        if len(resid) < options.step_tokens:
+            raise ValueError(
+                f"{task.name} has {len(resid)} tokens to learn from, fewer than one step of "
+                f"{options.step_tokens}; pass more examples."
+            )
+        path = Path(out) / f"layer_{layer}"
+        # A copy: the trainer takes a generator of its own from the global one.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed * 1000 + layer)
+            sae = _train(model, resid, layer, options)
+        path.mkdir(parents=True, exist_ok=True)
+        sae.save_inference_model(path)
+        paths.append(path)
+    return paths
+
+
+def hold_out(task: Task[Any]) -> tuple[Task[Any], Task[Any]]:
+    """Return the examples to train on, and the last tenth to judge by."""
+    n = len(task) - max(1, len(task) // 10)
+    return task.subset(range(n)), task.subset(range(n, len(task)))
+
+
+@torch.no_grad()
+def _read_tokens(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    layer: int,
+    options: TrainOptions,
+    settings: ReadSettings,
+) -> Float[Tensor, "token d_model"]:
+    enough, chosen = 0, []
+    for prompt in prompts:
+        if enough >= options.max_tokens:
+            break
+        chosen.append(list(prompt))
+        enough += len(prompt)
+    has_bos = starts_with_bos(model)
+    name, rows, seen = resid_post(layer), [], {}
+
+    def keep(resid: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen["resid"] = resid
+
+    batches = list(by_length(chosen, settings))
+    hidden = not (settings.progress and is_watched())
+    for batch in tqdm(batches, desc=f"read layer {layer}", disable=hidden):
+        tokens, mask = left_pad([chosen[i] for i in batch], model.device)
+        with model.hooked.hooks(fwd_hooks=[(name, keep)]):
+            model.hooked(tokens, attention_mask=mask, stop_at_layer=layer + 1)
+        words = mask.bool() & ~((mask.cumsum(-1) == 1) & has_bos)
+        rows.append(seen["resid"][words].float())
+    return torch.cat(rows)
+
+
+def _train(
+    model: Model, resid: Float[Tensor, "token d_model"], layer: int, options: TrainOptions
+) -> Any:
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    sae = _new_sae(model, layer, options)
+    config = SAETrainerConfig(
+        total_training_samples=options.step_tokens * options.n_steps,
+        train_batch_size_samples=options.step_tokens,
+        lr=3e-3,
+        lr_end=3e-4,
+        lr_scheduler_name="cosineannealing",
+        device=str(model.device),
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=10,
+    )
+    return SAETrainer(
+        cfg=config, sae=sae, data_provider=_shuffled(resid, options.step_tokens)
+    ).fit()
+
+
+def _new_sae(model: Model, layer: int, options: TrainOptions) -> Any:
+    from sae_lens.saes import batchtopk_sae, jumprelu_sae, standard_sae, topk_sae
+
+    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "standard": (
+            standard_sae.StandardTrainingSAE,
+            standard_sae.StandardTrainingSAEConfig,
+            {"l1_coefficient": options.sparsity},
+        ),
+        "jumprelu": (
+            jumprelu_sae.JumpReLUTrainingSAE,
+            jumprelu_sae.JumpReLUTrainingSAEConfig,
+            {"l0_coefficient": options.sparsity},
+        ),
+        "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig, {"k": options.k}),
+        "batchtopk": (
+            batchtopk_sae.BatchTopKTrainingSAE,
+            batchtopk_sae.BatchTopKTrainingSAEConfig,
+            {"k": options.k},
+        ),
+    }
+    sae_class, config_class, own = kinds[options.architecture]
+    config = config_class(
+        d_in=model.d_model,
+        d_sae=options.expansion * model.d_model,
+        normalize_activations="expected_average_only_in",
+        device=str(model.device),
+        **own,
+    )
+    config.metadata.hook_name = resid_post(layer)
+    config.metadata.model_name = model.name
+    config.metadata.model_fingerprint = model.fingerprint
+    config.metadata.prepend_bos = starts_with_bos(model)
+    return sae_class(config)
+
+
+def _shuffled(
+    resid: Float[Tensor, "token d_model"], batch: int
+) -> Iterator[Float[Tensor, "batch d_model"]]:
+    while True:
+        order = torch.randperm(len(resid))
+        for start in range(0, len(resid) - batch + 1, batch):
+            yield resid[order[start : start + batch]]

@@ -1,0 +1,188 @@
+"""Steering = probe x direction x rule x space: a list of TransformerLens hooks and nothing else.
+
+The probe says whether and how far, the direction which way, the rule turns both into a shift, the
+space writes it back. A `Steering` is a frozen value; `at(threshold)` gives another one.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mera_tl.inference.decoding import Window
+from mera_tl.models.model import resid_post
+from mera_tl.probes.probe import LinearProbe
+from mera_tl.steering.rules import Adaptive, Gated, Rule
+from mera_tl.steering.spaces import ResidualSpace, Space
+
+Positions = Literal["all", "last", "final", "generated"]
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What to steer, which way, how far and where; steers nothing until it is given a limit."""
+
+    probe: LinearProbe
+    direction: Float[Tensor, "*option layer d_model"] | None = None
+    """One direction per layer, or per (unsteered answer, layer); None is the paper's `d = w`."""
+    rule: Rule = field(default_factory=Adaptive)
+    space: Space = field(default_factory=ResidualSpace)
+    layers: Literal["all", "best"] | tuple[int, ...] = "all"
+    """All layers, the probe's best one, or these."""
+    positions: Positions = "all"
+    """Every token; from the final prompt token on (last); that token alone (final); or generated
+    tokens only."""
+    by_answer: tuple[LinearProbe, ...] = ()
+    """One probe per unsteered answer, read in place of `probe`; none to read `probe` always."""
+
+    def __post_init__(self) -> None:
+        n_layers = self.probe.weights.shape[0]
+        if isinstance(self.layers, tuple):
+            wrong = [layer for layer in self.layers if not 0 <= layer < n_layers]
+            if wrong or not self.layers:
+                raise ValueError(
+                    f"layers={self.layers} but the probe has {n_layers} layers, numbered 0 to "
+                    f"{n_layers - 1}; pass layers=({n_layers - 1},) for the last."
+                )
+            without = sorted(set(self.layers) - set(self.space.layers or self.layers))
+            if without:
+                raise ValueError(
+                    f"layers={self.layers} but there is no SAE of layer {without[0]}, only of "
+                    f"{', '.join(map(str, self.space.layers or ()))}; choose among them."
+                )
+        elif self.layers not in ("all", "best"):
+            raise ValueError(
+                f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers.'
+            )
+        if self.positions not in get_args(Positions):
+            wanted = ", ".join(get_args(Positions))
+            raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
+        if self.direction is not None and self.direction.shape[-2:] != self.probe.weights.shape:
+            raise ValueError(
+                f"A direction of shape {tuple(self.direction.shape)} does not fit a probe of shape "
+                f"{tuple(self.probe.weights.shape)}; derive both from the same activations."
+            )
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The layers that are steered, in order."""
+        if self.layers == "all":
+            return self.space.layers or tuple(range(self.probe.weights.shape[0]))
+        if self.layers == "best":
+            return (self.probe.best_layer,)
+        return tuple(sorted(set(self.layers)))  # pyright: ignore[reportArgumentType]
+
+    def at(self, threshold: float) -> "Steering":
+        """Return the same steering at `threshold` (the paper's alpha): MERA's rule, or a gate.
+
+        Raises:
+            ValueError: if the threshold, a predicted error, is not in (0, 1).
+        """
+        if not 0 < threshold < 1:
+            raise ValueError(
+                f"threshold={threshold} is not a predicted error strictly between 0 and 1."
+            )
+        limit = torch.logit(torch.tensor(threshold)).item()
+        if isinstance(self.rule, Gated):
+            return replace(self, rule=replace(self.rule, limit=limit))
+        return replace(self, rule=Adaptive(limit))
+
+    def fwd_hooks(self) -> list[tuple[str, "SteerHook"]]:
+        """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`."""
+        return [(resid_post(layer), self._hook(layer)) for layer in self.layer_numbers]
+
+    def _hook(self, layer: int) -> "SteerHook":
+        weights, bias = self.probe.weights[layer].float(), self.probe.bias[layer].float()
+        if self.by_answer:
+            weights = torch.stack([probe.weights[layer].float() for probe in self.by_answer])
+            bias = torch.stack([probe.bias[layer].float() for probe in self.by_answer])
+        direction = weights if self.direction is None else self.direction[..., layer, :].float()
+        w, d = torch.broadcast_tensors(weights, direction)
+        # One unit of strength is as long in the residual stream, whatever the space.
+        unit = self.probe.resid_norm[layer] * self.space.stretch(d, layer)
+        step = self.rule.step(w, d, unit)
+        return SteerHook(layer, weights, bias, step, self.rule, self.space, self.positions)
+
+
+@dataclass(frozen=True, eq=False)
+class SteerHook:
+    """A hook on one layer's `resid_post`.
+
+    Inside `evaluate` it knows padding and prompt from the window; elsewhere a pass of several
+    columns is taken as a prompt without padding, a pass of one column as a decoded token.
+    """
+
+    layer: int
+    # TransformerLens names every hook it puts on by its repr: printing tensors took longer than
+    # running a small model.
+    weights: Float[Tensor, "*#option d"] = field(repr=False)
+    bias: Float[Tensor, "*#option"] = field(repr=False)
+    step: Float[Tensor, "*option d"] = field(repr=False)
+    rule: Rule
+    space: Space
+    positions: Positions
+
+    @property
+    def per_answer(self) -> bool:
+        """Whether the unsteered answer must be known, for the direction or for the probe."""
+        return self.step.ndim == 2
+
+    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        """Return the steered activation."""
+        window = hook.ctx.get("window")
+        start = self._first_column(resid.shape[1], window)
+        if start >= resid.shape[1] or (
+            self.per_answer and getattr(window, "answers", None) is None
+        ):
+            return resid
+        here = resid[:, start:]
+        features = self.space.read(here, self.layer)
+        weights, bias, step = (
+            self._for_rows(values, window).to(here.device)
+            for values in (self.weights, self.bias[..., None], self.step)
+        )
+        score = einsum(features, weights.expand(len(here), -1), "batch pos d, batch d -> batch pos")
+        score = score + bias
+        amount = self.rule.amount(score)
+        step = step[:, None]
+        moved = (amount != 0) & (step != 0).any(-1)
+        if window is not None:
+            real = window.real[:, start:].to(here.device)
+            hook.ctx["moved"] = torch.nn.functional.pad(moved & real, (start, 0))
+            hook.ctx["shift"] = torch.zeros(len(here), device=here.device)
+            hook.ctx["steerable"] = real.sum(-1)
+            hook.ctx["peak"] = score.masked_fill(~real, -torch.inf).amax(-1)
+        if not moved.any():
+            return resid
+        # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
+        shift = amount[moved][:, None] * step.expand_as(features)[moved]
+        before = here[moved]
+        after = self.space.write(before, features[moved], shift, self.layer)
+        steered = resid.clone()
+        steered[:, start:][moved] = after
+        if window is not None:
+            size = before.float().norm(dim=-1).clamp(min=1e-12)  # padding may be nothing at all
+            relative = (after - before).float().norm(dim=-1) / size
+            relative = relative * window.real[:, start:].to(here.device)[moved]
+            hook.ctx["shift"].index_add_(0, moved.nonzero()[:, 0], relative)
+        return steered
+
+    @staticmethod
+    def _for_rows(
+        values: Float[Tensor, "*option d"], window: Window | None
+    ) -> Float[Tensor, "#batch d"]:
+        """Return what holds for every row of a pass, where it depends on the unsteered answer."""
+        if values.ndim == 1:
+            return values[None]
+        assert window is not None and window.answers is not None  # __call__ has looked
+        return values[window.answers.to(values.device)]
+
+    def _first_column(self, n_columns: int, window: Window | None) -> int:
+        n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
+        last = max(0, n_prompt - 1)
+        final = last if n_prompt else n_columns
+        starts = {"all": 0, "last": last, "final": final, "generated": n_prompt}
+        return starts[self.positions]

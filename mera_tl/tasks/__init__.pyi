@@ -1,0 +1,6 @@
+from .task import Example as Example
+from .task import Splits as Splits
+from .task import Task as Task
+from .task import Train as Train
+from .task import describe_tasks as describe_tasks
+from .task import load_task as load_task

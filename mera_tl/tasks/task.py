@@ -1,0 +1,313 @@
+"""Classification asked as a prompt: examples, their options, and disjoint splits.
+
+An `Example` is one prompt with the options that count as answers; a `Task` is a tuple of examples
+with a role. The role is a type as well as a value: `Task[Train]` and `Task[Calibration]` differ
+for a type checker, so what is searched freely and what certifies cannot be exchanged by accident.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+
+from mera_tl.organism import prompts as organism
+from mera_tl.storage import file_hash, fingerprint
+from mera_tl.tasks import datasets as catalogue
+from mera_tl.tasks import files as sources
+from mera_tl.tasks import splitting as splits
+
+logger = logging.getLogger(__name__)
+
+All = Literal["all"]
+Train = Literal["train"]
+Calibration = Literal["calibration"]
+Test = Literal["test"]
+Role = Literal["all", "train", "calibration", "test"]
+RoleT = TypeVar("RoleT", bound=Role, covariant=True)
+NewRoleT = TypeVar("NewRoleT", bound=Role)
+
+ORGANISM_ROWS = 4000
+"""How many questions an organism task has."""
+_ANSWER = re.compile(r"answer\s*:", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with a known answer."""
+
+    row: int
+    """Its place in the source, counted from 0 before anything was left out."""
+    prompt: str
+    options: tuple[str, ...]
+    label: int
+    """The index of the true option."""
+    text: str = ""
+    """The part of the prompt that may be shortened to fit a context; "" if none may."""
+
+    @property
+    def key(self) -> str:
+        """What duplicates share: the prompt without case and without the width of white space."""
+        return " ".join(self.prompt.casefold().split())
+
+    def with_text(self, text: str) -> "Example":
+        """Put another text in the place of `text`; the question around it stays.
+
+        Raises:
+            ValueError: if no part of the prompt may be shortened.
+        """
+        if not self.text:
+            raise ValueError(
+                f"Row {self.row} has no text that may be shortened; leave the row out, or take a "
+                "model with a longer context."
+            )
+        return replace(self, prompt=self.prompt.replace(self.text, text, 1), text=text)
+
+    def with_instruction(self, instruction: str) -> "Example":
+        """Put a sentence before the last "Answer:", or at the end of a prompt that has none.
+
+        Case does not count, white space at the end of the prompt stays at the end, and an
+        "Answer:" inside `text` is data, not a cue.
+        """
+        after_text = self.prompt.find(self.text) + len(self.text) if self.text else 0
+        cues = list(_ANSWER.finditer(self.prompt, after_text))
+        if cues:
+            start = cues[-1].start()
+            prompt = f"{self.prompt[:start]}{instruction} {self.prompt[start:]}"
+        else:
+            end = len(self.prompt.rstrip())
+            prompt = f"{self.prompt[:end]} {instruction}{self.prompt[end:]}"
+        return replace(self, prompt=prompt)
+
+
+@dataclass(frozen=True)
+class Task(Generic[RoleT]):
+    """Examples that share their options, and what they may be used for.
+
+    Raises:
+        ValueError: if there is no example, or if options, labels or rows do not fit together.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    role: RoleT
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Where the examples come from: files and their hashes, template hash, split."""
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError(f"{self._title} holds no example; check its rows and its data.")
+        for example in self.examples:
+            if example.options != self.options or not 0 <= example.label < len(self.options):
+                raise ValueError(
+                    f"Row {example.row} of {self.name} has options {example.options} and label "
+                    f"{example.label}, but the task's options are {self.options}; "
+                    "give every example the same options and a label among them."
+                )
+        if len({example.row for example in self.examples}) < len(self.examples):
+            raise ValueError(f"{self._title} holds a row twice; give every example its own row.")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def _title(self) -> str:
+        return self.name if self.role == "all" else f"The {self.role} split of {self.name}"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that every example shares."""
+        return self.examples[0].options
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The true options' indices, in the order of the examples."""
+        return tuple(example.label for example in self.examples)
+
+    @cached_property
+    def data_hash(self) -> str:
+        """16 hex digits that change with any row, prompt, option or label, and with their order."""
+        return fingerprint([[e.row, e.prompt, e.options, e.label] for e in self.examples])
+
+    def require_classes(self) -> None:
+        """Check that at least two classes occur.
+
+        Raises:
+            ValueError: if every example has the same label: nothing can be learned from it.
+        """
+        if len(set(self.labels)) == 1:
+            only = self.options[self.labels[0]]
+            raise ValueError(
+                f"{self._title} has only examples labelled {only!r} ({len(self)} of them); "
+                "take rows of at least two classes."
+            )
+
+    def with_instruction(self, instruction: str) -> "Task[RoleT]":
+        """Put a sentence before the last "Answer:" of every prompt: prompt steering."""
+        return replace(
+            self,
+            examples=tuple(example.with_instruction(instruction) for example in self.examples),
+            source={**self.source, "instruction": instruction},
+        )
+
+    @overload
+    def subset(self, indices: Iterable[int]) -> "Task[RoleT]": ...
+    @overload
+    def subset(self, indices: Iterable[int], *, role: NewRoleT) -> "Task[NewRoleT]": ...
+    def subset(self, indices: Iterable[int], *, role: Role | None = None) -> "Task[Any]":
+        """Take the examples at these places (not row numbers), in this order."""
+        examples = tuple(self.examples[index] for index in indices)
+        return Task(self.name, examples, role or self.role, self.source)
+
+    def split(
+        self,
+        seed: int = 0,
+        *,
+        train: int | str | None = None,
+        calibration: int | str | None = None,
+        test: int | str | None = None,
+    ) -> "Splits":
+        """Divide into disjoint train, calibration and test, no text in two of them.
+
+        Each is a number of examples, or row ranges such as "0-599,700-799" (both ends included;
+        all three or none). What is not given shares the rest, 3 : 1 : 1.
+
+        By number, a seeded shuffle of groups of equal texts is dealt to test, then calibration,
+        then train, so the same seed and size give the same test split whatever the others are;
+        the part of a group that exceeds a size is left out. By ranges, rows keep their order, and
+        train leaves out the texts that recur in calibration or test, calibration those in test.
+
+        Raises:
+            ValueError: if the task is a split already, examples are too few, or ranges overlap.
+        """
+        if self.role != "all":
+            raise ValueError(
+                f"{self._title} is a split already; split the whole task, or take a `subset`."
+            )
+        wanted = {"train": train, "calibration": calibration, "test": test}
+        rows = [example.row for example in self.examples]
+        keys = [example.key for example in self.examples]
+        dealt, how = splits.deal(rows, keys, wanted, seed=seed, title=self._title)
+        logger.info("%s split: %s", self.name, how)
+        source = {**self.source, "split": how}
+        part = replace(self, source=source)
+        return Splits(
+            part.subset(dealt["train"], role="train"),
+            part.subset(dealt["calibration"], role="calibration"),
+            part.subset(dealt["test"], role="test"),
+        )
+
+
+class Splits(NamedTuple):
+    """Three tasks that share no row and no text."""
+
+    train: Task[Train]
+    calibration: Task[Calibration]
+    test: Task[Test]
+
+
+def load_task(
+    name: str, *, data_dir: str | Path | None = None, template: str | Path | None = None
+) -> Task[All]:
+    """Load a task by its name, or a user's own by the path of its TOML or YAML file.
+
+    Without `data_dir` rows come from the Hugging Face hub (a user's task: from beside its file).
+    With it they come from plain files or a `save_to_disk` folder: `data_dir` is the data set's own
+    folder or the one around it. Organism tasks are generated. `template` is a file with another
+    wording: columns in braces, taken byte for byte.
+
+    Raises:
+        ValueError: if the task is unknown, or its data or template are missing or do not fit.
+    """
+    if name in organism.TASKS:
+        if template:
+            raise ValueError(f"{name} is generated with its prompts; leave the template out.")
+        return _organism_task(name)
+    base = Path(data_dir) if data_dir is not None else None
+    if Path(name).suffix in (".toml", ".yaml", ".yml"):
+        path = Path(name)
+        keys = sources.read_keys(path)
+        if "template_file" in keys:
+            wording = sources.read_template(path.parent / str(keys.pop("template_file")))
+            keys["template"] = wording
+        dataset = catalogue.definition(keys, str(path))
+        name, base = path.stem, base or path.parent
+    elif name in catalogue.DATASETS:
+        dataset = catalogue.DATASETS[name]
+    else:
+        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}.")
+    table, form = _find(name, dataset, base)
+    if template:
+        form = replace(form, template=sources.read_template(Path(template)))
+    asked, left_out = catalogue.questions(table.rows, table.title, form, dataset.options)
+    if left_out:
+        logger.info("%s: rows left out: %s", name, left_out)
+    examples = tuple(Example(q.row, q.prompt, dataset.options, q.label, q.text) for q in asked)
+    source = {
+        "from": table.title if not table.files else "files",
+        "files": {path.name: file_hash(path) for path in table.files},
+        "rows": len(examples),
+        "left_out": left_out,
+        "template": fingerprint(form.template),
+    }
+    return Task(name, examples, "all", source)
+
+
+def _find(
+    name: str, dataset: catalogue.Dataset, folder: Path | None
+) -> tuple[sources.Table, catalogue.Form]:
+    """Find the rows: plain files first, then a `save_to_disk` folder; without a folder, the hub."""
+    plain, hub = dataset.plain, dataset.hub
+    if folder is None:
+        assert hub is not None  # only a user's task has none, and its folder is known
+        return sources.read_hub(hub.id, hub.config, hub.split), hub.form
+    if not folder.is_dir():
+        raise ValueError(f"There is no data folder {folder}; check the path.")
+    looked_for: list[str] = []
+    if plain:
+        looked_for.append(f"{plain.folder}/{plain.pattern}")
+        for base in (folder / plain.folder, folder):
+            # A user's path may be absolute, which no glob takes.
+            paths = sorted(base.glob(plain.pattern)) if plain.folder else [base / plain.pattern]
+            if paths:
+                table = sources.read_files(paths, line=plain.line, encoding=plain.encoding)
+                return table, plain.form
+    if hub:
+        names = (name, hub.id.replace("/", "__"))
+        looked_for.append(f"a save_to_disk folder {' or '.join(names)}")
+        for base in (*(folder / each for each in names), folder):
+            if sources.is_saved(base):
+                return sources.read_saved(base, hub.split), hub.form
+    raise ValueError(
+        f"{folder} holds no data for {name}; put {' or '.join(looked_for)} there, "
+        "or point to the folder that has it."
+    )
+
+
+def _organism_task(name: str) -> Task[All]:
+    """Generate the questions of an organism task, always the same ones."""
+    options = organism.TASKS[name].options
+    examples = tuple(
+        Example(row, prompt, options, label)
+        for row, (prompt, label) in enumerate(organism.generate(name, ORGANISM_ROWS, seed=0))
+    )
+    return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
+
+
+def task_names() -> list[str]:
+    """List the tasks that `load_task` knows by name."""
+    return [*catalogue.DATASETS, *organism.TASKS]
+
+
+def describe_tasks() -> list[dict[str, Any]]:
+    """Say of each task its options and where its rows can come from."""
+    rows: list[dict[str, Any]] = []
+    for name, dataset in catalogue.DATASETS.items():
+        plain = f"{dataset.plain.folder}/{dataset.plain.pattern}" if dataset.plain else ""
+        hub = dataset.hub.id if dataset.hub else ""
+        rows.append({"name": name, "options": dataset.options, "plain": plain, "hub": hub})
+    for name, task in organism.TASKS.items():
+        rows.append({"name": name, "options": task.options, "plain": "generated", "hub": ""})
+    return [row | {"n_classes": len(row["options"])} for row in rows]
