@@ -1,3 +1,4 @@
+from .chat import Turn as Turn
 from .families import lay_out_for_decoding as lay_out_for_decoding
 from .families import layout as layout
 from .families import load_folder as load_folder

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
+from mera_tl.models.chat import Turn, encode_plain
 from mera_tl.models.decode_speed import RotatedKeys, rotate_once
 from mera_tl.models.families import (
     lay_out_for_decoding,
@@ -62,6 +63,8 @@ class Model:
     """Tokens that end a reply."""
     chat: bool = False
     """Wrap every prompt in the tokenizer's chat template."""
+    system: str | None = None
+    """The system prompt; None leaves the template's own, if it has one."""
     fingerprint: str = field(default="", repr=False)
     """Hash of the configuration and of a sample of every weight."""
 
@@ -95,22 +98,20 @@ class Model:
             "d_model": self.d_model,
             "dtype": str(self.hooked.cfg.dtype).removeprefix("torch."),
             "chat": self.chat,
+            "system": self.system,
         }
 
-    def tokenize(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each prompt, with the special tokens its tokenizer asks for."""
-        texts = [self._in_template(prompt) for prompt in prompts] if self.chat else list(prompts)
-        ids: list[list[int]] = []
-        # A tokenizer at work holds far more than ids, so it does not get all prompts at once.
-        for start in range(0, len(texts), 256):
-            # The template has written the special tokens already.
-            some = self.tokenizer(texts[start : start + 256], add_special_tokens=not self.chat)
-            ids += some["input_ids"]
-        return ids
+    def tokenize(self, prompts: Sequence[str], *, prefix: str = "") -> list[list[int]]:
+        """Return the ids of each prompt, with the special tokens its tokenizer asks for.
 
-    def _in_template(self, prompt: str) -> str:
-        turns = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        With a chat template every prompt is the user's turn, in which control tokens are text, and
+        `prefix` begins the assistant's turn ("Answer:"); otherwise it is appended to the prompt.
+        """
+        if self.chat:
+            return Turn.of(self.tokenizer, self.system).encode(
+                self.tokenizer, prompts, prefix=prefix
+            )
+        return encode_plain(self.tokenizer, prompts, prefix=prefix)
 
     def next_token_logits(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], cache: Any = None
@@ -160,7 +161,8 @@ def load_model(
     *,
     dtype: Dtype = "float32",
     device: str | None = None,
-    chat: bool = False,
+    chat: bool | None = None,
+    system: str | None = None,
     n_devices: int = 1,
     engine: Engine = "transformer_lens",
 ) -> Model:
@@ -169,8 +171,10 @@ def load_model(
     `name` is "organism" (the embedded model), a local Hugging Face folder of one of the families
     in `checkpoints.FAMILIES` (read by its own config.json, never by its name, and without
     network), or any official name that TransformerLens knows. Its layers are spread over
-    `n_devices` GPUs. On the device "meta" it has every shape and no weights. The `engine`
-    "hugging_face" runs the original model, which decodes faster, with the hooks `resid_post` only.
+    `n_devices` GPUs. Prompts go into the tokenizer's chat template where it has one; `chat=False`
+    turns it off, `system` is the system prompt. On the device "meta" it has every shape and no
+    weights. The `engine` "hugging_face" runs the original model, which decodes faster, with the
+    hooks `resid_post` only.
 
     Raises:
         ValueError: if the name is unknown, the folder does not hold such a model, or there are
@@ -199,13 +203,24 @@ def load_model(
         for block in hooked.blocks:
             rotate_once(block.attn)
     tokenizer = _load_tokenizer(source)
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"The tokenizer of {name!r} has no chat template; leave chat off.")
+    chat = _whether_to_chat(tokenizer, name, chat, system)
     if not eos_ids and tokenizer.eos_token_id is not None:
         eos_ids = (tokenizer.eos_token_id,)
     label = Path(name).resolve().name if Path(name).exists() and name != "organism" else name
     fingerprint = "" if device == "meta" else _fingerprint(hooked)
-    return Model(hooked, tokenizer, label, eos_ids, chat, fingerprint)
+    return Model(hooked, tokenizer, label, eos_ids, chat, system, fingerprint)
+
+
+def _whether_to_chat(tokenizer: Any, name: str, chat: bool | None, system: str | None) -> bool:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ValueError(f"The tokenizer of {name!r} has no chat template; leave chat off.")
+    chat = has_template if chat is None else chat
+    if system is not None and not chat:
+        raise ValueError(f"A system prompt needs a chat template, which {name!r} does not use.")
+    if chat:
+        Turn.of(tokenizer, system)  # says at once what is wrong with the template
+    return chat
 
 
 def _require_devices(device: str, n_devices: int) -> None:

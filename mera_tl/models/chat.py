@@ -1,0 +1,79 @@
+"""Prompts as token ids: plain, or as the user's turn of a chat template.
+
+A message is data, so what looks like a control token in it ("<|im_end|>") stays text; only the
+template's own markers become control tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_PLACEHOLDER = "MESSAGEPLACEHOLDER"
+_N_AT_ONCE = 256
+"""A tokenizer at work holds far more than ids, so it does not get all prompts at once."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The text that a chat template writes around one message of the user's."""
+
+    before: str
+    after: str
+    strips: bool
+    """Whether the template strips white space around the message."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, system: str | None = None) -> "Turn":
+        """Read the turn off a tokenizer's chat template.
+
+        Raises:
+            ValueError: if the template leaves out the message or the system prompt.
+        """
+        text = _render(tokenizer, _PLACEHOLDER, system)
+        before, found, after = text.rpartition(_PLACEHOLDER)
+        if not found or (system and system.strip() not in before):
+            what = "system prompt" if found else "message"
+            raise ValueError(f"The chat template leaves out the {what}; pass chat=False.")
+        return cls(before, after, strips=_render(tokenizer, f" {_PLACEHOLDER} ", system) == text)
+
+    def encode(
+        self, tokenizer: Any, messages: Sequence[str], *, prefix: str = ""
+    ) -> list[list[int]]:
+        """Return the ids of each message in its turn, the assistant's turn begun with `prefix`."""
+        after = self.after + prefix
+        messages = [message.strip() if self.strips else message for message in messages]
+        controls = tokenizer.all_special_tokens
+        is_safe = [not any(token in message for token in controls) for message in messages]
+        # In one piece where that is safe, so that the ids are those of `apply_chat_template`.
+        texts = [self.before + message + after for message in messages]
+        ids = _encode(tokenizer, texts)
+        for row in (row for row, safe in enumerate(is_safe) if not safe):
+            (text,) = _encode(tokenizer, [messages[row]], split_special_tokens=True)
+            head, tail = _encode(tokenizer, [self.before, after])
+            ids[row] = [*head, *text, *tail]
+        return ids
+
+
+def _render(tokenizer: Any, message: str, system: str | None) -> str:
+    turns = [{"role": "user", "content": message}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"The chat template does not take these turns: {error}") from None
+
+
+def encode_plain(tokenizer: Any, prompts: Sequence[str], *, prefix: str = "") -> list[list[int]]:
+    """Return the ids of each prompt, with the special tokens that its tokenizer asks for."""
+    return _encode(tokenizer, [prompt + prefix for prompt in prompts], add_special_tokens=True)
+
+
+def _encode(
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False, **options: bool
+) -> list[list[int]]:
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), _N_AT_ONCE):
+        some = list(texts[start : start + _N_AT_ONCE])
+        ids += tokenizer(some, add_special_tokens=add_special_tokens, **options)["input_ids"]
+    return ids
