@@ -106,7 +106,7 @@ class Trial:
         decision = certify(gains.numpy()[None], terms.thresholds, protocol=terms)
         layer, base = chosen.layers[0], self.test.outcomes
         fitted = bench.fitted[chosen.penalty]
-        score = fitted.score(self.test.resid("last"), base.predictions)[layer]
+        score = fitted.probe.score(self.test.resid("last"), base.predictions)[layer]
         return {
             **of_choice(chosen),
             **of_gains(decision, tested, base),
@@ -119,7 +119,9 @@ class Trial:
         """Measure the shift against the activation, and the direction against two others."""
         layer, directions = chosen.layers[0], fitted.directions
         d = directions[chosen.direction].vectors[..., layer, :]
-        w = fitted.probe.weights[layer]
+        w = fitted.probe.weights[..., layer, :]
+        if fitted.probe.per_answer:
+            w = w[self.test.outcomes.predictions.clamp(min=0)]
         excess = score - torch.logit(torch.tensor(chosen.threshold))
         per_row = d if d.ndim == 1 else d[self.test.outcomes.predictions.clamp(min=0)]
         slope = (per_row * w).sum(-1)

@@ -10,7 +10,8 @@ import subprocess
 import pytest
 from test_plots import FIGURES, evidence
 
-from mera_tl.report import figure_block, plots, write_page
+from mera_tl import plots
+from mera_tl.report import figure_block, write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)

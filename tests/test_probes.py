@@ -302,3 +302,31 @@ def test_a_saved_probe_comes_back_whole_and_knows_its_model(tmp_path, models):
         back.check(models["qwen2"])
     with pytest.raises(ValueError, match="There is no file"):
         LinearProbe.load(tmp_path / "elsewhere")
+
+
+def test_a_probe_per_answer_is_a_probe(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    resid = torch.randn(2, 12, 3, generator=generator)
+    one, other = (
+        LinearProbe(
+            weights=torch.randn(2, 3, generator=generator),
+            bias=torch.randn(2, generator=generator),
+            resid_norm=torch.ones(2),
+            position="last",
+            kind="logistic",
+            penalty=1.0,
+            best_layer=1,
+            clip=0.01,
+        )
+        for _ in range(2)
+    )
+    both = LinearProbe.of_answers(one, (one, other))
+    answers = torch.tensor([0, 1, -1] * 4)
+    expected = torch.where(answers == 1, other.score(resid), one.score(resid))
+    assert torch.allclose(both.score(resid, answers), expected, atol=1e-6)
+    assert not torch.allclose(both.score(resid, (answers != 1).long()), expected, atol=1e-3)  # control
+    assert both.per_answer and both.n_layers == one.n_layers == 2 and not one.per_answer
+    loaded = LinearProbe.load(both.save(tmp_path))
+    assert torch.equal(loaded.predicted_error(resid, answers), both.predicted_error(resid, answers))
+    with pytest.raises(ValueError, match="pass the unsteered answers"):
+        both.score(resid)

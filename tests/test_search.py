@@ -40,6 +40,7 @@ from mera_tl.methods import (
 )
 from mera_tl.methods.race import candidates
 from mera_tl.models import load_model
+from mera_tl.probes import LinearProbe
 from mera_tl.steering import Adaptive, Direction, Gated, Steering
 from mera_tl.tasks import load_task
 
@@ -64,12 +65,11 @@ def steerings(model):
             probe, direction, layers=(1,), positions="last", rule=Adaptive(-0.5)
         ),
         "gate, probe per answer": Steering(
-            probe,
+            LinearProbe.of_answers(probe, (probe, other)),
             direction,
             layers=(1, 2),
             positions="last",
             rule=Gated(-0.5, 1.5),
-            by_answer=(probe, other),
         ),
         "final token only": Steering(probe, positions="final", rule=Gated(-0.5)),
     }
@@ -100,7 +100,8 @@ def test_a_probe_per_answer_reads_only_the_rows_of_its_answer(model):
     task = make_task(16, options=mixed_options(model))
     probe = random_probe(model)
     shut = replace(probe, weights=torch.zeros_like(probe.weights), bias=probe.bias - 50)
-    steering = Steering(probe, positions="last", rule=Gated(-5.0), by_answer=(shut, probe))
+    split = LinearProbe.of_answers(probe, (shut, probe))
+    steering = Steering(split, positions="last", rule=Gated(-5.0))
     plain = evaluate(model, task, settings=replace(QUIET, readout="last"))
     moved = evaluate(model, task, steering.fwd_hooks(), settings=replace(QUIET, readout="last"))
     assert 0 < (plain.predictions == 1).sum() < 16
@@ -147,7 +148,8 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
         "one": Direction("one", probe.weights),
         "two": Direction("two", torch.stack([probe.weights, -other.weights])),
     }
-    fitted = {3.0: Fitted(probe, (), directions), None: Fitted(probe, (probe, other), directions)}
+    told = LinearProbe.of_answers(probe, (probe, other))
+    fitted = {3.0: Fitted(probe, directions), None: Fitted(told, directions)}
     bench = Bench(model, train, activations.outcomes, fitted, "error", QUIET)
     names = [
         Candidate("one", 3.0, (0, 2), "last", 0.6),

@@ -16,7 +16,7 @@ from mera_tl.inference import (
     read_batch,
 )
 from mera_tl.models import resid_post
-from mera_tl.steering import Adaptive, Additive, ResidualSpace, Steering
+from mera_tl.steering import Adaptive, Additive, Gated, ResidualSpace, Steering
 
 QUIET = ReadSettings(progress=False)
 
@@ -298,3 +298,19 @@ def test_what_was_moved_is_counted_as_by_hand(model, positions):
     if positions != "generated":
         assert 0 < got.n_steered.sum() < got.n_steerable.sum()
     assert evaluate(model, task, settings=QUIET).relative_shift == 0  # control: nothing moved
+
+
+def test_a_rule_without_a_limit_has_no_threshold(model):
+    steering = Steering(random_probe(model), rule=Additive(0.3))
+    with pytest.raises(ValueError, match="has no threshold"):
+        steering.at(0.5)  # control: it used to become MERA's rule
+    assert replace(steering, rule=Gated()).at(0.5).rule == Gated(limit=0.0)
+
+
+def test_hooks_that_can_move_nothing_say_so(model, recwarn):
+    steering = Steering(random_probe(model))
+    with pytest.warns(UserWarning, match="has no threshold yet"):
+        steering.fwd_hooks()
+    recwarn.clear()
+    steering.reading_hooks(), steering.at(0.5).fwd_hooks()
+    assert not recwarn

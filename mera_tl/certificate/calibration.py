@@ -24,7 +24,7 @@ from mera_tl.inference.evaluation import evaluate, gather, run_batches, tokenize
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.progress import is_watched
 from mera_tl.models.model import Model
-from mera_tl.steering.rules import Adaptive, Additive, Gated
+from mera_tl.steering.rules import Additive
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Calibration as CalibrationRole
 from mera_tl.tasks.task import Task
@@ -82,19 +82,18 @@ def threshold_grid(
     """Return the unsteered outcomes and those at every threshold, in the order given."""
     settings = settings or ReadSettings()
     # An infinite limit moves nothing, bit for bit, while its hooks read every score.
-    reading = replace(steering, rule=Adaptive())
     if steering.positions != "all":
-        steerings = [reading, *(steering.at(threshold) for threshold in thresholds)]
-        first, *others = _after_the_prompt(model, task, steerings, settings)
+        steerings = [steering.at(threshold) for threshold in thresholds]
+        first, *others = _after_the_prompt(model, task, steering, steerings, settings)
         return first, others
-    base = evaluate(model, task, reading.fwd_hooks(), settings=settings, title="unsteered")
+    base = evaluate(model, task, steering.reading_hooks(), settings=settings, title="unsteered")
     quiet = replace(settings, progress=False)
     runs = []
     for threshold in tqdm(
         thresholds, desc="thresholds", disable=not (settings.progress and is_watched())
     ):
         steered = steering.at(threshold)
-        reached = (base.peak > _limit(steered)).nonzero()[:, 0]
+        reached = (base.peak > steered.limit).nonzero()[:, 0]
         if not len(reached):
             runs.append(base)
             continue
@@ -105,12 +104,17 @@ def threshold_grid(
 
 
 def _after_the_prompt(
-    model: Model, task: Task[Any], steerings: Sequence[Steering], settings: ReadSettings
+    model: Model,
+    task: Task[Any],
+    reader: Steering,
+    steerings: Sequence[Steering],
+    settings: ReadSettings,
 ) -> list[Outcomes]:
-    """Return the outcomes of steerings that leave the prompt alone; the first moves nothing."""
+    """Return unsteered outcomes, then those of steerings that leave the prompt alone."""
     options = option_tokens(model, task.options)
     prompts = tokenize_task(model, task, settings)
-    plans = [(steering.fwd_hooks(), _limit(steering)) for steering in steerings]
+    plans = [(reader.reading_hooks(), math.inf)]
+    plans += [(steering.fwd_hooks(), steering.limit) for steering in steerings]
 
     def run(batch: list[int]) -> list[Reading]:
         with torch.inference_mode(), hooked_pass(model, ()):
@@ -136,11 +140,6 @@ def _after_the_prompt(
     ]
 
 
-def _limit(steering: Steering) -> float:
-    """Return the score above which a token is moved; a fixed shift moves every one."""
-    return steering.rule.limit if isinstance(steering.rule, Adaptive | Gated) else -math.inf
-
-
 def strength_grid(
     model: Model,
     task: Task[Any],
@@ -153,8 +152,7 @@ def strength_grid(
     settings = settings or ReadSettings()
     steerings = [replace(steering, rule=Additive(strength)) for strength in strengths]
     if steering.positions != "all":
-        reading = replace(steering, rule=Adaptive())
-        first, *others = _after_the_prompt(model, task, [reading, *steerings], settings)
+        first, *others = _after_the_prompt(model, task, steering, steerings, settings)
         return first, others
     base = evaluate(model, task, settings=settings, title="unsteered")
     runs = [

@@ -41,8 +41,6 @@ class Fitted:
     """Probes and the directions that go with them."""
 
     probe: LinearProbe
-    by_answer: tuple[LinearProbe, ...]
-    """One per unsteered answer; none where all share `probe`."""
     directions: Mapping[str, Direction]
 
     @staticmethod
@@ -56,7 +54,7 @@ class Fitted:
     ) -> "Fitted":
         """Fit the probe of MERA's rule and its directions."""
         probe = _fit(activations, space, kind="ridge", penalty=penalty, seed=seed)
-        return Fitted(probe, (), fit_directions(features(activations, space), probe, kinds))
+        return Fitted(probe, fit_directions(features(activations, space), probe, kinds))
 
     @staticmethod
     def per_answer(
@@ -64,8 +62,7 @@ class Fitted:
     ) -> "Fitted":
         """Fit one logistic probe per unsteered answer; where errors are few, that of all examples.
 
-        Error is an exclusive or of the truth and the answer, which no linear probe can read. Given
-        the answer it is the truth, which one can.
+        Directions are along the probe of all.
         """
         pooled = _fit(activations, space, kind="logistic", seed=seed)
         probes = []
@@ -78,19 +75,7 @@ class Fitted:
             part = activations.subset(chosen.nonzero()[:, 0])
             probes.append(_fit(part, space, kind="logistic", seed=seed))
         directions = fit_directions(features(activations, space), pooled, kinds)
-        return Fitted(pooled, tuple(probes), directions)
-
-    def score(
-        self,
-        resid: Float[Tensor, "layer example d_model"],
-        answers: Int[Tensor, " example"],
-    ) -> Float[Tensor, "layer example"]:
-        """Return every example's score, by the probe of its answer."""
-        score = self.probe.score(resid)
-        for answer, probe in enumerate(self.by_answer):
-            chosen = (answers == answer).nonzero()[:, 0]
-            score[:, chosen] = probe.score(resid[:, chosen])
-        return score
+        return Fitted(LinearProbe.of_answers(pooled, probes), directions)
 
 
 def _fit(activations: Activations, space: Space, **options: Any) -> LinearProbe:
@@ -129,7 +114,6 @@ class Candidate:
 def steering_of(
     candidate: Candidate,
     probe: LinearProbe,
-    by_answer: tuple[LinearProbe, ...],
     direction: Tensor | None,
     space: Space = RAW,
 ) -> Steering:
@@ -141,7 +125,6 @@ def steering_of(
         space=space,
         layers=candidate.layers,
         positions=candidate.positions,
-        by_answer=by_answer,
     )
     return steering.at(candidate.threshold)
 
@@ -226,7 +209,7 @@ class Bench:
         """Return a candidate's steering."""
         fitted = self.fitted[candidate.penalty]
         direction = fitted.directions[candidate.direction].vectors
-        return steering_of(candidate, fitted.probe, fitted.by_answer, direction, self.space)
+        return steering_of(candidate, fitted.probe, direction, self.space)
 
     def advance(self, field: Sequence[Tried], places: Sequence[int], title: str) -> list[Tried]:
         """Return the candidates with their gains at these places too."""
@@ -308,14 +291,8 @@ class Bench:
         peaks = {}
         for penalty, layer in {(name.penalty, layer) for name in names for layer in name.layers}:
             fitted = self.fitted[penalty]
-            reader = Steering(
-                fitted.probe,
-                space=self.space,
-                layers=(layer,),
-                positions="last",
-                by_answer=fitted.by_answer,
-            )
-            hooks = reader.fwd_hooks()  # without a limit they move nothing
+            reader = Steering(fitted.probe, space=self.space, layers=(layer,), positions="last")
+            hooks = reader.reading_hooks()
             reading = read_again(decoding, rows, options, self.settings, hooks, answers=answers)
             peaks[penalty, layer] = reading.peak
         return peaks

@@ -93,8 +93,6 @@ class Search:
         rows = self.table.astype(object).where(self.table.notna(), None)
         storage.write_records(folder / "candidates.jsonl", rows.to_dict("records"))
         self.steering.probe.save(folder / "probe")
-        for answer, probe in enumerate(self.steering.by_answer):
-            probe.save(folder / f"probe_of_answer_{answer}")
         if self.steering.direction is not None:
             tensors = {"direction": self.steering.direction}
             storage.save_tensors(folder / "direction.safetensors", tensors)
@@ -113,15 +111,12 @@ class Search:
         plain = storage.read_json(folder / "search.json")
         chosen = Candidate(**(plain["chosen"] | {"layers": tuple(plain["chosen"]["layers"])}))
         probe = LinearProbe.load(folder / "probe")
-        found = sorted(folder.glob("probe_of_answer_*"), key=lambda path: int(path.name[16:]))
-        by_answer = tuple(map(LinearProbe.load, found))
         path, direction = folder / "direction.safetensors", None
         if path.exists():
             direction = storage.load_tensors(path)["direction"]
         table = pd.DataFrame(storage.read_records(folder / "candidates.jsonl"))
-        return cls(
-            chosen, steering_of(chosen, probe, by_answer, direction, space), table, plain["details"]
-        )
+        steering = steering_of(chosen, probe, direction, space)
+        return cls(chosen, steering, table, plain["details"])
 
     def _repr_html_(self) -> str:
         best = self.table.sort_values("value", ascending=False).head(10)

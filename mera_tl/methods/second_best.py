@@ -22,7 +22,6 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods.candidates import Candidate, Tried, choose, steering_of, tabulate
 from mera_tl.methods.race import Choices, Search, divide, fit_all, require_training
 from mera_tl.models.model import FwdHooks, Model
-from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Calibration as CalibrationRole
 from mera_tl.tasks.task import Task, Train
@@ -59,7 +58,7 @@ def search_flip(
     base, resid = held_out.outcomes, held_out.resid("last")
     tried = []
     for penalty, probes in fitted.items():
-        scores = probes.score(resid, base.predictions)
+        scores = probes.probe.score(resid, base.predictions)
         for layer, score in enumerate(scores):
             for threshold in choices.gates if penalty is None else choices.thresholds:
                 name = Candidate("flip", penalty, (layer,), "final", threshold)
@@ -67,14 +66,14 @@ def search_flip(
                 tried.append(Tried(name, gains))
     chosen = choose(tried, choices.caution)
     probes = fitted[chosen.penalty]
-    steering = steering_of(chosen, probes.probe, probes.by_answer, None)
+    steering = steering_of(chosen, probes.probe, None)
     details = {"n_fit": len(fit), "n_search": len(judge), "notes": ()}
     return Search(chosen, steering, tabulate(tried, choices.caution), details)
 
 
 def reading_hooks(steering: Steering) -> FwdHooks:
     """Return hooks that move nothing and read the score at the final prompt token."""
-    return replace(steering, rule=Adaptive(), positions="final").fwd_hooks()
+    return replace(steering, positions="final").reading_hooks()
 
 
 def certify_flip(

@@ -10,14 +10,14 @@ and `LinearProbe.measure` scores it on examples that no fit has seen.
 import html
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
@@ -59,11 +59,16 @@ _SHOWN = ("layer", "nonzero", "rmse", "rmse_sd", "rmse_dummy", "r2", "auroc", "e
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """One linear map per layer whose score predicts the log-odds of error."""
+    """One linear map per layer, or per (unsteered answer, layer), that predicts error.
 
-    weights: Float[Tensor, "layer d_model"] = field(repr=False)
+    Its score is the log-odds of error. Error is an exclusive or of the truth and the answer, which
+    no linear map can read; given the answer it is the truth, which one can. So a probe may have a
+    map per answer, and then the answer must be known before it is read.
+    """
+
+    weights: Float[Tensor, "*answer layer d_model"] = field(repr=False)
     """On raw activations; all zero where nothing could be read, and then nothing is steered."""
-    bias: Float[Tensor, " layer"] = field(repr=False)
+    bias: Float[Tensor, "*answer layer"] = field(repr=False)
     resid_norm: Float[Tensor, " layer"] = field(repr=False)
     """Median norm of the residuals fitted to: the unit of additive strengths."""
     position: Position
@@ -79,18 +84,61 @@ class LinearProbe:
     manifest: dict[str, Any] = field(default_factory=dict, repr=False)
     """Model, data, template and hook of the activations fitted to."""
 
+    @property
+    def per_answer(self) -> bool:
+        """Whether there is a map per unsteered answer."""
+        return self.weights.ndim == 3
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return self.weights.shape[-2]
+
+    @staticmethod
+    def of_answers(pooled: "LinearProbe", probes: Sequence["LinearProbe"]) -> "LinearProbe":
+        """Return the probe that reads each answer's examples by a probe of their own.
+
+        All else (residual norms, best layer, metrics) is that of `pooled`, the probe of all.
+        """
+        return replace(
+            pooled,
+            weights=torch.stack([probe.weights for probe in probes]),
+            bias=torch.stack([probe.bias for probe in probes]),
+        )
+
     def score(
-        self, resid: Float[Tensor, "layer example d_model"]
+        self,
+        resid: Float[Tensor, "layer example d_model"],
+        answers: Int[Tensor, " example"] | None = None,
     ) -> Float[Tensor, "layer example"]:
-        """Return the log-odds of error that each layer predicts."""
+        """Return the log-odds of error that each layer predicts.
+
+        `answers` are the options answered unsteered, for a probe per answer; -1, no answer, is
+        read as the first.
+
+        Raises:
+            ValueError: if a probe per answer gets none.
+        """
         weights, bias = self.weights.to(resid), self.bias.to(resid)
-        return einsum(resid, weights, "layer example d, layer d -> layer example") + bias[:, None]
+        if not self.per_answer:
+            score = einsum(resid, weights, "layer example d, layer d -> layer example")
+            return score + bias[:, None]
+        if answers is None:
+            raise ValueError(
+                f"This probe has a map for each of {len(weights)} answers; pass the unsteered "
+                "answers, as score(resid, outcomes.predictions)."
+            )
+        own = answers.to(resid.device).clamp(min=0)
+        score = einsum(resid, weights[own], "layer example d, example layer d -> layer example")
+        return score + bias[own].T
 
     def predicted_error(
-        self, resid: Float[Tensor, "layer example d_model"]
+        self,
+        resid: Float[Tensor, "layer example d_model"],
+        answers: Int[Tensor, " example"] | None = None,
     ) -> Float[Tensor, "layer example"]:
         """Return the error that each layer predicts, in (0, 1)."""
-        return torch.sigmoid(self.score(resid))
+        return torch.sigmoid(self.score(resid, answers))
 
     @property
     def table(self) -> pd.DataFrame:

@@ -4,6 +4,8 @@ The probe says whether and how far, the direction which way, the rule turns both
 space writes it back. A `Steering` is a frozen value; `at(threshold)` gives another one.
 """
 
+import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -35,11 +37,9 @@ class Steering:
     positions: Positions = "all"
     """Every token; from the final prompt token on (last); that token alone (final); or generated
     tokens only."""
-    by_answer: tuple[LinearProbe, ...] = ()
-    """One probe per unsteered answer, read in place of `probe`; none to read `probe` always."""
 
     def __post_init__(self) -> None:
-        n_layers = self.probe.weights.shape[0]
+        n_layers = self.probe.n_layers
         if isinstance(self.layers, tuple):
             wrong = [layer for layer in self.layers if not 0 <= layer < n_layers]
             if wrong or not self.layers:
@@ -60,17 +60,18 @@ class Steering:
         if self.positions not in get_args(Positions):
             wanted = ", ".join(get_args(Positions))
             raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
-        if self.direction is not None and self.direction.shape[-2:] != self.probe.weights.shape:
+        shape = self.probe.weights.shape[-2:]
+        if self.direction is not None and self.direction.shape[-2:] != shape:
             raise ValueError(
                 f"A direction of shape {tuple(self.direction.shape)} does not fit a probe of shape "
-                f"{tuple(self.probe.weights.shape)}; derive both from the same activations."
+                f"{tuple(shape)}; derive both from the same activations."
             )
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
         """The layers that are steered, in order."""
         if self.layers == "all":
-            return self.space.layers or tuple(range(self.probe.weights.shape[0]))
+            return self.space.layers or tuple(range(self.probe.n_layers))
         if self.layers == "best":
             return (self.probe.best_layer,)
         return tuple(sorted(set(self.layers)))  # pyright: ignore[reportArgumentType]
@@ -79,26 +80,49 @@ class Steering:
         """Return the same steering at `threshold` (the paper's alpha): MERA's rule, or a gate.
 
         Raises:
-            ValueError: if the threshold, a predicted error, is not in (0, 1).
+            ValueError: if the threshold, a predicted error, is not in (0, 1), or the rule has none.
         """
+        if not isinstance(self.rule, Adaptive | Gated):
+            raise ValueError(
+                f"{self.rule} moves every token whatever is predicted, so it has no threshold; "
+                "pass rule=Adaptive() or Gated() to steer at one."
+            )
         if not 0 < threshold < 1:
             raise ValueError(
                 f"threshold={threshold} is not a predicted error strictly between 0 and 1."
             )
         limit = torch.logit(torch.tensor(threshold)).item()
-        if isinstance(self.rule, Gated):
-            return replace(self, rule=replace(self.rule, limit=limit))
-        return replace(self, rule=Adaptive(limit))
+        return replace(self, rule=replace(self.rule, limit=limit))
 
     def fwd_hooks(self) -> list[tuple[str, "SteerHook"]]:
-        """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`."""
+        """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`.
+
+        Warns where the rule has no limit yet: such hooks read scores and move nothing.
+        """
+        if self.limit == math.inf:
+            warnings.warn(
+                "This steering has no threshold yet, so its hooks move nothing; choose one with "
+                "steering.at(threshold) or mera_tl.calibrate, or call reading_hooks() to read "
+                "scores only.",
+                stacklevel=2,
+            )
+        return self._hooks()
+
+    def reading_hooks(self) -> list[tuple[str, "SteerHook"]]:
+        """Return hooks that read every score in scope and move nothing, bit for bit."""
+        return replace(self, rule=Adaptive())._hooks()
+
+    @property
+    def limit(self) -> float:
+        """The score above which a token is moved; -inf for a rule that moves every one."""
+        return self.rule.limit if isinstance(self.rule, Adaptive | Gated) else -math.inf
+
+    def _hooks(self) -> list[tuple[str, "SteerHook"]]:
         return [(resid_post(layer), self._hook(layer)) for layer in self.layer_numbers]
 
     def _hook(self, layer: int) -> "SteerHook":
-        weights, bias = self.probe.weights[layer].float(), self.probe.bias[layer].float()
-        if self.by_answer:
-            weights = torch.stack([probe.weights[layer].float() for probe in self.by_answer])
-            bias = torch.stack([probe.bias[layer].float() for probe in self.by_answer])
+        weights = self.probe.weights[..., layer, :].float()
+        bias = self.probe.bias[..., layer].float()
         direction = weights if self.direction is None else self.direction[..., layer, :].float()
         w, d = torch.broadcast_tensors(weights, direction)
         # One unit of strength is as long in the residual stream, whatever the space.

@@ -143,8 +143,8 @@ def explain(
     if isinstance(steering, Steering):
         probe = probe or steering.probe
     raw = all(isinstance(reader.space, ResidualSpace) for reader in readers)
-    if raw and probe is not None and probe.weights.shape[1] == model.d_model:
-        readers = [hook for _, hook in Steering(probe).fwd_hooks()]
+    if raw and probe is not None and probe.weights.shape[-1] == model.d_model:
+        readers = [hook for _, hook in Steering(probe).reading_hooks()]
     if not readers:
         raise ValueError(
             "There is nothing to read; pass a steering, its hooks, or a probe of the residual "
