@@ -1,40 +1,51 @@
 """The command `mera`.
 
-`subcommands` says what there is to ask for, `commands` does it and is imported when it is needed:
-`mera --help` answers at once. A caller's mistake is one sentence on stderr and exit code 2.
+`options` says what there is to ask for, `commands` does it and is imported when it is needed:
+`mera --help` answers at once. This is the one place that turns mistakes into exit codes: a
+caller's mistake or a file that cannot be used is one sentence on stderr and exit code 2.
 """
 
 import os
 import sys
-from typing import Annotated, Any
+from importlib.metadata import version
 
-import tyro
-
-from mera_tl.cli.options import COMMANDS
-
-DESCRIPTION = (
-    "Steer a language model away from its own errors, only when that can be shown to help."
-)
+from mera_tl.cli.parsing import parse
 
 
 def main() -> None:
-    """Parse the command line and run the command."""
+    """Parse the command line and run the command; MERA_DEBUG=1 shows tracebacks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    union: Any = None
-    for kind in COMMANDS:
-        named = Annotated[kind, tyro.conf.subcommand(kind.__name__.lower())]
-        union = named if union is None else union | named
-    command = tyro.cli(union, prog="mera", description=DESCRIPTION)
-    from mera_tl.cli import commands
-
     try:
+        if sys.argv[1:] in (["--version"], ["-V"]):
+            print(f"mera {version('mera-tl')}")
+            return
+        command = parse(sys.argv[1:])
+        from mera_tl.cli import commands
+
         getattr(commands, type(command).__name__.lower())(command)
-    except ValueError as error:
-        print(f"mera: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough; what Python flushes at exit must go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
-        print("mera: stopped; start it again to go on.", file=sys.stderr)
+        print("mera: stopped; start it again to resume.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        said = _sentence(error)
+        if said is None or os.environ.get("MERA_DEBUG"):
+            raise
+        print(f"mera: {said}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Return a mistake or a damaged file in one sentence; None for what is a fault of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}."
+    damaged = type(error).__module__.startswith("safetensors")
+    return str(error) if damaged or isinstance(error, ValueError | OSError) else None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""From a command line to one of the dataclasses of `options`, in groups and with short names."""
+
+import ast
+import inspect
+import json
+import textwrap
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from mera_tl.cli.options import COMMANDS
+
+DESCRIPTION = """Steer a language model away from its own errors, only where that is shown to help.
+
+  $ mera demo
+  $ mera run -m organism -t spam_cue
+
+Exit codes:
+
+  0    done
+  1    a job failed, a guarantee is withdrawn, or a run does not fit
+  2    what was asked for cannot be done; one sentence says why
+  130  interrupted; the same command resumes
+"""
+GROUPS = {
+    "required": "action model models task tasks",
+    "data": "data_dir template train calibration test limit seed seeds truncate free_text",
+    "model": "chat readout max_new_tokens dtype engine device n_devices",
+    "steering": "methods layers positions probe_position strength pairs space spaces sae "
+    "sae_sibling sae_correction",
+    "certificate": "min_gain delta metric",
+    "speed": "batch_size batch_tokens cache shards ray gpus",
+    "output": "out config overwrite dry_run json verbose quiet wandb",
+}
+"""Headings of `--help`; what is in none of them stands under "more"."""
+ALIASES = {
+    "model": ("-m",),
+    "models": ("-m", "--model"),
+    "task": ("-t", "--tasks"),
+    "tasks": ("-t", "--task"),
+    "out": ("-o", "--output-path"),
+    "chat": ("--apply-chat-template",),
+    "verbose": ("-v",),
+    "quiet": ("-q",),
+    "run": (),
+}
+"""Short names, and what users of lm-evaluation-harness type (`_` and `-` are the same)."""
+METAVARS = {
+    "train": "N|ROWS",
+    "calibration": "N|ROWS",
+    "test": "N|ROWS",
+    "layers": "LAYERS",
+    "data_dir": "FOLDER",
+    "template": "FILE",
+    "config": "FILE",
+    "out": "PATH",
+    "batch_size": "N|auto",
+    "methods": "NAME[,NAME...]",
+    "models": "NAME[,NAME...]",
+    "tasks": "NAME[,NAME...]",
+    "task": "NAME[,NAME...]",
+}
+HIDDEN = {
+    "Collect": GROUPS["steering"] + " " + GROUPS["certificate"],
+    "Fit": GROUPS["certificate"] + " methods positions strength",
+}
+"""Options that are part of a folder's configuration, but mean nothing to a step: taken, not shown."""
+LEFT_OUT = {
+    "Sae": GROUPS["certificate"] + " positions probe_position strength pairs space sae_correction"
+    " calibration test free_text",
+    "Doctor": GROUPS["certificate"] + " strength pairs",
+}
+"""Options that a command inherits and has no use for."""
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Return the command that was asked for; exit with 2 and a box that says what is wrong."""
+    argv = _with_file(argv)
+    by_name = {kind.__name__.lower(): kind for kind in COMMANDS}
+    if argv and argv[0] in by_name:
+        kind = by_name[argv[0]]
+        about = inspect.cleandoc(kind.__doc__ or "")
+        plain = (tyro.conf.FlagCreatePairsOff,)
+        prog = f"mera {argv[0]}"
+        parsed = tyro.cli(_nested(kind), prog=prog, description=about, args=argv[1:], config=plain)
+        return kind(**_flat(parsed))
+    overview: Any = None
+    for name, kind in by_name.items():
+        first = (kind.__doc__ or "").partition("\n")[0]
+        named = Annotated[kind, tyro.conf.subcommand(name, description=first)]
+        overview = named if overview is None else overview | named
+    return tyro.cli(overview, prog="mera", description=DESCRIPTION, args=argv)
+
+
+def _nested(kind: Any) -> Any:
+    """Return a dataclass like `kind` whose fields lie in groups; a small one stays flat."""
+    texts, name = _help_texts(kind), kind.__name__
+    hidden, left_out = HIDDEN.get(name, "").split(), LEFT_OUT.get(name, "").split()
+    groups: dict[str, list[Any]] = {}
+    for option in fields(kind):
+        if option.name not in left_out:
+            inside = (group for group, names in GROUPS.items() if option.name in names.split())
+            made = _option(option, texts[option.name], shown=option.name not in hidden)
+            groups.setdefault(next(inside, "more"), []).append(made)
+    if len(fields(kind)) < 12:
+        own = [each for group in groups.values() for each in group]
+    else:
+        own = [_group(g, groups[g]) for g in (*GROUPS, "more") if g in groups]
+    return make_dataclass(name, own, kw_only=True, namespace={"__doc__": kind.__doc__})
+
+
+def _group(name: str, own: list[Any]) -> Any:
+    made = make_dataclass(name, own, kw_only=True)
+    needed = any(each[2].default is MISSING for each in own)
+    default = field() if needed else field(default_factory=made)
+    return name, tyro.conf.OmitArgPrefixes[made], default
+
+
+def _option(option: Any, text: str, *, shown: bool) -> Any:
+    kind = option.type
+    if option.name == "batch_size":
+        kind = int | Literal["auto"] | None
+    plain = any(option.default is value for value in (None, False, MISSING))
+    about = tyro.conf.arg(
+        help=text,
+        aliases=ALIASES.get(option.name),
+        metavar=METAVARS.get(option.name) or _metavar(kind),
+        help_behavior_hint="" if plain else None,
+    )
+    kind = Annotated[kind, about]
+    return option.name, kind if shown else tyro.conf.Suppress[kind], field(default=option.default)
+
+
+def _metavar(kind: Any) -> str | None:
+    """Return a short word for optional values, where tyro's would name None too."""
+    names = {str | None: "TEXT", int | None: "N", float | None: "X", Path | None: "PATH"}
+    return (names | {str: "TEXT", int: "N", float: "X", Path: "PATH"}).get(kind)
+
+
+@lru_cache(maxsize=64)
+def _help_texts(kind: type) -> dict[str, str]:
+    """Return the text below every field of a dataclass and of those it inherits from."""
+    texts: dict[str, str] = {}
+    for each in reversed([c for c in kind.__mro__ if is_dataclass(c)]):
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        body = node.body if isinstance(node, ast.ClassDef) else []
+        for option, below in zip(body, body[1:], strict=False):
+            if isinstance(option, ast.AnnAssign) and isinstance(below, ast.Expr):
+                texts[ast.unparse(option.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+    return texts
+
+
+def _flat(parsed: Any) -> dict[str, Any]:
+    """Return the values of all groups; names that come in commas are taken apart."""
+    values = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
+    for group in [value for value in values.values() if is_dataclass(value)]:
+        values |= {f.name: getattr(group, f.name) for f in fields(group)}
+    values = {name: value for name, value in values.items() if not is_dataclass(value)}
+    if values.get("batch_size") == "auto":
+        values["batch_size"] = None
+    for name in {"methods", "models", "tasks"} & values.keys():
+        values[name] = tuple(part for text in values[name] for part in text.split(","))
+    return values
+
+
+def _with_file(argv: Sequence[str]) -> list[str]:
+    """Put the options of `--config FILE` before those of the command line, which override them."""
+    argv = [part for text in argv for part in _split_config(text)]
+    if "--config" not in argv[:-1]:
+        return argv
+    path = Path(argv[argv.index("--config") + 1])
+    text = path.read_text(encoding="utf-8")
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    values = readers.get(path.suffix, yaml.safe_load)(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no options; write them as `name: value`, one a line.")
+    told: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        listed = value if isinstance(value, list) else [] if value is True else [value]
+        told += ["--" + str(name).replace("_", "-"), *map(str, listed)]
+    return [*argv[:1], *told, *argv[1:]]
+
+
+def _split_config(text: str) -> list[str]:
+    return text.split("=", 1) if text.startswith("--config=") else [text]
