@@ -1,8 +1,17 @@
 """The command line: the main job end to end, and every mistake one sentence."""
 
+import contextlib
 import csv
+import io
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +19,11 @@ from conftest import make_task
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
+from mera_tl.benchmark.config import DEFAULT_METHODS
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app as cli
+from mera_tl.cli.parsing import COMMANDS, parse
+from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
 
@@ -63,12 +75,12 @@ def test_the_main_job_writes_records_certificates_and_a_table(
 ):
     out = tmp_path / "run"
     told = arguments(checkpoints, toy, out)
-    assert mera(monkeypatch, "run", *told, "--methods", *METHODS) == 0
-    printed = capsys.readouterr().out
+    assert mera(monkeypatch, "run", *told, "--verbose", "--methods", *METHODS) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "toy" in printed and "Report: " in printed and (out / "report.html").exists()
     records = storage.read_records(out / "records.jsonl")
     assert [record["method"] for record in records] == list(METHODS)
     for record in records:
-        assert record["method"] in printed
         assert record["n"] == 15
         assert sum(record["transitions"].values()) == 15
         for name in ("model", "task", "space", "seed", "accuracy", "error", "spi", "threshold"):
@@ -77,7 +89,10 @@ def test_the_main_job_writes_records_certificates_and_a_table(
         assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]
     assert [r["decision"] is not None for r in records] == [False, False, False, True]
     certificate = Calibration.load(out / "certificates" / "optimal_probe.json")
-    assert str(certificate) in printed
+    assert (
+        str(certificate).split()
+        == printed.partition("optimal_probe ")[2].split()[: len(str(certificate).split())]
+    )
     assert not list(out.rglob("*.tmp"))
 
     # A second start finds everything; the steps, one by one, give the same records.
@@ -212,3 +227,213 @@ def test_config_json_is_what_was_asked(monkeypatch, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
     assert mera(monkeypatch, "collect", *arguments(checkpoints, toy, out, min_gain=0.02)) == 0
     assert json.loads((out / "config.json").read_text())["min_gain"] == 0.02
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def parsed(*arguments):
+    return parse([str(each) for each in arguments])
+
+
+def test_what_users_of_lm_evaluation_harness_type_is_understood():
+    told = parsed(
+        *("run", "--model", "organism", "--tasks", "spam_cue,yesno_bias", "--batch_size", "auto"),
+        *("--output_path", "there", "--apply_chat_template", "--limit", 500),
+    )
+    assert (told.batch_size, told.out, told.chat) == (None, Path("there"), True)
+    (first, where), (second, _) = told.each_task()
+    assert (first.task, second.task, where) == ("spam_cue", "yesno_bias", Path("there/spam_cue"))
+    assert (first.train, first.calibration, first.test) == ("300", "100", "100")
+    short = parsed("run", "-m", "organism", "-t", "spam_cue", "-o", "there", "-v")
+    assert (short.model, short.verbose, short.each_task()[0][1]) == (
+        "organism",
+        True,
+        Path("there"),
+    )
+    assert short.methods == DEFAULT_METHODS
+    assert parsed("benchmark", "-m", "a,b", "-t", "c").models == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.toml", 'model = "organism"\ntask = "spam_cue"\nmin_gain = 0.02\nchat = true\n'),
+        ("run.yaml", "model: organism\ntask: spam_cue\nmin-gain: 0.02\nchat: true\nseed: null\n"),
+        ("run.json", '{"model": "organism", "task": "spam_cue", "min_gain": 0.02, "chat": true}'),
+    ],
+)
+def test_a_file_of_options_is_overridden_by_the_command_line(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    told = parsed("run", "--config", tmp_path / name)
+    assert (told.model, told.min_gain, told.chat) == ("organism", 0.02, True)
+    again = parsed("run", f"--config={tmp_path / name}", "--min-gain", 0.05)
+    assert (again.model, again.min_gain) == ("organism", 0.05)
+
+
+def test_every_option_is_explained_and_fits_80_columns(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            parsed(command.__name__.lower(), "--help")
+        assert stop.value.code == 0
+        _, _, box = capsys.readouterr().out.partition("show this help")
+        assert box and max(map(len, box.splitlines())) <= 80
+    help_of_run = texts(capsys, "run")
+    for title in ("required", "data", "model", "steering", "certificate", "speed", "output"):
+        assert f" {title} options " in help_of_run
+    assert "more options" not in help_of_run and "$ mera run" in help_of_run
+    assert help_of_run.index("--model") < help_of_run.index("--layers")
+    # What means nothing to a step is not shown, though a folder's configuration may hold it.
+    assert "--min-gain" not in texts(capsys, "collect") + texts(capsys, "sae")
+    assert parsed("collect", "-m", "a", "-t", "b", "--min-gain", 0.1).min_gain == 0.1
+
+
+def texts(capsys, command):
+    with pytest.raises(SystemExit):
+        parsed(command, "--help")
+    return capsys.readouterr().out
+
+
+def test_help_answers_at_once_and_the_version_is_there():
+    started = time.perf_counter()
+    done = python("--help")
+    assert time.perf_counter() - started < 2.5  # usually 0.3 s; torch alone would take more
+    assert "Exit codes" in done.stdout and "explain" in done.stdout
+    code = "import sys; from mera_tl.cli.parsing import parse; parse(['plan'])\n"
+    code += "assert not {'torch', 'pandas', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert re.fullmatch(r"mera \d+\.\d+\.\d+\S*\n", python("--version").stdout)
+
+
+def python(*arguments, **more):
+    command = [sys.executable, "-m", "mera_tl.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **more)
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mera_tl.cli", "plan"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def organism(tmp_path_factory):
+    """A run that certifies something, with its report; made once, as the command makes it."""
+    out = tmp_path_factory.mktemp("organism") / "run"
+    told = ["run", "-m", "organism", "-t", "spam_cue", "--limit", "700", "--layers", "1"]
+    told += [
+        "--positions",
+        "last",
+        "-o",
+        str(out),
+        "--methods",
+        "no_steering,controlled_contrastive",
+    ]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        parse(told)()
+    return out, printed.getvalue()
+
+
+def test_a_run_ends_in_a_line_per_task_the_report_and_what_to_do_next(organism):
+    out, printed = organism
+    (verdict,) = re.findall(r"^spam_cue +(.*)$", printed, re.M)
+    run = RunFolder.open(out)
+    lower = run.certificates["controlled_contrastive"].best.lower
+    assert f"-> {run.verdict.after:.0%}".replace("%", " %") in verdict
+    assert f"STEER (certified >= +{math.floor(100 * lower)} points)" in verdict
+    assert 100 * lower >= float(re.findall(r">= \+(\d+)", verdict)[0])  # never rounded up
+    assert f"Report: {out / 'report.html'}" in "".join(printed.splitlines())
+    assert f"mera explain {out}" in "".join(printed.splitlines())
+    assert "\x1b" not in printed and max(map(len, printed.splitlines())) <= 80
+
+
+def test_tables_fit_and_leave_blank_what_is_not_there(monkeypatch, capsys, organism):
+    out, _ = organism
+    assert mera(monkeypatch, "table", out) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "controlled_contrastive" in printed and "STEER" in printed
+    for kind in ("markdown", "csv", "latex"):
+        assert mera(monkeypatch, "table", out, "--format", kind) == 0
+        assert not re.search(r"\b(None|nan)\b", capsys.readouterr().out)
+    assert mera(monkeypatch, "table", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == list(RunFolder.open(out).records)
+    assert mera(monkeypatch, "table") == 2
+    assert "There is no run to print" in capsys.readouterr().err
+
+
+def test_json_is_all_that_a_script_reads(monkeypatch, capsys, organism):
+    out, _ = organism
+    told = ("-m", "organism", "-t", "spam_cue", "--limit", 700, "--layers", 1)
+    told += ("--positions", "last", "-o", out, "--methods", "no_steering")
+    assert mera(monkeypatch, "run", *told, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["method"] == "no_steering"
+    assert mera(monkeypatch, "plan", "--gain", 0.1, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["gain"] == 0.1
+
+
+def test_explain_takes_a_row_or_a_text_of_your_own(monkeypatch, capsys, organism):
+    out, _ = organism
+    assert mera(monkeypatch, "explain", out) == 0  # a recovered example of the run's winner
+    assert "becomes" in capsys.readouterr().out
+    example = RunFolder.open(out).test_task().examples[3]
+    told = []
+    for which in (("--row", example.row), ("--prompt", example.prompt)):
+        assert mera(monkeypatch, "explain", out, *which, "--json") == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0]["tokens"] == told[1]["tokens"] and told[0]["probs"] == told[1]["probs"]
+    assert (out / "explain" / "controlled_contrastive-prompt.html").exists()
+    assert mera(monkeypatch, "explain", out, "--row", 10**6) == 2
+    assert "is in no split" in capsys.readouterr().err
+
+
+def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(
+    monkeypatch, capsys, checkpoints, toy, tmp_path
+):
+    out = tmp_path / "run"
+    told = arguments(checkpoints, toy, out)
+    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--dry-run") == 0
+    assert "device in all" in capsys.readouterr().out and not out.exists()
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--overwrite") == 2
+    assert "not the folder of a run" in capsys.readouterr().err and (out / "thesis.tex").exists()
+    (out / "thesis.tex").rename(tmp_path / "thesis.tex")
+    other = arguments(checkpoints, toy, out, seed=1)
+    for one in (told, other):
+        assert mera(monkeypatch, "run", *one, "--methods", "no_steering", "--overwrite") == 0
+    assert json.loads((out / "config.json").read_text())["seed"] == 1
+
+
+def test_damaged_files_and_file_systems_are_one_sentence(monkeypatch, capsys, organism, tmp_path):
+    (tmp_path / "file").write_text("x")
+    shutil.copytree(organism[0], tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    for told in (
+        ("run", "-m", "organism", "-t", "spam_cue", "--limit", 50, "-o", tmp_path / "file" / "a"),
+        ("report", tmp_path / "run"),
+        ("run", "--config", tmp_path / "nowhere.toml"),
+    ):
+        assert mera(monkeypatch, *told) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("mera: ") and len(error) > 20
+    monkeypatch.setenv("MERA_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        mera(monkeypatch, "run", "--config", tmp_path / "nowhere.toml")
+
+
+def test_a_log_file_has_a_line_per_stage_and_no_control_codes(organism, tmp_path):
+    code = (
+        "from mera_tl.cli import terminal; import logging; terminal.start_logging()\n"
+        "logging.getLogger('mera_tl.benchmark.run').info('searched: %s', 'STEER')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert re.fullmatch(r" +\d+ s  searched: STEER\n", done.stderr)

@@ -1,7 +1,7 @@
 """The command `mera`.
 
-`options` says what there is to ask for, `commands` does it and is imported when it is needed:
-`mera --help` answers at once. This is the one place that turns mistakes into exit codes: a
+`parsing` makes a command line one of the options of `steps` and `results`, which run themselves.
+This is the one place that turns mistakes into exit codes: a
 caller's mistake or a file that cannot be used is one sentence on stderr and exit code 2.
 """
 
@@ -15,14 +15,13 @@ from mera_tl.cli.parsing import parse
 def main() -> None:
     """Parse the command line and run the command; MERA_DEBUG=1 shows tracebacks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets lines, not bars
     try:
         if sys.argv[1:] in (["--version"], ["-V"]):
             print(f"mera {version('mera-tl')}")
             return
-        command = parse(sys.argv[1:])
-        from mera_tl.cli import commands
-
-        getattr(commands, type(command).__name__.lower())(command)
+        parse(sys.argv[1:])()
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has enough; what Python flushes at exit must go nowhere.

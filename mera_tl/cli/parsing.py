@@ -1,4 +1,4 @@
-"""From a command line to one of the dataclasses of `options`, in groups and with short names."""
+"""From a command line to one of the dataclasses that run, in groups and with short names."""
 
 import ast
 import inspect
@@ -14,8 +14,27 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from mera_tl.cli.options import COMMANDS
+from mera_tl.cli import results, steps
 
+COMMANDS = (
+    steps.Run,
+    steps.Demo,
+    results.Report,
+    results.Table,
+    results.Explain,
+    steps.Benchmark,
+    steps.Collect,
+    steps.Fit,
+    steps.Calibrate,
+    steps.Evaluate,
+    steps.Sae,
+    results.Plan,
+    results.Monitor,
+    results.Tasks,
+    results.Methods,
+    results.Models,
+    results.Doctor,
+)
 DESCRIPTION = """Steer a language model away from its own errors, only where that is shown to help.
 
   $ mera demo
@@ -70,7 +89,7 @@ HIDDEN = {
     "Collect": GROUPS["steering"] + " " + GROUPS["certificate"],
     "Fit": GROUPS["certificate"] + " methods positions strength",
 }
-"""Options that are part of a folder's configuration, but mean nothing to a step: taken, not shown."""
+"""Options of the folder's configuration that mean nothing to a step: taken, but not shown."""
 LEFT_OUT = {
     "Sae": GROUPS["certificate"] + " positions probe_position strength pairs space sae_correction"
     " calibration test free_text",
@@ -88,7 +107,10 @@ def parse(argv: Sequence[str]) -> Any:
         about = inspect.cleandoc(kind.__doc__ or "")
         plain = (tyro.conf.FlagCreatePairsOff,)
         prog = f"mera {argv[0]}"
-        parsed = tyro.cli(_nested(kind), prog=prog, description=about, args=argv[1:], config=plain)
+        helps = not {"-h", "--help"}.isdisjoint(argv)
+        parsed = tyro.cli(
+            _nested(kind, hide=helps), prog=prog, description=about, args=argv[1:], config=plain
+        )
         return kind(**_flat(parsed))
     overview: Any = None
     for name, kind in by_name.items():
@@ -98,7 +120,7 @@ def parse(argv: Sequence[str]) -> Any:
     return tyro.cli(overview, prog="mera", description=DESCRIPTION, args=argv)
 
 
-def _nested(kind: Any) -> Any:
+def _nested(kind: Any, *, hide: bool = False) -> Any:
     """Return a dataclass like `kind` whose fields lie in groups; a small one stays flat."""
     texts, name = _help_texts(kind), kind.__name__
     hidden, left_out = HIDDEN.get(name, "").split(), LEFT_OUT.get(name, "").split()
@@ -106,7 +128,7 @@ def _nested(kind: Any) -> Any:
     for option in fields(kind):
         if option.name not in left_out:
             inside = (group for group, names in GROUPS.items() if option.name in names.split())
-            made = _option(option, texts[option.name], shown=option.name not in hidden)
+            made = _option(option, texts[option.name], shown=not (hide and option.name in hidden))
             groups.setdefault(next(inside, "more"), []).append(made)
     if len(fields(kind)) < 12:
         own = [each for group in groups.values() for each in group]

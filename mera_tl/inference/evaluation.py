@@ -64,6 +64,8 @@ def run_batches(
     results: list[tuple[list[int], Result]] = []
     pending = list(by_length(prompts, settings))[::-1]
     hidden = not (settings.progress and is_watched())
+    if settings.progress:
+        logger.info("%s: %d prompts", title, len(prompts))
     with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
         while pending:
             batch = pending.pop()

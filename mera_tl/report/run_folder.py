@@ -32,6 +32,19 @@ MOST_POINTS = 800
 """Examples drawn in a cloud at most; more only cover one another."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a run comes to: who steers, or nobody."""
+
+    method: str | None
+    """The certified method with the highest bound; None if none is certified."""
+    before: float
+    """Accuracy on the test examples, unsteered."""
+    after: float
+    sentence: str
+    """The decision in a few words."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunFolder:
     """What a run has left in its folder."""
@@ -111,6 +124,23 @@ class RunFolder:
         }
         most = max(changed, key=lambda method: changed[method])
         return most if changed[most] else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the run comes to, in one line."""
+        first, method = self.records[0], self.main_method
+        base = first["accuracy"] - first["accuracy_change"]
+        certificate = self.certificates.get(method or "")
+        if method is not None and certificate is not None and not certificate.abstained:
+            # Rounded down: a promise must not grow by rounding.
+            lower = math.floor(1000 * certificate.best.lower + 1e-9) / 10
+            promise = f"{math.floor(lower):+d}" if lower >= 1 else f"{lower:+.1f}"
+            what = "" if certificate.protocol.metric == "correct" else " of error"
+            sentence = f"STEER (certified >= {promise} points{what})"
+            return Verdict(method, base, self.record(method)["accuracy"], sentence)
+        gains = [row.gain for each in self.certificates.values() for row in each.evidence]
+        said = f"ABSTAIN (best seen {100 * max(gains):+.1f} points)" if gains else "no certificate"
+        return Verdict(None, base, base, said)
 
     def probe_errors(self) -> pd.DataFrame:
         """Return the held-out metrics of every probe, for `plots.probe_error`."""
@@ -230,7 +260,9 @@ class Cloud:
         `score_after` and `other_after` say where the steering takes an example, NaN where it is
         left alone; `in_plane` is the share of the shift's length that lies in this plane.
         """
-        hook = dict(self.steering.fwd_hooks())[resid_post(self.layer)]
+        idle = self.steering.limit == math.inf  # it abstained, and only its scores are read
+        hooks = self.steering.reading_hooks() if idle else self.steering.fwd_hooks()
+        hook = dict(hooks)[resid_post(self.layer)]
         resid = self.activations.resid(self.steering.probe.position)[self.layer].float()
         answers = self.activations.outcomes.predictions.clamp(min=0)
         weights, bias, step = (

@@ -1,0 +1,315 @@
+"""What is made of runs, and what needs none: options that run themselves, as in `steps`."""
+
+import sys
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from mera_tl.benchmark.config import RunConfig, RunOptions
+from mera_tl.cli import terminal
+from mera_tl.cli.terminal import console
+
+
+@dataclass(frozen=True)
+class Table:
+    """Print the records of one or more runs."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of runs, or folders of such folders."""
+    format: Literal["text", "csv", "markdown", "latex"] = "text"
+    """How to print them; all but text with everything that a record measures."""
+    json: bool = False
+    """Print the records as JSON."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.run import table as table_of
+        from mera_tl.report.run_folder import find_runs
+
+        if not self.runs:
+            raise ValueError("There is no run to print; pass the folder of a `mera run`.")
+        records = [record for found in find_runs(self.runs) for record in found.records]
+        if self.json:
+            return terminal.print_json(records)
+        if self.format == "text":
+            console().print(terminal.shared_words(records), style="dim")
+            return console().print(terminal.records_table(records))
+        frame = table_of(records, full=True)
+        writers: dict[str, Callable[[], str]] = {
+            "csv": lambda: frame.to_csv(index=False),
+            "markdown": lambda: terminal.markdown(frame),
+            "latex": lambda: frame.to_latex(
+                index=False, float_format="%.3f", na_rep="", escape=True
+            ),
+        }
+        print(writers[self.format]().rstrip("\n"))
+        return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a page about one or more runs that opens anywhere, with its figures beside it.
+
+    For example:
+
+      $ mera report runs/demo --open
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of runs, or folders of such folders."""
+    out: Path | None = None
+    """The page. Default: report.html in the first folder."""
+    images: bool = False
+    """Write every figure as SVG and PNG, too; needs kaleido (`mera-tl[images]`) and a browser."""
+    open: bool = False
+    """Open the page in a browser."""
+
+    def __call__(self) -> None:
+        from mera_tl.report.report import write_report
+
+        if not self.runs:
+            raise ValueError("There is no run to report on; pass the folder of a `mera run`.")
+        page = write_report(self.runs, self.out, images=self.images)
+        print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+        if self.open:
+            webbrowser.open(page.resolve().as_uri())
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Show, token by token and layer by layer, what a method of a run does to one prompt.
+
+    For example:
+
+      $ mera explain runs/demo/spam_cue-seed0
+      $ mera explain runs/demo/spam_cue-seed0 --prompt "You have won a prize, call now"
+    """
+
+    run: Positional[Path]
+    """Folder of the run."""
+    row: int | None = None
+    """Row of the task (the report's examples name theirs). Default: one that the method changed."""
+    prompt: str | None = None
+    """A text of your own, put where the task's text stands in the prompt; else the whole prompt."""
+    method: str | None = None
+    """A method with a probe. Default: the one that the run's verdict is about."""
+    out: Path | None = None
+    """The page. Default: explain/<method>-<row>.html in the run's folder, with a .json beside."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        from mera_tl import storage
+        from mera_tl.benchmark.run import Run
+        from mera_tl.methods.methods import find_method
+        from mera_tl.report import html as page
+        from mera_tl.report.run_folder import RunFolder
+        from mera_tl.steering import trace as ledger
+
+        folder = RunFolder.open(self.run)
+        name = self.method or folder.main_method or "optimal_probe"
+        opened = Run(folder.config, self.run, progress=False)
+        example = _example(self, folder, opened, name)
+        treatment = find_method(name)(opened.setting)
+        hooks, probe = treatment.fwd_hooks, treatment.probe
+        if probe is None:
+            raise ValueError(f"{name} reads no probe; choose a method that does.")
+        told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
+        if not hooks:
+            print(f"{name} abstained: this prompt is answered as it is.", file=sys.stderr)
+        where = "prompt" if self.prompt is not None else example.row
+        out = self.out or self.run / "explain" / f"{name}-{where}.html"
+        figure = told.figure()
+        body = page.figure_block("ledger", figure) + page.prompt_html(example.prompt)
+        storage.write_text(out, page.write_page(str(told), body, {"ledger": figure}))
+        storage.write_json(out.with_suffix(".json"), told.to_json())
+        if self.json:
+            return terminal.print_json(told.to_json())
+        print(f"{told}\n{out}; as JSON: {out.with_suffix('.json').name}")
+        return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say how many calibration examples a gain needs to be certified: a table, and a figure.
+
+    For example:
+
+      $ mera plan --gain 0.06 --churn low
+      $ mera plan --pilot 18 2 288
+    """
+
+    gain: float | None = None
+    """Expected gain in accuracy, such as 0.06. Default: a table of gains."""
+    churn: Literal["low", "mid", "high"] = "mid"
+    """How many other examples change their answer."""
+    base: float | None = None
+    """Unsteered accuracy; gains that it leaves no room for are dropped."""
+    pilot: tuple[int, int, int] | None = None
+    """Recoveries, regressions and n of a pilot run, instead of an expected gain."""
+    min_gain: float = 0.0
+    """Gain to certify (the paper's epsilon)."""
+    delta: float = 0.05
+    """Greatest probability of steering with a gain below `min_gain`."""
+    n_thresholds: int = 10
+    """Candidates to be tested: 10 for a grid of thresholds, 1 after a search."""
+    power: float = 0.8
+    """Probability of being certified, if the expectation is right."""
+    figure: Path | None = None
+    """Where to write the sample-size curves (HTML); without --gain and --pilot only."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        from mera_tl.certificate.sample_sizes import Effect, likely_effects, sample_size_table
+
+        if self.pilot is not None:
+            effects = [Effect.of_pilot(*self.pilot)]
+        elif self.gain is not None:
+            effects = [Effect.of_gain(self.gain, churn=self.churn, base=self.base)]
+        else:
+            effects = likely_effects(base=self.base)
+        rows = sample_size_table(
+            effects,
+            min_gain=self.min_gain,
+            delta=self.delta,
+            n_thresholds=self.n_thresholds,
+            target=self.power,
+        )
+        if self.json:
+            return terminal.print_json(rows)
+        print(f"calibration examples (n) for a certificate with probability {self.power:g}:\n")
+        console().print(terminal.rich_table(rows))
+        if self.figure is not None:
+            if self.pilot is not None or self.gain is not None:
+                raise ValueError("--figure draws a table of gains; leave out --gain and --pilot.")
+            import pandas as pd
+
+            from mera_tl.plots import sample_size_curves
+
+            sample_size_curves(pd.DataFrame(rows)).write_html(self.figure)
+            print(f"\nfigure in {self.figure}")
+        return None
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Watch audited traffic: should a certificate be withdrawn? Exit code 1 if so."""
+
+    pairs: Positional[Path]
+    """JSONL, a line per audited pair, oldest first: {"steered": 1, "unsteered": 0}."""
+    state: Path = Path("monitor.json")
+    """Where the state is kept; started again, only new lines of `pairs` are read."""
+    floor: float = 0.0
+    """Least mean gain that is still acceptable."""
+
+    def __call__(self) -> None:
+        from mera_tl.certificate.monitor import Monitor, read_gains
+
+        known = self.state.exists()
+        watch = Monitor.load(self.state) if known else Monitor(floor=self.floor)
+        if not self.pairs.is_file():
+            raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
+        with open(self.pairs, encoding="utf-8") as lines:
+            watch = watch.update_all(islice(read_gains(lines), watch.n, None))
+        watch.save(self.state)
+        print(watch)
+        if watch.withdraw:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """List the tasks."""
+
+    def __call__(self) -> None:
+        from mera_tl.tasks.task import describe_tasks
+
+        rows = [
+            {"task": r["name"], "options": r["options"], "from": r["hub"] or r["plain"]}
+            for r in describe_tasks()
+        ]
+        console().print(terminal.rich_table(rows))
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods."""
+
+    def __call__(self) -> None:
+        from mera_tl.methods.controlled import METHODS
+
+        rows = [
+            {"method": name, "is": (function.__doc__ or "").strip().splitlines()[0]}
+            for name, function in METHODS.items()
+        ]
+        console().print(terminal.rich_table(rows))
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models that load by name."""
+
+    search: str = ""
+    """Only names that contain this."""
+
+    def __call__(self) -> None:
+        from mera_tl.models.model import model_names
+
+        names = [name for name in model_names() if self.search.lower() in name.lower()]
+        shown = names if self.search else names[:12]
+        print("\n".join(shown))
+        if len(shown) < len(names):
+            print(f"and {len(names) - len(shown)} more: mera models --search llama")
+        print("\nand any local Hugging Face folder of the Llama, Qwen2, Gemma2 or GPT-2 family")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(RunOptions):
+    """Check the installation; with --model and --task, estimate what `mera run` needs."""
+
+    model: str | None = None
+    """A model, as `mera run` takes it."""
+    task: str | None = None
+    """A task, likewise."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.doctor import examine
+
+        if self.model is None and self.task is None:
+            checks = examine()
+            print("\n".join(map(str, checks)))
+            if any(check.works is False for check in checks):
+                sys.exit(1)
+            return
+        if self.model is None or self.task is None:
+            raise ValueError(
+                "An estimate needs both --model and --task; pass neither to check the machine."
+            )
+        from mera_tl.benchmark.memory import estimate
+
+        found = estimate(RunConfig(**vars(self)))
+        print(found)
+        if not found.fits:
+            sys.exit(1)
+
+
+def _example(command: Explain, folder: Any, opened: Any, method: str) -> Any:
+    """Return the example that was asked for; by default one that the method recovered."""
+    examples = {e.row: e for split in opened.splits for e in split.examples}
+    if command.prompt is not None:
+        some = next(iter(examples.values()))
+        return some.with_text(command.prompt) if some.text else replace(some, prompt=command.prompt)
+    row = command.row
+    if row is None:
+        changes = folder.changes(method)
+        better = changes[changes["change"] == "0->1"] if len(changes) else changes
+        row = int(better["row"].iloc[0]) if len(better) else next(iter(examples))
+    if row not in examples:
+        rows = ", ".join(str(row) for row in list(examples)[-5:])
+        raise ValueError(f"Row {row} is in no split of this run; {rows} are.")
+    return examples[row]

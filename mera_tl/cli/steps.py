@@ -1,0 +1,397 @@
+"""`mera run`, its steps one by one, and what runs them more than once: options that run themselves.
+
+Each is a frozen dataclass, read by people and by `--help`; calling it does what was asked. Torch is
+imported inside the calls, so `mera --help` answers at once.
+"""
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from mera_tl.benchmark.config import (
+    DEFAULT_METHODS,
+    DEMO_METHODS,
+    DEMO_TASKS,
+    GridConfig,
+    RunConfig,
+)
+from mera_tl.cli import terminal
+from mera_tl.cli.terminal import console
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(RunConfig):
+    """What a run and each of its steps take."""
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """Methods to compare (`mera methods` lists them), and methods of your own, as FILE.py:NAME."""
+    out: Path | None = None
+    """Folder of the run; started again, it resumes. Default: runs/<model>-<task>."""
+    cache: Path | None = None
+    """Folder through which runs share activations, probes and unsteered outcomes."""
+    limit: int | None = None
+    """Examples to use in all: 60 % to fit, 20 % to certify, 20 % to test. Default: every one."""
+    config: Path | None = None
+    """TOML, YAML or JSON file of these options; the command line overrides it."""
+    verbose: bool = False
+    """Print the certificates in words, and a line per stage."""
+    quiet: bool = False
+    """Print warnings only."""
+
+    def each_task(self) -> list[tuple[RunConfig, Path]]:
+        """Return the configuration and the folder of every task that was named, as --task a,b."""
+        names, model = self.task.split(","), Path(self.model).name
+        folders = [self.out or Path("runs") / f"{model}-{Path(self.task).stem}"]
+        if len(names) > 1:
+            folders = [(self.out or Path("runs") / model) / Path(name).stem for name in names]
+        configs = [replace(self._run_config(), task=name) for name in names]
+        return list(zip(configs, folders, strict=True))
+
+    def _run_config(self) -> RunConfig:
+        """Return the options of a run; --limit is shared out 3 : 1 : 1."""
+        config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        if self.limit is None:
+            return config
+        if self.limit < 10 or any((self.train, self.calibration, self.test)):
+            raise ValueError(
+                f"--limit {self.limit} says how many examples there are in all, 10 or more; pass "
+                "it without --train, --calibration and --test, or these without it."
+            )
+        part = self.limit // 5
+        train = str(self.limit - 2 * part)
+        return replace(config, train=train, calibration=str(part), test=str(part))
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """Open the run whose single step this is."""
+        from mera_tl.benchmark.run import open_run
+
+        terminal.start_logging(verbose=self.verbose, quiet=self.quiet)
+        if len(each := self.each_task()) > 1:
+            raise ValueError(f"--task {self.task} names several; a single step takes one task.")
+        with open_run(*each[0], cache=self.cache) as opened:
+            yield opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Step):
+    """Collect, fit, calibrate or abstain, evaluate; end in one line per task and a report.
+
+    For example:
+
+      $ mera run -m organism -t spam_cue,sentiment_fan
+      $ mera run -m google/gemma-2-2b-it -t sms_spam --chat --limit 1000 -o runs/sms
+      $ mera run --config run.toml --min-gain 0.02 --dry-run
+    """
+
+    overwrite: bool = False
+    """Delete what an earlier run left in the folder."""
+    dry_run: bool = False
+    """Check everything, estimate memory and disk, run nothing."""
+    json: bool = False
+    """Print the records as JSON, and nothing else on stdout."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.run import open_run
+
+        terminal.start_logging(verbose=self.verbose, quiet=self.quiet)
+        out, started = console(quiet=self.quiet, stderr=self.json), time.perf_counter()
+        each = self.each_task()
+        if self.dry_run:
+            return _dry_run(each, self.methods)
+        for config, folder in each:
+            if self.overwrite:
+                _clear(folder)
+            with open_run(config, folder, cache=self.cache) as opened:
+                _say_splits(out, opened)
+                _say_reconstruction(out, opened)
+                for record in opened.records(self.methods):
+                    logger.info("%s: %s", record["method"], record["decision"] or "measured")
+        folders = [folder for _, folder in each]
+        whole = folders[0] if len(folders) == 1 else folders[0].parent
+        records = _summarise(out, folders, whole, verbose=self.verbose, started=started)
+        if self.json:
+            terminal.print_json(records)
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect(Step):
+    """Step 1: answer the training split unsteered, keeping activations and errors.
+
+    Takes every option of `mera run`: they are the folder's configuration.
+    """
+
+    shards: int = 1
+    """Parts to collect it in, one after another or, on Ray, side by side."""
+    ray: str | None = None
+    """Collect on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
+    gpus: float = 0.0
+    """GPUs that each shard asks Ray for."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.shards import collect_shards
+
+        with self.opened() as opened:
+            if self.shards > 1 or self.ray is not None:
+                collect_shards(opened, self.shards, ray=self.ray, gpus=self.gpus)
+            outcomes = opened.activations.outcomes
+            console(quiet=self.quiet).print(
+                f"{len(outcomes)} training examples: accuracy {outcomes.accuracy:.3f}, mean error "
+                f"{outcomes.mean_error:.3f}; activations in {opened.folder / 'activations'}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Step):
+    """Step 2: fit error probes on the collected activations; show their held-out scores."""
+
+    kinds: tuple[
+        Literal["ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive"], ...
+    ] = ("ridge",)
+    """Probes to fit."""
+
+    def __call__(self) -> None:
+        out = console(quiet=self.quiet)
+        shown = ["layer", "rmse", "rmse_sd", "rmse_dummy", "auroc", "auroc_sd"]
+        with self.opened() as opened:
+            for kind in self.kinds:
+                probe = opened.setting.probe(kind)
+                out.print(f"\n{kind} (penalty {probe.penalty:g}), best layer {probe.best_layer}")
+                rows = probe.table.reindex(columns=shown).to_dict("records")
+                out.print(terminal.rich_table(rows))
+            out.print(f"\nprobes in {opened.folder / 'probes'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Step):
+    """Step 3: decide on the calibration split whether each method may steer, and where."""
+
+    def __call__(self) -> None:
+        from mera_tl.methods.methods import find_method
+
+        out = console(quiet=self.quiet)
+        with self.opened() as opened:
+            for method in [find_method(name) for name in self.methods]:
+                decision = method(opened.setting).calibration or "needs no certificate"
+                out.print(f"[bold]{method.__name__}[/bold]: {decision}")
+            out.print(f"\ncertificates in {opened.folder / 'certificates'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Run):
+    """Step 4: evaluate on the test split what the certificates allow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(GridConfig):
+    """Compare methods over models, tasks and seeds; killed and started again, it resumes.
+
+    For example:
+
+      $ mera benchmark -m organism -t spam_cue,yesno_bias --seeds 0 1 2 -o runs/grid
+    """
+
+    out: Path = Path("runs/benchmark")
+    """Folder of the grid; on a cluster, one that all nodes see."""
+    cache: Path | None = None
+    """Folder through which runs share what they can. Default: shared, in the grid's folder."""
+    ray: str | None = None
+    """Run on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
+    gpus: float = 0.0
+    """GPUs that each run asks Ray for."""
+    wandb: bool = False
+    """Log the records to wandb, in the grid's folder: offline, unless WANDB_MODE says otherwise."""
+    config: Path | None = None
+    """TOML, YAML or JSON file of these options; the command line overrides it."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.grid import run_grid
+        from mera_tl.benchmark.tracking import log_grid, require_wandb
+
+        terminal.start_logging()
+        wandb = require_wandb() if self.wandb else None
+        config = GridConfig(**{f.name: getattr(self, f.name) for f in fields(GridConfig)})
+        where = {"ray": self.ray, "gpus": self.gpus, "cache": self.cache}
+        records = run_grid(config, self.out, **where)
+        if wandb is not None:
+            print(f"wandb run in {log_grid(wandb, asdict(config), records, self.out)}")
+        done = [record for record in records if "failure" not in record]
+        if done:
+            console().print(terminal.shared_words(done))
+            console().print(terminal.records_table(done))
+        for record in records:
+            if "failure" in record:
+                job = ", ".join(str(record[name]) for name in ("model", "task", "method", "seed"))
+                print(f"failed: {job}: {record['failure']}", file=sys.stderr)
+        print(f"\n{len(done)} of {len(records)} jobs done; records in {self.out / 'records.jsonl'}")
+        if len(done) < len(records):
+            sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sae(RunConfig):
+    """Train SAEs on a task's activations, or report what SAEs explain of them.
+
+    The last tenth of the training split is kept for the report; other splits are not looked at.
+
+      $ mera sae train -m organism -t spam_cue --layers 1 -o saes/organism
+    """
+
+    action: Positional[Literal["train", "report"]]
+    """train: train and save, then report; report: SAEs that are there (--sae)."""
+    out: Path | None = None
+    """Where to save layer_0, layer_1, ... Default: saes/<model>, where --space sae looks."""
+    architecture: Literal["standard", "jumprelu", "topk", "batchtopk"] = "standard"
+    """SAE architecture to train."""
+    expansion: int = 4
+    """Latents per dimension of the residual stream."""
+    sparsity: float = 2.0
+    """Weight of the sparsity penalty (standard, jumprelu)."""
+    k: int = 16
+    """Latents active per token (topk, batchtopk)."""
+    n_steps: int = 1500
+    """Training steps."""
+    step_tokens: int = 1024
+    """Tokens per training step."""
+    max_tokens: int = 200_000
+    """Most tokens to learn from."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark import run as benchmark
+        from mera_tl.benchmark.config import parse_layers
+        from mera_tl.sae.loading import default_source, load_saes
+        from mera_tl.sae.probes import reconstruction
+        from mera_tl.sae.training import TrainOptions, hold_out, train_saes
+
+        terminal.start_logging()
+        given = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
+        opened = benchmark.Run(RunConfig(**given), Path())
+        layers, source = parse_layers(self.layers), self.sae or default_source(self.model)
+        fit, judge = hold_out(opened.splits.train)
+        if self.action == "train":
+            source = str(self.out or Path("saes") / Path(self.model).name)
+            chosen = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+            train_saes(opened.model, fit, layers, source, options=chosen, settings=opened.read)
+        space = load_saes(source, layers, opened.model, sibling=self.sae_sibling)
+        table = reconstruction(opened.model, judge, space, settings=opened.read)
+        print(f"\n{len(judge)} prompts of {judge.name}, SAEs in {source}")
+        console().print(terminal.rich_table(table.to_dict("records")))
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Run the whole product on the embedded organism, offline, in about a minute."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the demo's runs."""
+    seed: int = 0
+    """Random seed of the data split, the cross-validation folds and the example order."""
+    verbose: bool = False
+    """Print the certificates in words, and a line per stage."""
+    quiet: bool = False
+    """Print warnings only."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.run import open_run
+
+        terminal.start_logging(verbose=self.verbose, quiet=self.quiet)
+        out, started, folders = console(quiet=self.quiet), time.perf_counter(), []
+        out.print("The embedded organism, three tasks: what can be corrected, what cannot.\n")
+        for task in DEMO_TASKS:
+            config = RunConfig(
+                model="organism",
+                task=task,
+                train="900",
+                calibration="400",
+                test="500",
+                seed=self.seed,
+                layers="1",
+                positions="last",
+                batch_size=250,
+            )
+            folders.append(self.out / f"{task}-seed{self.seed}")
+            with open_run(config, folders[-1]) as opened:
+                _say_splits(out, opened)
+                for record in opened.records(DEMO_METHODS):
+                    logger.info("%s: %s", record["method"], record["decision"] or "measured")
+        _summarise(out, folders, self.out, verbose=self.verbose, started=started)
+
+
+def _clear(folder: Path) -> None:
+    """Delete a run's folder; anything else is not ours to delete."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not the folder of a run; delete it yourself, or change -o.")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _dry_run(each: Sequence[tuple[RunConfig, Path]], methods: Sequence[str]) -> None:
+    """Check names, data and layers, and say what the runs would take."""
+    from mera_tl.benchmark import run as benchmark
+    from mera_tl.benchmark.memory import estimate
+    from mera_tl.methods.methods import find_method
+
+    out, found = console(), [find_method(name).__name__ for name in methods]
+    for config, folder in each:
+        opened = benchmark.Run(config, folder, progress=False)
+        opened.check()
+        _say_splits(out, opened)
+        out.print(f"  methods: {', '.join(found)}\n  folder: {folder}\n")
+        out.print(str(estimate(config)), markup=False)
+
+
+def _summarise(
+    out: Any, folders: Sequence[Path], whole: Path, *, verbose: bool, started: float
+) -> list[dict[str, Any]]:
+    """Print verdicts, the report's path and what to try next; return all records."""
+    from mera_tl.report.report import write_report
+    from mera_tl.report.run_folder import RunFolder
+
+    runs = [RunFolder.open(folder) for folder in folders]
+    page = write_report(folders, whole / "report.html")
+    if verbose:
+        for found in runs:
+            for method, certificate in found.certificates.items():
+                out.print(f"\n[bold]{found.records[0]['task']}, {method}[/bold]\n{certificate}")
+    out.print()
+    out.print(terminal.verdict_table(runs))
+    lines = [f"\nReport: {page} ({time.perf_counter() - started:.0f} s)", "Try next:"]
+    lines += [
+        f"  mera report {whole} --open",
+        f"  mera explain {folders[0]}",
+        f"  mera table {whole}",
+    ]
+    for line in lines:
+        # Never broken, so that it can be copied.
+        out.print(line, soft_wrap=True, style="bold" if "Report" in line else "dim")
+    return [record for found in runs for record in found.records]
+
+
+def _say_splits(out: Any, opened: Any) -> None:
+    sizes = ", ".join(f"{len(split)} {split.role}" for split in opened.splits)
+    dropped = sum(opened.splits.train.source.get("split", {}).get("dropped", {}).values())
+    note = f"; {dropped} rows that recur in a later split are left out" if dropped else ""
+    out.print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", markup=False)
+
+
+def _say_reconstruction(out: Any, opened: Any, n: int = 100) -> None:
+    """Print what SAEs that were trained on a sibling explain of this model."""
+    if opened.config.space != "sae" or not opened.config.sae_sibling:
+        return
+    from mera_tl.sae.probes import reconstruction
+
+    train = opened.splits.train
+    some = train.subset(range(min(n, len(train))))
+    table = reconstruction(opened.model, some, opened.space, settings=opened.read)
+    out.print(f"SAEs of a sibling of {opened.model.name}, on {len(some)} training prompts")
+    out.print(terminal.rich_table(table.to_dict("records")))

@@ -1,0 +1,131 @@
+"""What a person sees in a terminal: tables of 80 columns, a verdict per task, a line per stage."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+WIDTH = 80
+"""Where there is no terminal whose width could be asked for."""
+
+
+def console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """Return what prints: colours in a terminal, plain text of 80 columns in a file."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDTH
+    return Console(highlight=False, quiet=quiet, stderr=stderr, width=width, soft_wrap=False)
+
+
+def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
+    """Let the library's log lines through to stderr, each with the seconds since the start.
+
+    A terminal has progress bars instead of a line per stage, unless it is asked for both.
+    """
+    watched = sys.stderr.isatty() and not verbose
+    level = logging.ERROR if quiet else logging.WARNING if watched else logging.INFO
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("{seconds:>6.0f} s  {message}", style="{"))
+    handler.addFilter(_with_seconds)
+    logger = logging.getLogger("mera_tl")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
+    # How rows were split is a detail, not a stage.
+    logging.getLogger("mera_tl.tasks").setLevel(level if verbose else max(level, logging.WARNING))
+
+
+def _with_seconds(record: logging.LogRecord) -> bool:
+    record.seconds = record.relativeCreated / 1e3
+    return True
+
+
+def print_json(value: Any) -> None:
+    """Print JSON for scripts; what is not a number there becomes null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return rows as a table: numbers to the right, three digits, blanks for None and NaN.
+
+    A column without any value is left out.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    names = [name for name in (rows[0] if rows else ()) if any(cell(row[name]) for row in rows)]
+    for name in names:
+        number = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell(row[name])) for name in names))
+    return table
+
+
+def cell(value: Any) -> str:
+    """Return a value in three digits at most; nothing for None and NaN."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.3f}"
+    return "" if value is None else str(value)
+
+
+def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the records of runs in 80 columns; +/- are recovered and regressed examples.
+
+    What is the same in all records is left to the line above.
+    """
+    rows = []
+    for record in records:
+        names = ("model", "task", "space", "seed")
+        row = {name: record[name] for name in names if len({r[name] for r in records}) > 1}
+        moved, threshold = record["transitions"], record["threshold"]
+        at = "" if threshold is None else f" {threshold:.3g}"
+        row |= {"method": record["method"], "accuracy": record["accuracy"], "SPI": record["spi"]}
+        row |= {"+/-": f"{moved['0->1']}/{moved['1->0']}"}
+        rows.append(row | {"decision": f"{record['decision'] or ''}{at}"})
+    return rich_table(rows)
+
+
+def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words what is the same in all records."""
+    words = {
+        "model": "{}",
+        "task": "{}",
+        "space": "{}",
+        "seed": "seed {}",
+        "n": "{:,} test examples",
+    }
+    same = {name: {record[name] for record in records} for name in words}
+    return ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
+
+
+def markdown(frame: Any) -> str:
+    """Return a table in Markdown."""
+    cells = [[cell(v).replace("|", "\\|") for v in row] for row in frame.itertuples(index=False)]
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict_table(runs: Sequence[Any]) -> Table:
+    """Return a line per run: the task, accuracy before and after, the decision and who takes it."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    several = len({run.records[0]["model"] for run in runs}) > 1
+    for run in runs:
+        verdict, first = run.verdict, run.records[0]
+        name = f"{first['model']}, {first['task']}" if several else first["task"]
+        before, after = f"{verdict.before:.0%}", f"{verdict.after:.0%}"
+        change = f"{before.replace('%', ' %')} -> {after.replace('%', ' %')}"
+        style = "green" if verdict.method else "yellow"
+        table.add_row(escape(name), change, f"[{style}]{escape(verdict.sentence)}[/{style}]")
+    return table
