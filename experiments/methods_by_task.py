@@ -18,7 +18,7 @@ import tyro
 from experiments.errata import ORGANISM_TASKS
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid, table
-from mera_tl.methods import IN_LATENTS, METHODS
+from mera_tl.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 LEFT_OUT = ("certificate", "versions", "n_train", "n_calibration", "details")
@@ -40,7 +40,7 @@ def main(
     out: Path = Path("runs/methods_by_task"),
 ) -> None:
     if config.spaces != ("raw",):
-        config = replace(config, methods=tuple(m for m in config.methods if m in IN_LATENTS))
+        config = replace(config, methods=tuple(m for m in config.methods if METHODS[m].in_latents))
     records = run_grid(config, out)
     name = "-".join((*(Path(model).name for model in config.models), *config.spaces))
     kept = [{k: v for k, v in record.items() if k not in LEFT_OUT} for record in records]

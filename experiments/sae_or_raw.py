@@ -121,7 +121,7 @@ def read(run: Run, test: Activations, layer: int) -> pd.DataFrame:
     """Measure each kind of probe on the test split, and follow its prediction at .1."""
     rows = []
     for kind in KINDS:
-        probe, space = run.setting.probe(kind), run.space
+        probe, space = run.probe(kind), run.space
         row = {"kind": kind, "penalty": probe.penalty}
         if isinstance(space, SAESpace):
             measured = measure_latents(probe, space, test).set_index("layer").loc[layer]
@@ -132,7 +132,7 @@ def read(run: Run, test: Activations, layer: int) -> pd.DataFrame:
         else:
             measured = probe.measure(test).loc[layer]
         row |= {name: float(measured[name]) for name in ("rmse", "auroc")}
-        followed = predictions(run.setting.steering(probe).at(0.1), test)
+        followed = predictions(run.steering(probe).at(0.1), test)
         rows.append(row | followed.drop(columns="layer").iloc[0].to_dict())
     return pd.DataFrame(rows)
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
-from mera_tl.methods import METHODS, Setting, Treatment
+from mera_tl.methods import METHODS, Method, Run, Treatment
 from mera_tl.probes import fit_error_probe
 from mera_tl.report import RunFolder
 from mera_tl.steering import fit_direction
@@ -50,18 +50,19 @@ class Config:
     seed: int = 1  # layer, penalty and direction were settled on splits of seed 0
 
 
-def controlled_contrastive(setting: Setting) -> Treatment:
+def controlled_contrastive(run: Run) -> Treatment:
     """The direction of that name on the grid of the paper's methods, for its curve; no search."""
-    probe = fit_error_probe(setting.activations, penalty=0.01)
-    direction = fit_direction(setting.activations, probe, "controlled_contrastive")
-    steering = replace(setting.steering(probe), direction=direction.vectors)
-    decision = setting.decide("controlled_contrastive, grid", steering)
+    probe = fit_error_probe(run.activations, penalty=0.01)
+    direction = fit_direction(run.activations, probe, "controlled_contrastive")
+    steering = replace(run.steering(probe), direction=direction.vectors)
+    decision = run.calibrate("controlled_contrastive, grid", steering)
     return Treatment(decision.fwd_hooks(steering), calibration=decision, probe=probe)
 
 
 def main(config: Config | None = None) -> None:
     config = config or Config()
-    METHODS["controlled_contrastive, grid"] = controlled_contrastive
+    title = "controlled_contrastive, grid"
+    METHODS[title] = Method(title, "The direction on a grid.", controlled_contrastive)
     kept: dict[str, list[pd.DataFrame]] = {"records": [], "evidence": [], "probes": []}
     with tempfile.TemporaryDirectory() as scratch:
         for task in config.tasks:

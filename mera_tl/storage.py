@@ -2,10 +2,10 @@
 
 Everything is written to a temporary name beside its target and renamed, so a reader never sees
 half a file and a killed run leaves nothing but a stray `*.tmp`. Tensors are safetensors; nothing
-here pickles. `TensorFile` writes a safetensors file row by row, for arrays larger than memory.
+here pickles. `kept` is the one way to find a folder again or to compute it. A file that cannot be
+read or written is a ValueError of one sentence that names it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Json = Any
 """What `json` can write: dict, list, str, int, float, bool or None."""
+Content = TypeVar("Content")
 
 
 def fingerprint(value: Json) -> str:
@@ -31,21 +32,38 @@ def fingerprint(value: Json) -> str:
 
 def file_hash(path: Path) -> str:
     """Return 16 hex digits of the SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
+    with _told(path, "read"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def _told(path: str | Path, verb: str) -> Iterator[None]:
+    """Say in one sentence what is wrong with a file that cannot be read or written."""
+    try:
+        yield
+    except FileNotFoundError:
+        if verb == "written":
+            raise
+        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be {verb} ({error.strerror or error}); check the path, its permissions "
+            "and the space on the disk."
+        ) from None
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name; rename it to `path` on success, remove it on failure."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _told(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -59,19 +77,34 @@ def write_json(path: str | Path, value: Json) -> None:
     write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
 
 
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        ValueError: if the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        with _told(path, "read"):
+            return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); delete it.") from None
+
+
 def read_json(path: str | Path) -> Json:
     """Read a JSON file.
 
     Raises:
-        ValueError: if the file is missing or is not JSON.
+        ValueError: if the file is missing, unreadable or not JSON.
     """
+    return _parse(read_text(path), str(path))
+
+
+def _parse(text: str, title: str) -> Json:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is not JSON ({error}); delete it and run the step again."
+            f"{title} is not JSON ({error}); delete it and run the step again."
         ) from None
 
 
@@ -83,11 +116,22 @@ def _plain(value: object) -> Json:
 
 
 def read_records(path: str | Path) -> list[dict[str, Json]]:
-    """Read a JSONL file of records; an absent file holds none."""
-    path = Path(path)
-    if not path.exists():
+    """Read a JSONL file of records; an absent file holds none.
+
+    Raises:
+        ValueError: if the file is unreadable or a line of it is not a JSON object.
+    """
+    if not Path(path).exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    records = [
+        _parse(line, f"Line {number} of {path}")
+        for number, line in enumerate(read_text(path).split("\n"), 1)
+        if line.strip()
+    ]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(f"Record {number} of {path} is not a JSON object; delete the file.")
+    return records
 
 
 def write_records(path: str | Path, records: Sequence[Mapping[str, Json]]) -> None:
@@ -100,49 +144,71 @@ def lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder for one process; the operating system releases it if the process dies.
 
     Raises:
-        ValueError: if another process holds it.
+        ValueError: if another process holds it, or it is no folder that can be written.
     """
+    import filelock
+
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with _told(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / ".lock", timeout=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+            held.acquire()
+        except filelock.Timeout:
             raise ValueError(
-                f"{folder} is in use by process {file.read().strip() or '?'}; "
-                "wait for it to end, or choose another --out."
+                f"{folder} is in use by another process; wait for it to end, or choose another "
+                "--out."
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    try:
         yield
+    finally:
+        held.release()
 
 
-def shared(
-    folder: Path, cache: Path | None, key: Json, make: Callable[[Path], object], *, last: str
-) -> None:
-    """Bring a folder's files about: from the cache, where it holds what `key` names, or by `make`.
+def kept(
+    folder: Path,
+    last: str,
+    make: Callable[[Path], object],
+    load: Callable[[Path], Content],
+    *,
+    cache: Path | None = None,
+    key: Callable[[], Json] | None = None,
+) -> Content:
+    """Load a folder's content; where it is missing, take it from the cache or make it first.
 
-    `make` writes into the folder it is given, the file `last` at the end. Several processes may use
-    a cache: files are whole or absent, and what two make of one key is the same. The folder gets
-    links, or copies where it lies on another file system, so it does not need the cache later.
+    `make` writes into the folder it is given, the file `last` at the end. `cache` holds what runs
+    share, by a hash of `key()`: all that the content depends on. Several processes may use a cache:
+    files are whole or absent, and what two make of one key is the same. The folder gets links, or
+    copies where it lies on another file system, so it does not need the cache later.
+
+    Raises:
+        ValueError: if what is there is damaged, naming the folder; or as `make`.
     """
-    if (folder / last).exists():
-        return
-    if cache is None:
-        make(folder)
-        return
-    kept = cache / fingerprint(key)
-    if not (kept / last).exists():
-        make(kept)
-    names = {path.name for path in kept.iterdir() if not path.name.endswith(".tmp")} - {last}
+    if not (folder / last).exists():
+        if cache is None or key is None:
+            make(folder)
+        else:
+            shared = cache / fingerprint(key())
+            if not (shared / last).exists():
+                make(shared)
+            _link(shared, folder, last)
+    try:
+        return load(folder)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is damaged ({type(error).__name__}: {error}); delete it and start again."
+        ) from None
+
+
+def _link(source: Path, folder: Path, last: str) -> None:
+    """Link a folder's files into another, or copy them across file systems; `last` comes last."""
+    names = {path.name for path in source.iterdir() if not path.name.endswith(".tmp")} - {last}
     for name in (*sorted(names), last):
         with _replacing(folder / name) as temporary:
             try:
-                os.link(kept / name, temporary)
+                os.link(source / name, temporary)
             except OSError:
-                shutil.copyfile(kept / name, temporary)
+                shutil.copyfile(source / name, temporary)
 
 
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
@@ -202,25 +268,16 @@ def map_tensors(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
-    """Say in one sentence what is wrong with a file that cannot be read."""
+    """Say in one sentence what is wrong with a safetensors file that cannot be read."""
     from safetensors import SafetensorError
 
     try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
+        with _told(path, "read"):
+            yield
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it and run the step again."
         ) from None
-
-
-def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file without its tensors."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        return dict(file.metadata() or {})
 
 
 class TensorFile:

@@ -201,7 +201,7 @@ def test_a_folder_in_use_is_refused(monkeypatch, capsys, checkpoints, toy, tmp_p
     out = tmp_path / "run"
     with storage.lock(out):
         assert mera(monkeypatch, "run", *arguments(checkpoints, toy, out)) == 2
-    assert "in use by process" in capsys.readouterr().err
+    assert "in use by another process" in capsys.readouterr().err
 
 
 def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):

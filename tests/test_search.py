@@ -26,11 +26,9 @@ from mera_tl.methods import (
     Choices,
     Fitted,
     Search,
-    Setting,
     Tried,
     certify_flip,
     choose,
-    controlled,
     divide,
     flipped,
     reading_hooks,
@@ -387,48 +385,3 @@ def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
     read = evaluate(model, train, hooks, settings=QUIET)
     expected = probe.score(activations.resid("last"))[1]
     assert (read.peak - expected).abs().max() < 1e-4
-
-
-def refuse(*_, **__):
-    raise AssertionError("this was done before")
-
-
-# --- methods ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["searched", "flip"])
-def test_a_method_is_found_again_in_its_run_folder(name, tmp_path, monkeypatch):
-    splits, activations = planted()
-    monkeypatch.setattr(controlled, "Choices", lambda **_: SMALL)
-    setting = Setting(organism(), splits, activations, read=WIDE, folder=tmp_path)
-    first = controlled.METHODS[name](setting)
-    assert first.calibration is not None
-    assert first.calibration.n_thresholds == 1
-    for searching in ("search", "search_flip", "certify_flip"):
-        monkeypatch.setattr(controlled, searching, refuse)  # nothing is searched or certified twice
-    again = controlled.METHODS[name](replace(setting))
-    test = splits.test.subset(range(60))
-    runs = [treatment.apply(setting, test) for treatment in (first, again)]
-    assert torch.equal(runs[0].probs, runs[1].probs)
-    base = evaluate(organism(), test, settings=WIDE)
-    assert runs[0].accuracy > base.accuracy + 0.1
-
-
-@pytest.mark.parametrize(
-    "name", ["pattern_probe", "controlled_pattern", "controlled_contrastive", "answer_controlled"]
-)
-def test_a_direction_goes_through_the_same_calibration_as_the_papers(name):
-    splits, activations = planted()
-    protocol = Protocol(thresholds=(0.05, 0.35))
-    setting = Setting(
-        organism(),
-        splits._replace(calibration=splits.calibration.subset(range(60))),
-        activations,
-        protocol=protocol,
-        layers=(1,),
-        positions="last",
-        read=WIDE,
-    )
-    treatment = controlled.METHODS[name](setting)
-    assert treatment.calibration.protocol == protocol
-    assert treatment.details["direction"] == name.removesuffix("_probe")

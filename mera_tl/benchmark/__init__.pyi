@@ -2,10 +2,10 @@ from .config import GridConfig as GridConfig
 from .config import RunConfig as RunConfig
 from .grid import run_grid as run_grid
 from .grid import run_name as run_name
+from .records import scores as scores
+from .records import table as table
 from .run import Run as Run
 from .run import load_configured as load_configured
 from .run import open_run as open_run
-from .run import scores as scores
-from .run import table as table
 from .shards import collect_shards as collect_shards
 from .shards import deal as deal

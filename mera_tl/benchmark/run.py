@@ -3,53 +3,50 @@
     collect -> fit -> calibrate or abstain -> evaluate -> record
 
 A run lives in a folder. What a step has written is found again by the next, or by a second start:
-activations/, probes/<kind>/, certificates/<method>.json, reach/<method>.safetensors,
-outcomes/<method>.jsonl, records.jsonl.
+activations/, probes/<kind>/, searches/, certificates/<method>.json, reach/<method>.safetensors,
+outcomes/<method>.jsonl, records.jsonl. A folder goes on with the options, the data and the weights
+it began with, or is refused.
 """
 
-import logging
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import cached_property
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
+from mera_tl.benchmark.records import decision_of, scores, versions
+from mera_tl.certificate.calibration import calibrate
+from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Protocol
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.free_text import free_text
-from mera_tl.inference.outcomes import (
-    Outcomes,
-    accuracy_interval,
-    paired_p_value,
-    spi,
-    spi_interval,
-)
-from mera_tl.methods.controlled import METHODS
-from mera_tl.methods.methods import Setting, Treatment, find_method, require_space
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.methods import methods
+from mera_tl.methods.methods import METHODS, Treatment, find_method, find_methods
 from mera_tl.models.model import Model, load_model
+from mera_tl.probes.probe import LinearProbe, fit_error_probe, fit_ranked_probe
 from mera_tl.sae.loading import default_source, load_saes
+from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.reach import evaluate_reach
-from mera_tl.steering.spaces import ResidualSpace, Space
-from mera_tl.steering.steering import SteerHook
+from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
+from mera_tl.steering.steering import SteerHook, Steering
 from mera_tl.tasks.task import Splits, Task, load_task
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # an abstract property may be overridden by a property only
+    cached_property = property
 
 FORMAT = 1
 """Of records; raised when a field changes its meaning."""
+Content = TypeVar("Content")
 
 
-class Run:
+class Run(methods.Run):
     """A run in its folder; everything in it is computed once, on first use."""
 
     def __init__(
@@ -63,6 +60,7 @@ class Run:
     ) -> None:
         self.config, self.folder, self.cache = config, Path(folder), cache
         self._load = load or load_configured
+        self._probes: dict[str, LinearProbe] = {}
         self.read = ReadSettings(
             readout=config.readout,
             batch_size=config.batch_size,
@@ -71,6 +69,8 @@ class Run:
             truncate=config.truncate,
             progress=progress,
         )
+
+    # --- what was asked for ---------------------------------------------------------------------
 
     @cached_property
     def model(self) -> Model:
@@ -85,6 +85,26 @@ class Run:
         return task.split(
             config.seed, train=config.train, calibration=config.calibration, test=config.test
         )
+
+    @cached_property
+    def space(self) -> Space:
+        """Where probes read and rules write."""
+        config = self.config
+        if config.space == "raw":
+            return ResidualSpace()
+        return load_saes(
+            config.sae or default_source(config.model),
+            parse_layers(config.layers),
+            self.model,
+            sibling=config.sae_sibling,
+            correction=config.sae_correction,
+        )
+
+    @property
+    def terms(self) -> Protocol:
+        """The terms of this run's certificates."""
+        config = self.config
+        return Protocol(delta=config.delta, metric=config.metric, seed=config.seed)
 
     def check(self) -> None:
         """Load what was named; nothing is run yet.
@@ -101,31 +121,111 @@ class Run:
             )
         _ = self.space  # SAEs that are not there, or do not fit, fail before anything is run
 
-    @cached_property
-    def space(self) -> Space:
-        """Where probes read and rules write."""
-        config = self.config
-        if config.space == "raw":
-            return ResidualSpace()
-        return load_saes(
-            config.sae or default_source(config.model),
-            parse_layers(config.layers),
-            self.model,
-            sibling=config.sae_sibling,
-            correction=config.sae_correction,
-        )
+    # --- what is computed once, and found again -------------------------------------------------
+
+    def kept(
+        self,
+        name: str,
+        last: str,
+        make: Callable[[Path], object],
+        load: Callable[[Path], Content],
+        *,
+        key: Callable[[], dict[str, Any]] | None = None,
+    ) -> Content:
+        """Load a folder of the run; where its file `last` is missing, make it first.
+
+        With a `key`, all that the content depends on, it is shared with other runs by the cache.
+        """
+        cache = self.cache if key is not None else None
+        return storage.kept(self.folder / name, last, make, load, cache=cache, key=key)
 
     @cached_property
     def activations(self) -> Activations:
-        """Of the training split; read from the folder where they are already."""
-        folder, task = self.folder / "activations", self.splits.train
+        """Of the training split, unsteered."""
+        train = self.splits.train
+
+        def make(folder: Path) -> None:
+            collect(self.model, train, settings=self.read, out=folder)
+
+        key = partial(self._key, train)
+        return self.kept("activations", "manifest.json", make, Activations.load, key=key)
+
+    @cached_property
+    def base(self) -> Outcomes:
+        """The unsteered outcomes on the test split."""
+        test, name = self.splits.test, "no_steering.jsonl"
+
+        def make(folder: Path) -> None:
+            base = evaluate(self.model, test, settings=self.read, title="unsteered test")
+            storage.write_records(folder / name, base.to_records())
+
+        def load(folder: Path) -> Outcomes:
+            return Outcomes.from_records(storage.read_records(folder / name), test.options)
+
+        return self.kept(
+            "outcomes", name, make, load, key=lambda: self._key(test) | {"outcomes": "unsteered"}
+        )
+
+    def probe(self, name: str) -> LinearProbe:
+        """Fit a probe on the training split, once: a kind, or worst_ or median_regression."""
+        if name in self._probes:
+            return self._probes[name]
+        where: dict[str, Any] = {
+            "position": self.config.probe_position,
+            "seed": self.config.seed,
+        }
+        kind: Any = name
+        rank, _, regression = kind.partition("_")
+        fit: Callable[..., LinearProbe] = partial(fit_error_probe, kind=kind)
+        folder = f"probes/{name}"
+        if regression == "regression":
+            fit = partial(fit_ranked_probe, rank=rank)
+        elif isinstance(self.space, SAESpace):
+            fit = partial(fit_latent_probe, space=self.space, kind=kind)
+        if name == "contrastive" and self.config.pairs:
+            where["penalty"] = float(self.config.pairs)
+            folder += f"_{self.config.pairs}"
 
         def make(place: Path) -> None:
-            collect(self.model, task, settings=self.read, out=place)
+            self.splits.train.require_classes()
+            fit(self.activations, **where).save(place)
 
-        if not (folder / "manifest.json").exists():
-            storage.shared(folder, self.cache, self._key(task), make, last="manifest.json")
-        return Activations.load(folder)
+        def key() -> dict[str, Any]:
+            return self._key(self.splits.train) | where | {"probe": folder.removeprefix("probes/")}
+
+        # Latents are read through SAEs that no key names: their probes stay in the run.
+        shared = None if isinstance(self.space, SAESpace) else key
+        self._probes[name] = self.kept(folder, "probe.json", make, LinearProbe.load, key=shared)
+        return self._probes[name]
+
+    def steering(self, probe: LinearProbe) -> Steering:
+        """Return the probe's steering at this run's layers and positions."""
+        layers, positions = parse_layers(self.config.layers), self.config.positions
+        return Steering(probe, space=self.space, layers=layers, positions=positions)
+
+    def calibrate(
+        self, name: str, steering: Steering, terms: Protocol | None = None
+    ) -> Calibration:
+        """Calibrate a steering on the calibration split, once per name."""
+        certify = partial(
+            calibrate,
+            self.model,
+            self.splits.calibration,
+            steering,
+            min_gain=self.config.min_gain,
+            protocol=terms or self.terms,
+            settings=self.read,
+        )
+        return self.decide(name, certify)
+
+    def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration:
+        """Certify in another way than `calibrate`, once per name."""
+        file = f"{name}.json"
+
+        def make(folder: Path) -> None:
+            certify().save(folder / file)
+
+        return self.kept("certificates", file, make, lambda folder: Calibration.load(folder / file))
 
     def _key(self, task: Task[Any]) -> dict[str, Any]:
         """Name all that activations and unsteered answers of a task depend on, by content."""
@@ -140,65 +240,37 @@ class Run:
             "versions": versions() | {"format": FORMAT},
         }
 
-    @cached_property
-    def setting(self) -> Setting:
-        """What the methods look at."""
-        config = self.config
-        return Setting(
-            model=self.model,
-            splits=self.splits,
-            activations=self.activations,
-            protocol=Protocol(delta=config.delta, metric=config.metric, seed=config.seed),
-            min_gain=config.min_gain,
-            layers=parse_layers(config.layers),
-            positions=config.positions,
-            probe_position=config.probe_position,
-            strength=config.strength,
-            pairs=config.pairs,
-            read=self.read,
-            space=self.space,
-            seed=config.seed,
-            folder=self.folder,
-            cache=self.cache,
-            cache_key=self._key(self.splits.train) if self.cache is not None else {},
-        )
-
-    @cached_property
-    def base(self) -> Outcomes:
-        """The unsteered outcomes on the test split."""
-        folder, task, name = self.folder / "outcomes", self.splits.test, "no_steering.jsonl"
-
-        def make(place: Path) -> None:
-            base = evaluate(self.model, task, settings=self.read, title="unsteered test")
-            storage.write_records(place / name, base.to_records())
-
-        if not (folder / name).exists():
-            key = {**self._key(task), "outcomes": "unsteered"}
-            storage.shared(folder, self.cache, key, make, last=name)
-        return Outcomes.from_records(storage.read_records(folder / name), task.options)
+    # --- records --------------------------------------------------------------------------------
 
     def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield one record per method, computing those that are not in the folder yet."""
-        for name in methods:
-            find_method(name)  # every name is checked before the first costs anything
-            require_space(name, self.config.space)
+        find_methods(methods, self.config.space)  # all are checked before the first costs anything
         for name in methods:
             yield self.record(name)
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return a method's record, from the folder if it is there."""
+        """Return a method's record, from the folder if it is there.
+
+        Records of other methods stay, also of those that this process does not know.
+        """
+        (method,) = find_methods([name], self.config.space)
         path = self.folder / "records.jsonl"
         done = {record["method"]: record for record in storage.read_records(path)}
-        if name not in done:
-            done[name] = self._evaluate(name)
-            storage.write_records(path, [done[known] for known in METHODS if known in done])
-        return done[name]
+        if method.name not in done:
+            done[method.name] = self._evaluate(method.name)
+            order = [*METHODS, *done]
+            ordered = sorted(done.values(), key=lambda record: order.index(record["method"]))
+            storage.write_records(path, ordered)
+        return done[method.name]
+
+    def treat(self, name: str) -> Treatment:
+        """Return what a method does, from the folder as far as it is there."""
+        return find_method(name).treat(self)
 
     def _evaluate(self, name: str) -> dict[str, Any]:
-        require_space(name, self.config.space)
         base = self.base
         started = time.perf_counter()
-        treatment = METHODS[name](self.setting)
+        treatment = METHODS[name].treat(self)
         outcomes = base
         if treatment.fwd_hooks or treatment.instruction is not None:
             outcomes = self._apply(name, treatment)
@@ -212,7 +284,7 @@ class Run:
             "space": self.config.space,
             "seed": self.config.seed,
             **scores(outcomes, base),
-            **_decision(treatment),
+            **decision_of(treatment),
             "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),
@@ -231,7 +303,7 @@ class Run:
         test, hooks = self.splits.test, treatment.fwd_hooks
         steers = any(isinstance(hook, SteerHook) for _, hook in hooks)
         if not steers or treatment.answer is not None:
-            return treatment.apply(self.setting, test)
+            return treatment.apply(self, test)
         outcomes, reach = evaluate_reach(self.model, test, hooks, settings=self.read, title="test")
         reach.save(self.folder / "reach" / f"{name}.safetensors")
         return outcomes
@@ -245,45 +317,6 @@ class Run:
         if treatment.instruction is not None:
             task = task.with_instruction(treatment.instruction)
         return asdict(free_text(self.model, task, treatment.fwd_hooks, settings=self.read))
-
-
-def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
-    """Return the metrics of a run against the unsteered run on the same examples."""
-    return {
-        "n": len(outcomes),
-        "accuracy": outcomes.accuracy,
-        "error": outcomes.mean_error,
-        "accuracy_interval": list(accuracy_interval(outcomes)),
-        "spi": spi(outcomes.accuracy, base.accuracy),
-        "spi_interval": list(spi_interval(outcomes, base)),
-        "p_value": paired_p_value(outcomes, base),
-        "accuracy_change": outcomes.accuracy - base.accuracy,
-        "error_change": outcomes.mean_error - base.mean_error,
-        "transitions": outcomes.transitions(base),
-        "unanswered": int((~outcomes.answered).sum()),
-        "steered_share": outcomes.steered_share,
-        "tokens_steered": outcomes.n_tokens.double().mean().item(),
-        "layers_steered": outcomes.n_layers.double().mean().item(),
-        "relative_shift": outcomes.relative_shift,
-        **outcomes.weighted_scores(),
-    }
-
-
-def _decision(treatment: Treatment) -> dict[str, Any]:
-    decision = treatment.calibration
-    if decision is None:
-        return {"decision": None, "threshold": None, "certificate": None}
-    return {
-        "decision": decision.decision.value,
-        "threshold": decision.threshold,
-        "certificate": str(decision),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a number may depend on."""
-    names = ("mera-tl", "torch", "transformer-lens", "transformers")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def load_configured(config: RunConfig) -> Model:
@@ -338,31 +371,3 @@ def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None
             f"{folder} holds a run with another configuration ({', '.join(differ)}: e.g. {first} "
             f"was {kept.get(first)!r}, is {wanted[first]!r}); choose another --out."
         )
-
-
-def table(records: Sequence[dict[str, Any]], *, full: bool = False) -> pd.DataFrame:
-    """Return records as the table that a person reads; `full` with all that a record measures.
-
-    Jobs that failed have no row.
-    """
-    done = [record for record in records if "failure" not in record]
-    return pd.DataFrame([_row(record, full) for record in done])
-
-
-def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
-    row = {name: record[name] for name in ("model", "task", "method", "space", "seed", "n")}
-    row |= {name: record[name] for name in ("accuracy", "error")} | {"SPI": record["spi"]}
-    if full:
-        row |= dict(zip(("SPI low", "SPI high"), record["spi_interval"], strict=True))
-        row["p"] = record["p_value"]
-    row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
-    row["steered"] = record["steered_share"]
-    if full:
-        # Records that are older than a measure lack it.
-        row["tokens"], row["layers"] = record.get("tokens_steered"), record.get("layers_steered")
-        row["shift"] = record.get("relative_shift")
-        row |= {name: record[name] for name in ("precision", "recall", "f1")}
-        text = record["free_text"] or {}
-        row |= {name: text.get(name) for name in ("perplexity", "distinct_1", "distinct_2")}
-    threshold = float("nan") if record["threshold"] is None else record["threshold"]
-    return row | {"decision": record["decision"] or "", "threshold": threshold}

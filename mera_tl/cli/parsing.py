@@ -55,7 +55,7 @@ GROUPS = {
     "sae_sibling sae_correction",
     "certificate": "min_gain delta metric",
     "speed": "batch_size batch_tokens cache shards ray gpus",
-    "output": "out config overwrite dry_run json verbose quiet wandb",
+    "output": "out config overwrite dry_run json verbose quiet",
 }
 """Headings of `--help`; what is in none of them stands under "more"."""
 ALIASES = {

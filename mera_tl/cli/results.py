@@ -27,7 +27,7 @@ class Table:
     """Print the records as JSON."""
 
     def __call__(self) -> None:
-        from mera_tl.benchmark.run import table as table_of
+        from mera_tl.benchmark.records import table as table_of
         from mera_tl.report.run_folder import find_runs
 
         if not self.runs:
@@ -114,7 +114,7 @@ class Explain:
         name = self.method or folder.main_method or "optimal_probe"
         opened = Run(folder.config, self.run, progress=False)
         example = _example(self, folder, opened, name)
-        treatment = find_method(name)(opened.setting)
+        treatment = find_method(name).treat(opened)
         hooks, probe = treatment.fwd_hooks, treatment.probe
         if probe is None:
             raise ValueError(f"{name} reads no probe; choose a method that does.")
@@ -241,12 +241,9 @@ class Methods:
     """List the methods."""
 
     def __call__(self) -> None:
-        from mera_tl.methods.controlled import METHODS
+        from mera_tl.methods.methods import METHODS
 
-        rows = [
-            {"method": name, "is": (function.__doc__ or "").strip().splitlines()[0]}
-            for name, function in METHODS.items()
-        ]
+        rows = [{"method": each.name, "is": each.about} for each in METHODS.values()]
         console().print(terminal.rich_table(rows))
 
 

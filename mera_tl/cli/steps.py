@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +166,7 @@ class Fit(Step):
         shown = ["layer", "rmse", "rmse_sd", "rmse_dummy", "auroc", "auroc_sd"]
         with self.opened() as opened:
             for kind in self.kinds:
-                probe = opened.setting.probe(kind)
+                probe = opened.probe(kind)
                 out.print(f"\n{kind} (penalty {probe.penalty:g}), best layer {probe.best_layer}")
                 rows = probe.table.reindex(columns=shown).to_dict("records")
                 out.print(terminal.rich_table(rows))
@@ -178,13 +178,13 @@ class Calibrate(Step):
     """Step 3: decide on the calibration split whether each method may steer, and where."""
 
     def __call__(self) -> None:
-        from mera_tl.methods.methods import find_method
+        from mera_tl.methods.methods import find_methods
 
         out = console(quiet=self.quiet)
         with self.opened() as opened:
-            for method in [find_method(name) for name in self.methods]:
-                decision = method(opened.setting).calibration or "needs no certificate"
-                out.print(f"[bold]{method.__name__}[/bold]: {decision}")
+            for method in find_methods(self.methods, self.space):
+                decision = method.treat(opened).calibration or "needs no certificate"
+                out.print(f"[bold]{method.name}[/bold]: {decision}")
             out.print(f"\ncertificates in {opened.folder / 'certificates'}")
 
 
@@ -210,22 +210,16 @@ class Benchmark(GridConfig):
     """Run on Ray: "local" (this machine's cores), "auto", or a cluster's address."""
     gpus: float = 0.0
     """GPUs that each run asks Ray for."""
-    wandb: bool = False
-    """Log the records to wandb, in the grid's folder: offline, unless WANDB_MODE says otherwise."""
     config: Path | None = None
     """TOML, YAML or JSON file of these options; the command line overrides it."""
 
     def __call__(self) -> None:
         from mera_tl.benchmark.grid import run_grid
-        from mera_tl.benchmark.tracking import log_grid, require_wandb
 
         terminal.start_logging()
-        wandb = require_wandb() if self.wandb else None
         config = GridConfig(**{f.name: getattr(self, f.name) for f in fields(GridConfig)})
         where = {"ray": self.ray, "gpus": self.gpus, "cache": self.cache}
         records = run_grid(config, self.out, **where)
-        if wandb is not None:
-            print(f"wandb run in {log_grid(wandb, asdict(config), records, self.out)}")
         done = [record for record in records if "failure" not in record]
         if done:
             console().print(terminal.shared_words(done))
@@ -339,9 +333,9 @@ def _dry_run(each: Sequence[tuple[RunConfig, Path]], methods: Sequence[str]) -> 
     """Check names, data and layers, and say what the runs would take."""
     from mera_tl.benchmark import run as benchmark
     from mera_tl.benchmark.memory import estimate
-    from mera_tl.methods.methods import find_method
+    from mera_tl.methods.methods import find_methods
 
-    out, found = console(), [find_method(name).__name__ for name in methods]
+    out, found = console(), [method.name for method in find_methods(methods)]
     for config, folder in each:
         opened = benchmark.Run(config, folder, progress=False)
         opened.check()

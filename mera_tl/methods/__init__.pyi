@@ -4,13 +4,13 @@ from .candidates import Fitted as Fitted
 from .candidates import Tried as Tried
 from .candidates import choose as choose
 from .candidates import tabulate as tabulate
-from .controlled import METHODS as METHODS
-from .methods import IN_LATENTS as IN_LATENTS
-from .methods import Setting as Setting
+from .methods import METHODS as METHODS
+from .methods import Method as Method
+from .methods import Run as Run
 from .methods import Treatment as Treatment
 from .methods import find_method as find_method
+from .methods import find_methods as find_methods
 from .methods import method as method
-from .methods import require_space as require_space
 from .race import Choices as Choices
 from .race import Search as Search
 from .race import divide as divide

@@ -1,131 +1,71 @@
-"""Every way of steering that is compared, one short function each.
+"""Every way of steering that is compared: rows of a table, and a short function for each idea.
 
-A method gets a `Setting` (model, splits, activations, unsteered outcomes) and returns a
-`Treatment`: what to do to the test prompts, and the certificate it rests on, if any. Adding a
-method is adding one function here.
+A method gets the run (model, splits, activations, probes) and returns a `Treatment`: what to do to
+the test prompts, and the certificate it rests on, if any. Most are one idea with another probe or
+direction, so a new one is a row; a user's own is a function under `@method`.
 """
 
 import difflib
-import logging
-from collections.abc import Callable
+import importlib.util
+from abc import ABC
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mera_tl import storage
-from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.terms import Protocol
+from mera_tl.certificate.terms import Protocol as Terms
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.methods.candidates import RAW, features
+from mera_tl.methods.race import Choices, Search, search
+from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.models.model import FwdHooks, Model
-from mera_tl.probes.probe import Kind, LinearProbe, Rank, fit_error_probe, fit_ranked_probe
-from mera_tl.sae.probes import fit_latent_probe
+from mera_tl.probes.probe import LinearProbe
+from mera_tl.steering.directions import fit_direction
 from mera_tl.steering.rules import Additive
-from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
-from mera_tl.steering.steering import Positions, Steering
+from mera_tl.steering.spaces import Space
+from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Splits, Task
-
-logger = logging.getLogger(__name__)
 
 INSTRUCTION = "Think before you answer."
 """The sentence of `prompt_steering`, placed before "Answer:"."""
 STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-"""From which `tuned_*` choose, in units of the layer's typical residual norm."""
+"""From which `tuned_*` choose, as multiples of the layer's typical residual norm."""
+Content = TypeVar("Content")
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """One model, one task, one split: what every method may look at."""
+class Run(ABC):  # noqa: B024
+    """What a method may look at: one model, one task, one split; `benchmark.Run` is one."""
 
-    model: Model
-    splits: Splits
-    activations: Activations
-    """Of the training split, unsteered."""
-    protocol: Protocol = field(default_factory=Protocol)
-    min_gain: float = 0.0
-    layers: Any = "all"
-    positions: Positions = "all"
-    probe_position: Any = "last"
-    """Where probes read: the final prompt token (last) or the answer token (exact)."""
-    strength: float = 0.1
-    """Of the fixed-strength methods, in units of the layer's typical residual norm."""
-    pairs: int = 0
-    """Of a contrastive probe: examples with most and with least error; 0, half of all each."""
-    read: ReadSettings = field(default_factory=ReadSettings)
-    space: Space = field(default_factory=ResidualSpace)
-    seed: int = 0
-    folder: Path | None = None
-    """Where probes and certificates are kept and found again."""
-    cache: Path | None = None
-    """Where other runs may have left probes of the same activations."""
-    cache_key: dict[str, Any] = field(default_factory=dict)
-    """What the activations depend on."""
-
-    def probe(self, kind: Kind) -> LinearProbe:
-        """Fit a probe of this kind on the training split, once."""
-        fit = partial(fit_error_probe, kind=kind)
-        if isinstance(self.space, SAESpace):
-            fit = partial(fit_latent_probe, space=self.space, kind=kind)
-        if kind == "contrastive" and self.pairs:
-            return self._kept_probe(f"{kind}_{self.pairs}", partial(fit, penalty=float(self.pairs)))
-        return self._kept_probe(kind, fit)
-
-    def ranked_probe(self, rank: Rank) -> LinearProbe:
-        """Fit the paper's regressions and take the best, median or worst per layer, once."""
-        return self._kept_probe(f"{rank}_regression", partial(fit_ranked_probe, rank=rank))
-
-    def _kept_probe(self, name: str, fit: Callable[..., LinearProbe]) -> LinearProbe:
-        if name in self._probes:
-            return self._probes[name]
-        where = {"position": self.probe_position, "seed": self.seed}
-
-        def make(folder: Path | None = None) -> LinearProbe:
-            self.splits.train.require_classes()
-            probe = fit(self.activations, **where)
-            if folder is not None:
-                probe.save(folder)
-            return probe
-
-        if self.folder is None:
-            self._probes[name] = make()
-        else:
-            kept, key = self.folder / "probes" / name, {**self.cache_key, **where, "probe": name}
-            # Latents are read through SAEs that no key names: their probes stay in the run.
-            cache = None if isinstance(self.space, SAESpace) else self.cache
-            storage.shared(kept, cache, key, make, last="probe.json")
-            self._probes[name] = LinearProbe.load(kept)
-        return self._probes[name]
-
-    def decide(
-        self, name: str, steering: Steering, protocol: Protocol | None = None
-    ) -> Calibration:
-        """Calibrate a steering on the calibration split, once per name."""
-        kept = None if self.folder is None else self.folder / "certificates" / f"{name}.json"
-        if kept is not None and kept.exists():
-            return Calibration.load(kept)
-        decision = calibrate(
-            self.model,
-            self.splits.calibration,
-            steering,
-            min_gain=self.min_gain,
-            protocol=protocol or self.protocol,
-            settings=self.read,
-        )
-        if kept is not None:
-            decision.save(kept)
-        return decision
-
-    def steering(self, probe: LinearProbe) -> Steering:
-        """Return the probe's steering in this setting's scope."""
-        return Steering(probe, space=self.space, layers=self.layers, positions=self.positions)
-
-    @cached_property
-    def _probes(self) -> dict[str, LinearProbe]:
-        return {}
+    # ruff: noqa: B027, D102
+    # fmt: off
+    config: Any
+    """The options, a `RunConfig`: strength, seed, min_gain."""
+    read: ReadSettings
+    @property
+    def model(self) -> Model: ...
+    @property
+    def splits(self) -> Splits: ...
+    @property
+    def activations(self) -> Activations: ...
+    @property
+    def space(self) -> Space: ...
+    @property
+    def terms(self) -> Terms: ...
+    def probe(self, name: str) -> LinearProbe: ...
+    def steering(self, probe: LinearProbe) -> Steering: ...
+    def calibrate(
+        self, name: str, steering: Steering, terms: Terms | None = None
+    ) -> Calibration: ...
+    def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration: ...
+    def kept(
+        self, name: str, last: str, make: Callable[[Path], object], load: Callable[[Path], Content]
+    ) -> Content: ...
+    # fmt: on
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,186 +83,261 @@ class Treatment:
     answer: Callable[[Outcomes], Outcomes] | None = None
     """What becomes of the answers, for a method that changes them and not the activations."""
 
-    def apply(self, setting: Setting, task: Task[Any]) -> Outcomes:
+    def apply(self, run: Run, task: Task[Any]) -> Outcomes:
         """Answer a task under this treatment."""
         if self.instruction is not None:
             task = task.with_instruction(self.instruction)
-        hooks, read = self.fwd_hooks, setting.read
-        outcomes = evaluate(setting.model, task, hooks, settings=read, title="test")
+        outcomes = evaluate(run.model, task, self.fwd_hooks, settings=run.read, title="test")
         return outcomes if self.answer is None else self.answer(outcomes)
 
 
-Method = Callable[[Setting], Treatment]
+Treat = Callable[[Run], Treatment]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, one sentence, and what to do."""
+
+    name: str
+    about: str
+    treat: Treat
+    in_latents: bool = True
+    """Whether it works in SAE space too."""
+    certifies: bool = True
+    """Whether it asks for a certificate, which costs a share of delta."""
+
+
 METHODS: dict[str, Method] = {}
 
 
-def method(function: Method) -> Method:
-    """Register a method under its function's name."""
-    METHODS[function.__name__] = function
+def method(function: Treat) -> Treat:
+    """Register a function `run -> Treatment` as a method, under its name.
+
+    Raises:
+        ValueError: if a method of this package has that name.
+    """
+    name = function.__name__
+    if name in BUILT_IN:
+        raise ValueError(f"{name} is a method of mera_tl; give your function another name.")
+    about = (function.__doc__ or "A method without a docstring.").strip().splitlines()[0]
+    METHODS[name] = Method(name, about, function)
     return function
 
 
 def find_method(name: str) -> Method:
-    """Return a method by its id.
+    """Return a method by its id, or a user's own by "my_method.py:name", whose code is then run.
 
     Raises:
         ValueError: if there is none, with the nearest names.
     """
+    path, colon, own = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        return _load_method(Path(path), own)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
         raise ValueError(
             f"There is no method {name!r}; nearest: {', '.join(near) or 'none'} "
-            "(`mera methods` lists all)."
+            "(`mera methods` lists all; your own is my_method.py:name)."
         )
     return METHODS[name]
 
 
-IN_LATENTS = (
-    "no_steering",
-    "prompt_steering",
-    "additive_probe",
-    "additive_logistic_probe",
-    "vanilla_contrastive",
-    "optimal_probe",
-    "optimal_logistic_probe",
-    "optimal_contrastive",
-    "pattern_probe",
-    "controlled_pattern",
-    "controlled_contrastive",
-    "answer_controlled",
-    "searched",
-    "flip",
-)
-"""What works in SAE space too; the first two read nothing, flip reads the residual stream."""
-
-
-def require_space(name: str, space: str) -> None:
-    """Refuse a method in a space it does not work in.
+def find_methods(names: Sequence[str], space: str = "raw") -> list[Method]:
+    """Return methods by their ids, each once and each of them at work in the space.
 
     Raises:
-        ValueError: naming the methods that do.
+        ValueError: if a method is unknown, named twice or works in the residual stream only.
     """
-    if space != "raw" and name not in IN_LATENTS:
-        raise ValueError(
-            f"{name} works in the residual stream only; in SAE space there are "
-            f"{', '.join(IN_LATENTS)}."
-        )
+    if not names:
+        raise ValueError("methods is empty; name at least one (`mera methods` lists all).")
+    found = [find_method(name) for name in names]
+    for each in found:
+        if [other.name for other in found].count(each.name) > 1:
+            raise ValueError(f"The method {each.name} is named twice; name each method once.")
+        if space != "raw" and not each.in_latents:
+            able = ", ".join(other.name for other in METHODS.values() if other.in_latents)
+            raise ValueError(
+                f"{each.name} works in the residual stream only; in SAE space there are {able}."
+            )
+    return found
 
 
-# --- baselines ----------------------------------------------------------------------------------
+def _load_method(path: Path, name: str) -> Method:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"There is no file {path}; pass the path of your method as FILE.py:NAME.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} does not run ({type(error).__name__}: {error}).") from error
+    function: Treat | None = getattr(module, name, None)
+    if function is None or not callable(function):
+        raise ValueError(f"{path} defines no function {name!r}; name one that takes the run.")
+    if name not in METHODS or METHODS[name].treat is not function:
+        method(function)
+    return METHODS[name]
 
 
-@method
-def no_steering(setting: Setting) -> Treatment:  # noqa: ARG001
-    """Leave the model alone."""
-    return Treatment()
+# --- the ideas ----------------------------------------------------------------------------------
 
 
-@method
-def prompt_steering(setting: Setting) -> Treatment:  # noqa: ARG001
-    """Ask the model to think before it answers."""
-    return Treatment(instruction=INSTRUCTION)
+def _additive(name: str, probe: str, run: Run) -> Treatment:  # noqa: ARG001
+    """Move every token by a fixed length against a probe."""
+    fitted, strength = run.probe(probe), run.config.strength
+    steering = replace(run.steering(fitted), rule=Additive(strength))
+    details = {"strength": strength, **_of(fitted)}
+    return Treatment(steering.fwd_hooks(), details=details, probe=fitted)
 
 
-@method
-def additive_probe(setting: Setting) -> Treatment:
-    """Move every token by a fixed length against the regression probe."""
-    return _additive(setting, setting.probe("ridge"))
-
-
-@method
-def additive_logistic_probe(setting: Setting) -> Treatment:
-    """Move every token by a fixed length against the logistic probe."""
-    return _additive(setting, setting.probe("logistic"))
-
-
-@method
-def vanilla_contrastive(setting: Setting) -> Treatment:
-    """Move every token by a fixed length against the difference of means of high and low error."""
-    return _additive(setting, setting.probe("contrastive"))
-
-
-@method
-def additive_sub_probe(setting: Setting) -> Treatment:
-    """Move every token by a fixed length against the worst of the paper's regressions."""
-    return _additive(setting, setting.ranked_probe("worst"))
-
-
-@method
-def additive_median_probe(setting: Setting) -> Treatment:
-    """Move every token by a fixed length against the median of the paper's regressions."""
-    return _additive(setting, setting.ranked_probe("median"))
-
-
-@method
-def tuned_additive_probe(setting: Setting) -> Treatment:
-    """Choose the length on the calibration split, with the certificate MERA needs."""
-    return _tuned("tuned_additive_probe", setting, setting.probe("ridge"))
-
-
-@method
-def tuned_contrastive(setting: Setting) -> Treatment:
-    """Choose the length along the difference of means, with the certificate MERA needs."""
-    return _tuned("tuned_contrastive", setting, setting.probe("contrastive"))
-
-
-def _tuned(name: str, setting: Setting, probe: LinearProbe) -> Treatment:
-    protocol = replace(setting.protocol, thresholds=STRENGTHS, knob="strength")
-    steering = setting.steering(probe)
-    decision = setting.decide(name, steering, protocol)
+def _tuned(name: str, probe: str, run: Run) -> Treatment:
+    """Choose that length on the calibration split, with the certificate MERA needs."""
+    fitted = run.probe(probe)
+    protocol = replace(run.terms, thresholds=STRENGTHS, knob="strength")
+    steering = run.steering(fitted)
+    decision = run.calibrate(name, steering, protocol)
     strength = decision.threshold
     hooks = [] if strength is None else replace(steering, rule=Additive(strength)).fwd_hooks()
-    details = {"strength": strength, **_of(probe)}
-    return Treatment(hooks, calibration=decision, details=details, probe=probe)
+    details = {"strength": strength, **_of(fitted)}
+    return Treatment(hooks, calibration=decision, details=details, probe=fitted)
 
 
-def _additive(setting: Setting, probe: LinearProbe) -> Treatment:
-    steering = replace(setting.steering(probe), rule=Additive(setting.strength))
-    return Treatment(
-        steering.fwd_hooks(), details={"strength": setting.strength, **_of(probe)}, probe=probe
-    )
-
-
-# --- MERA ---------------------------------------------------------------------------------------
-
-
-@method
-def optimal_probe(setting: Setting) -> Treatment:
-    """MERA with the regression probe."""
-    return _mera("optimal_probe", setting, setting.probe("ridge"))
-
-
-@method
-def optimal_logistic_probe(setting: Setting) -> Treatment:
-    """MERA with the logistic probe."""
-    return _mera("optimal_logistic_probe", setting, setting.probe("logistic"))
-
-
-@method
-def optimal_contrastive(setting: Setting) -> Treatment:
-    """MERA with the contrastive direction, calibrated to the scale of the error."""
-    return _mera("optimal_contrastive", setting, setting.probe("contrastive"))
-
-
-@method
-def sub_optimal_probe(setting: Setting) -> Treatment:
-    """MERA with the worst of the paper's regressions."""
-    return _mera("sub_optimal_probe", setting, setting.ranked_probe("worst"))
-
-
-@method
-def median_optimal_probe(setting: Setting) -> Treatment:
-    """MERA with the median of the paper's regressions."""
-    return _mera("median_optimal_probe", setting, setting.ranked_probe("median"))
-
-
-def _mera(name: str, setting: Setting, probe: LinearProbe) -> Treatment:
-    """Calibrate the probe's steering; steer at the certified threshold or not at all."""
-    steering = setting.steering(probe)
-    decision = setting.decide(name, steering)
+def _mera(name: str, probe: str, run: Run) -> Treatment:
+    """Follow MERA's rule: steer at the certified threshold or not at all."""
+    fitted = run.probe(probe)
+    steering = run.steering(fitted)
+    decision = run.calibrate(name, steering)
     hooks = decision.fwd_hooks(steering)
-    return Treatment(hooks, calibration=decision, details=_of(probe), probe=probe)
+    return Treatment(hooks, calibration=decision, details=_of(fitted), probe=fitted)
+
+
+def _along(name: str, kind: str, run: Run) -> Treatment:
+    """Follow MERA's rule along another direction than the probe's own."""
+    probe = run.probe("ridge")
+    direction = fit_direction(features(run.activations, run.space), probe, kind)
+    steering = replace(run.steering(probe), direction=direction.vectors)
+    decision = run.calibrate(name, steering)
+    details = {
+        "probe": probe.kind,
+        "penalty": probe.penalty,
+        "direction": kind,
+        "notes": list(direction.notes),
+    }
+    hooks = decision.fwd_hooks(steering)
+    return Treatment(hooks, calibration=decision, details=details, probe=probe)
 
 
 def _of(probe: LinearProbe) -> dict[str, Any]:
     return {"probe": probe.kind, "penalty": probe.penalty, "best_layer": probe.best_layer}
+
+
+def _searched(run: Run) -> Treatment:
+    """Search freely on training data, certify once."""
+    found = _search(run, "searched", partial(_look, run), run.space)
+    once = replace(run.terms, thresholds=(found.chosen.threshold,), weights=None)
+    decision = run.calibrate("searched", found.steering, once)
+    hooks, probe = decision.fwd_hooks(found.steering), found.steering.probe
+    return Treatment(hooks, calibration=decision, details=_details(found), probe=probe)
+
+
+def _look(run: Run) -> Search:
+    choices = Choices(metric=run.terms.metric, seed=run.config.seed)
+    train, learned = run.splits.train, run.activations
+    return search(run.model, train, learned, choices=choices, settings=run.read, space=run.space)
+
+
+def _flip(run: Run) -> Treatment:
+    """Answer the second-best option where the predicted error is too high."""
+    choices = Choices(metric=run.terms.metric, seed=run.config.seed)
+    look = partial(search_flip, run.splits.train, run.activations, choices=choices)
+    found = _search(run, "flip", look)
+    options = {"protocol": run.terms, "min_gain": run.config.min_gain, "settings": run.read}
+    certify = partial(certify_flip, run.model, run.splits.calibration, found, **options)
+    decision = run.decide("flip", certify)
+    details, probe, threshold = _details(found), found.steering.probe, decision.threshold
+    if threshold is None:
+        return Treatment(calibration=decision, details=details, probe=probe)
+
+    def answer(outcomes: Outcomes) -> Outcomes:
+        return flipped(outcomes, outcomes.peak, threshold)
+
+    hooks = reading_hooks(found.steering)
+    return Treatment(hooks, calibration=decision, details=details, probe=probe, answer=answer)
+
+
+def _search(run: Run, name: str, look: Callable[[], Search], space: Space = RAW) -> Search:
+    """Search once per run."""
+
+    def make(folder: Path) -> None:
+        run.splits.train.require_classes()
+        look().save(folder)
+
+    return run.kept(f"searches/{name}", "search.json", make, partial(Search.load, space=space))
+
+
+def _details(found: Search) -> dict[str, Any]:
+    names = ("direction", "penalty", "layers", "positions", "strength")
+    chosen = {name: getattr(found.chosen, name) for name in names}
+    chosen["layers"] = list(found.chosen.layers)
+    return chosen | {"n_candidates": len(found.table), **found.details}
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+_FIXED, _TUNED = "Move every token by a fixed length against", "Certify the best length against"
+_ROWS = (
+    ("additive_probe", _additive, "ridge", f"{_FIXED} the regression probe."),
+    ("additive_logistic_probe", _additive, "logistic", f"{_FIXED} the logistic probe."),
+    ("vanilla_contrastive", _additive, "contrastive", f"{_FIXED} high minus low error."),
+    ("additive_sub_probe", _additive, "worst_regression", f"{_FIXED} the paper's worst."),
+    ("additive_median_probe", _additive, "median_regression", f"{_FIXED} the paper's median."),
+    ("tuned_additive_probe", _tuned, "ridge", f"{_TUNED} the regression probe."),
+    ("tuned_contrastive", _tuned, "contrastive", f"{_TUNED} high minus low error."),
+    ("optimal_probe", _mera, "ridge", "MERA with the regression probe."),
+    ("optimal_logistic_probe", _mera, "logistic", "MERA with the logistic probe."),
+    ("optimal_contrastive", _mera, "contrastive", "MERA with high minus low error as the probe."),
+    ("sub_optimal_probe", _mera, "worst_regression", "MERA with the paper's worst regression."),
+    ("median_optimal_probe", _mera, "median_regression", "MERA with the paper's median one."),
+    (
+        "pattern_probe",
+        _along,
+        "pattern",
+        "MERA along `S w`, the shortest shift in the data's metric.",
+    ),
+    (
+        "controlled_pattern",
+        _along,
+        "controlled_pattern",
+        "MERA along `S w`, S within true classes.",
+    ),
+    (
+        "controlled_contrastive",
+        _along,
+        "controlled_contrastive",
+        "MERA along wrong minus right examples within true classes.",
+    ),
+    (
+        "answer_controlled",
+        _along,
+        "answer_controlled",
+        "MERA along one direction per unsteered answer, the true class held fixed.",
+    ),
+)
+
+
+def _row(name: str, about: str, treat: Treat, **flags: bool) -> None:
+    METHODS[name] = Method(name, about, treat, **flags)
+
+
+_row("no_steering", "Leave the model alone.", lambda run: Treatment(), certifies=False)  # noqa: ARG005
+_instruct = Treatment(instruction=INSTRUCTION)
+_row("prompt_steering", f"Ask: {INSTRUCTION}", lambda run: _instruct, certifies=False)  # noqa: ARG005
+for _name, _idea, _of_what, _about in _ROWS:
+    _latents = _idea is not _tuned and not _of_what.endswith("_regression")
+    _certifies = _idea is not _additive
+    _treat = partial(_idea, _name, _of_what)
+    _row(_name, _about, _treat, in_latents=_latents, certifies=_certifies)
+_row("searched", "Search direction, layers, scope, threshold in training; certify one.", _searched)
+_row("flip", "Answer the second-best option where predicted error is high; steer nothing.", _flip)
+BUILT_IN = frozenset(METHODS)
+"""Names that no user's method may take."""

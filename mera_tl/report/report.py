@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mera_tl import plots, storage
-from mera_tl.benchmark.run import table
+from mera_tl.benchmark.records import table
 from mera_tl.report.html import figure_block, prompt_html, table_html, write_page
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
 

@@ -1,0 +1,85 @@
+"""What is measured of a method on the test split, as a record and as a table."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from mera_tl.inference.outcomes import (
+    Outcomes,
+    accuracy_interval,
+    paired_p_value,
+    spi,
+    spi_interval,
+)
+from mera_tl.methods.methods import Treatment
+
+
+def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
+    """Return the metrics of a run against the unsteered run on the same examples."""
+    return {
+        "n": len(outcomes),
+        "accuracy": outcomes.accuracy,
+        "error": outcomes.mean_error,
+        "accuracy_interval": list(accuracy_interval(outcomes)),
+        "spi": spi(outcomes.accuracy, base.accuracy),
+        "spi_interval": list(spi_interval(outcomes, base)),
+        "p_value": paired_p_value(outcomes, base),
+        "accuracy_change": outcomes.accuracy - base.accuracy,
+        "error_change": outcomes.mean_error - base.mean_error,
+        "transitions": outcomes.transitions(base),
+        "unanswered": int((~outcomes.answered).sum()),
+        "steered_share": outcomes.steered_share,
+        "tokens_steered": outcomes.n_tokens.double().mean().item(),
+        "layers_steered": outcomes.n_layers.double().mean().item(),
+        "relative_shift": outcomes.relative_shift,
+        **outcomes.weighted_scores(),
+    }
+
+
+def decision_of(treatment: Treatment) -> dict[str, Any]:
+    """Return a record's fields about the certificate."""
+    decision = treatment.calibration
+    if decision is None:
+        return {"decision": None, "threshold": None, "certificate": None}
+    return {
+        "decision": decision.decision.value,
+        "threshold": decision.threshold,
+        "certificate": str(decision),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number may depend on."""
+    names = ("mera-tl", "torch", "transformer-lens", "transformers")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def table(records: Sequence[dict[str, Any]], *, full: bool = False) -> pd.DataFrame:
+    """Return records as the table that a person reads; `full` with all that a record measures.
+
+    Jobs that failed have no row.
+    """
+    done = [record for record in records if "failure" not in record]
+    return pd.DataFrame([_row(record, full) for record in done])
+
+
+def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
+    row = {name: record[name] for name in ("model", "task", "method", "space", "seed", "n")}
+    row |= {name: record[name] for name in ("accuracy", "error")} | {"SPI": record["spi"]}
+    if full:
+        row |= dict(zip(("SPI low", "SPI high"), record["spi_interval"], strict=True))
+        row["p"] = record["p_value"]
+    row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
+    row["steered"] = record["steered_share"]
+    if full:
+        # Records that are older than a measure lack it.
+        row["tokens"], row["layers"] = record.get("tokens_steered"), record.get("layers_steered")
+        row["shift"] = record.get("relative_shift")
+        row |= {name: record[name] for name in ("precision", "recall", "f1")}
+        text = record["free_text"] or {}
+        row |= {name: text.get(name) for name in ("perplexity", "distinct_1", "distinct_2")}
+    threshold = float("nan") if record["threshold"] is None else record["threshold"]
+    return row | {"decision": record["decision"] or "", "threshold": threshold}
