@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mera_tl.models.model import FwdHooks, Model
+from mera_tl.models.model import FwdHooks, Model, resid_post
+from mera_tl.models.shared_prompt import KeysAndValues, Seats, SharedKeys, sharing
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class Window:
     """How many of the columns, counted from the left, belong to the prompt."""
     answers: Int[Tensor, " batch"] | None = None
     """The option each row is about to answer unsteered, once that is known."""
+    labels: Int[Tensor, " batch"] | None = None
+    """A number of the caller's for each row, which stays with it as rows come and go."""
 
 
 @contextmanager
@@ -60,16 +63,26 @@ class Decoding:
     |shift| / |h| over the moved pairs; `peak` is the highest score that they saw.
     """
 
-    def __init__(self, model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks) -> None:
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        fwd_hooks: FwdHooks,
+        labels: Int[Tensor, " batch"] | None = None,
+    ) -> None:
         self.model = model
         self._points = [model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
         self._tokens, self._mask = left_pad(prompts, model.device)
         self._cache = model.new_cache(len(prompts))
         self._eos = torch.tensor(model.eos_ids, dtype=torch.long, device=model.device)
+        self._answers: Int[Tensor, " batch"] | None = None
+        self._labels = labels
+        # Rows of the cache are picked when they are next needed: many never are.
+        self._picked: Int[Tensor, " batch"] | None = None
+        self._own: dict[int, KeysAndValues] = {}
         self._start()
 
     def _start(self) -> None:
-        self._answers: Int[Tensor, " batch"] | None = None
         self.rows = torch.arange(len(self._tokens), device=self._tokens.device)
         self.n_steered = torch.zeros_like(self.rows)
         self.n_steerable = torch.zeros_like(self.rows)
@@ -89,31 +102,92 @@ class Decoding:
 
     def last_token_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Run the final prompt token once more on the same cache, the unsteered answers known."""
-        for entry in self._cache.entries:
-            entry.past_keys = entry.past_keys[:, :-1]
-            entry.past_values = entry.past_values[:, :-1]
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, :-1]
         self._answers = answers
-        return self._forward(self._tokens[:, -1:], self._mask[:, -1:], n_prompt=1)
+        return self._again(1)
 
     def prompt_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Run the prompts once more from their start, the unsteered answers known."""
-        self._cache = self.model.new_cache(len(self._tokens))
         self._answers = answers
-        return self._forward(self._tokens, self._mask, n_prompt=self._tokens.shape[1])
+        return self._again(self._tokens.shape[1])
 
-    def fork(self, rows: Int[Tensor, " kept"], fwd_hooks: FwdHooks) -> "Decoding":
-        """Return some rows of this batch, to be run on under other hooks; this one stays as it is.
+    def _again(self, n_columns: int) -> Float[Tensor, "batch d_vocab"]:
+        """Run the last columns of the prompts once more, on the cache of what comes before."""
+        self._settle()
+        for entry in self._cache.entries:
+            entry.past_keys = entry.past_keys[:, :-n_columns]
+            entry.past_values = entry.past_values[:, :-n_columns]
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, :-n_columns]
+        tokens, mask = self._tokens[:, -n_columns:], self._mask[:, -n_columns:]
+        return self._forward(tokens, mask, n_prompt=n_columns)
 
-        Forwards replace the tensors of a cache and never write into them, so the two may share.
+    def resume(
+        self, layer: int, resid: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Run the last columns of the prompts again, from the residual stream after `layer` on.
+
+        `resid` is what the first run of the prompts left there. Hooks of that layer fire first; of
+        lower layers none may act, which are not run again.
+        """
+        n_columns = resid.shape[1]
+        if not self.model.resumes:
+            return self._again(n_columns)
+        mask = self._mask[:, -n_columns:]
+        self._describe(mask, n_columns)
+        resid = self.model.hooked.hook_dict[resid_post(layer)](resid)
+        if n_columns == 1 and self.model.shares_prompts:
+            resid = self._beside_the_prompt(layer, resid)
+        else:
+            resid = self._below_the_prompt(layer, resid)
+        self._count(mask)
+        return self.model.unembed(resid[:, -1]).to(self.rows.device)
+
+    def _beside_the_prompt(self, layer: int, resid: Tensor) -> Tensor:
+        rows = self.rows if self._picked is None else self._picked
+        seats = Seats.of(rows, self._cache.previous_attention_mask)
+        prompts = rows.unique()
+        entries = [
+            SharedKeys(entry.past_keys[prompts, :-1], entry.past_values[prompts, :-1], seats)
+            for entry in self._cache.entries[layer + 1 :]
+        ]
+        with sharing(self.model.hooked.blocks[layer + 1 :], entries):
+            resid = self.model.resume(resid, layer)
+        self._own = {n: e.own for n, e in enumerate(entries, layer + 1) if e.own is not None}
+        return resid
+
+    def _below_the_prompt(self, layer: int, resid: Tensor) -> Tensor:
+        n_columns, cache = resid.shape[1], self.model.new_cache(len(resid))
+        rows = self.rows if self._picked is None else self._picked
+        for new, old in zip(cache.entries, self._cache.entries, strict=True):
+            new.past_keys = old.past_keys[:, :-n_columns][rows]
+            new.past_values = old.past_values[:, :-n_columns][rows]
+        resid = self.model.resume(resid, layer, self._mask, cache)
+        self._own = {
+            number: (entry.past_keys[:, -n_columns:], entry.past_values[:, -n_columns:])
+            for number, entry in enumerate(cache.entries)
+            if number > layer
+        }
+        return resid
+
+    def fork(
+        self,
+        rows: Int[Tensor, " kept"],
+        fwd_hooks: FwdHooks,
+        *,
+        answers: Int[Tensor, " kept"] | None = None,
+        labels: Int[Tensor, " kept"] | None = None,
+    ) -> "Decoding":
+        """Return some rows of this batch, each as often as named, to be run on under other hooks.
+
+        This one stays as it is: forwards replace the tensors of a cache and never write into them,
+        so the two may share. Answers and labels are those of this batch unless given.
         """
         other = copy(self)
         other._points = [self.model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
         other._tokens, other._mask = self._tokens[rows], self._mask[rows]
-        other._cache = replace(self._cache, entries=[copy(entry) for entry in self._cache.entries])
+        other._select(rows)
+        other._answers = other._answers if answers is None else answers
+        other._labels = other._labels if labels is None else labels
         other._start()
-        if len(rows) < len(self._tokens) or not torch.equal(rows, self.rows):
-            other._select(rows)
         return other
 
     def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
@@ -126,16 +200,35 @@ class Decoding:
         if rows.all():
             return
         self._select(rows)
-        self._answers = None if self._answers is None else self._answers[rows]
         self.rows = self.rows[rows]
 
     def _select(self, rows: Tensor) -> None:
-        """Keep some rows of the cache, by number or by truth value."""
-        for entry in self._cache.entries:
-            here = rows.to(entry.past_keys.device)
-            entry.past_keys = entry.past_keys[here]
-            entry.past_values = entry.past_values[here]
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask[rows]
+        """Keep some rows, by number or by truth value."""
+        picked = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        self._picked = picked if self._picked is None else self._picked[picked]
+        self._own = {layer: (k[picked], v[picked]) for layer, (k, v) in self._own.items()}
+        self._answers = None if self._answers is None else self._answers[picked]
+        self._labels = None if self._labels is None else self._labels[picked]
+
+    def _settle(self) -> None:
+        """Give the rows that were picked a cache of their own."""
+        if self._picked is None:
+            return
+        rows, old = self._picked, self._cache
+        entries = [copy(entry) for entry in old.entries]
+        everything = torch.equal(rows, torch.arange(len(old.previous_attention_mask)).to(rows))
+        for number, entry in enumerate(entries):
+            for name, own in zip(
+                ("past_keys", "past_values"), self._own.get(number, (None, None)), strict=True
+            ):
+                past = getattr(entry, name)
+                past = past if own is None else past[:, : past.shape[1] - own.shape[1]]
+                past = past if everything else past[rows.to(past.device)]
+                setattr(entry, name, past if own is None else torch.cat([past, own], dim=1))
+        mask = old.previous_attention_mask
+        mask = mask if everything else mask[rows]
+        self._cache = replace(old, entries=entries, previous_attention_mask=mask)
+        self._picked, self._own = None, {}
 
     def is_end(self, tokens: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         """Return where a token ends the reply."""
@@ -144,12 +237,17 @@ class Decoding:
     def _forward(
         self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], n_prompt: int
     ) -> Float[Tensor, "batch d_vocab"]:
-        window = Window(mask.bool(), n_prompt, self._answers)
-        for point in self._points:
-            point.ctx["window"] = window
+        self._settle()
+        self._describe(mask, n_prompt)
         logits = self.model.next_token_logits(tokens, mask, self._cache)
         self._count(mask)
         return logits
+
+    def _describe(self, mask: Int[Tensor, "batch pos"], n_prompt: int) -> None:
+        """Tell the hooks about the columns of the coming pass."""
+        window = Window(mask.bool(), n_prompt, self._answers, self._labels)
+        for point in self._points:
+            point.ctx["window"] = window
 
     def _count(self, mask: Int[Tensor, "batch pos"]) -> None:
         """Add up what steering hooks left of the pass that they have just seen."""

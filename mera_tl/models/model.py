@@ -29,6 +29,7 @@ from mera_tl.models.families import (
     load_original,
     without_weights,
 )
+from mera_tl.models.shared_prompt import can_share
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
 
 if TYPE_CHECKING:
@@ -121,15 +122,43 @@ class Model:
         Equal to the last row of the full logits, without ever holding "batch pos d_vocab". With a
         `cache` (see `new_cache`), `tokens` and `mask` are the new ones alone.
         """
+        resid = self.hooked(
+            tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=self.n_layers
+        )
+        return self.unembed(resid[:, -1]).to(tokens.device)
+
+    def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
+        """Return the logits that a final residual stream gives, soft cap and all."""
         from transformer_lens.utilities.activation_functions import apply_softcap
 
-        hooked = self.hooked
-        resid = hooked(
-            tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=hooked.cfg.n_layers
+        logits = self.hooked.unembed(self.hooked.ln_final(resid[:, None]))
+        return apply_softcap(logits, self.hooked.cfg.output_logits_soft_cap)[:, 0]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a pass can start from the residual stream of some layer."""
+        return not hasattr(self.hooked, "original")
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether many variants of a prompt's final token can attend to one copy of its cache."""
+        return self.resumes and can_share(self.hooked.cfg)
+
+    def resume(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        layer: int,
+        mask: Int[Tensor, "batch all"] | None = None,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run the layers above `layer`, from what that one left; `mask` is of all columns."""
+        return self.hooked(
+            resid,
+            start_at_layer=layer + 1,
+            stop_at_layer=self.n_layers,
+            attention_mask=mask,
+            past_kv_cache=cache,
         )
-        logits = hooked.unembed(hooked.ln_final(resid[:, -1:]))
-        logits = apply_softcap(logits, hooked.cfg.output_logits_soft_cap)[:, 0]
-        return logits.to(tokens.device)  # of several devices, the last has unembedded
 
     def new_cache(self, n_rows: int) -> Any:
         """Return an empty key-value cache for a batch of `n_rows`."""

@@ -10,6 +10,7 @@ from .directions import euclidean as euclidean
 from .directions import fit_direction as fit_direction
 from .directions import fit_directions as fit_directions
 from .directions import pattern as pattern
+from .many import evaluate_many as evaluate_many
 from .reach import BACK as BACK
 from .reach import Reach as Reach
 from .reach import evaluate_reach as evaluate_reach

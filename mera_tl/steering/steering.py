@@ -118,9 +118,10 @@ class Steering:
         return self.rule.limit if isinstance(self.rule, Adaptive | Gated) else -math.inf
 
     def _hooks(self) -> list[tuple[str, "SteerHook"]]:
-        return [(resid_post(layer), self._hook(layer)) for layer in self.layer_numbers]
+        return [(resid_post(layer), self.hook(layer)) for layer in self.layer_numbers]
 
-    def _hook(self, layer: int) -> "SteerHook":
+    def hook(self, layer: int) -> "SteerHook":
+        """Return the hook of one layer."""
         weights = self.probe.weights[..., layer, :].float()
         bias = self.probe.bias[..., layer].float()
         direction = weights if self.direction is None else self.direction[..., layer, :].float()
@@ -206,7 +207,11 @@ class SteerHook:
 
     def _first_column(self, n_columns: int, window: Window | None) -> int:
         n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
-        last = max(0, n_prompt - 1)
-        final = last if n_prompt else n_columns
-        starts = {"all": 0, "last": last, "final": final, "generated": n_prompt}
-        return starts[self.positions]
+        return first_column(self.positions, n_prompt, n_columns)
+
+
+def first_column(positions: Positions, n_prompt: int, n_columns: int) -> int:
+    """Return the first column of a pass that is in scope; `n_columns` where none is."""
+    last = max(0, n_prompt - 1)
+    final = last if n_prompt else n_columns
+    return {"all": 0, "last": last, "final": final, "generated": n_prompt}[positions]

@@ -1,0 +1,123 @@
+"""Many variants of the final prompt token over one copy of the prompt's keys and values.
+
+A search tries hundreds of shifts of the same final token. As rows of an ordinary batch each would
+bring a copy of its prompt's cache, and copying that takes longer than running the token. Here the
+rows go through norms, projections and MLP as one flat batch, and in attention they take seats
+beside their prompt, whose keys and values are read in place.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+def can_share(cfg: Any) -> bool:
+    """Return whether attention is what `_attend` computes: a softmax of scaled products alone."""
+    extras = ("use_dynamic_ntk_rope", "use_attention_sinks", "use_logn_attn", "load_in_4bit")
+    extras += ("use_attn_result", "use_attn_in", "use_split_qkv_input", "clip_qkv")
+    olmo = str(getattr(cfg, "original_architecture", "")).startswith("Olmo")
+    plain = cfg.positional_embedding_type in ("standard", "rotary")
+    return plain and not olmo and not any(getattr(cfg, name, None) for name in extras)
+
+
+@dataclass(frozen=True, eq=False)
+class Seats:
+    """Which prompt each row is a variant of, and its place among the variants of that prompt."""
+
+    prompt: Int[Tensor, " row"]
+    seat: Int[Tensor, " row"]
+    n_seats: int
+    mask: Int[Tensor, "prompt pos"]
+    """Of the whole prompts, the final column included."""
+
+    @staticmethod
+    def of(prompt: Int[Tensor, " row"], mask: Int[Tensor, "prompt pos"]) -> "Seats":
+        """Seat rows beside the prompts they belong to; only prompts that have rows are kept."""
+        kept, place = prompt.unique(return_inverse=True)
+        order = place.argsort(stable=True)
+        count = place.bincount(minlength=len(kept))
+        first = count.cumsum(0) - count
+        seat = torch.empty_like(order)
+        seat[order] = torch.arange(len(order), device=order.device) - first[place[order]]
+        return Seats(place, seat, int(count.max()), mask[kept])
+
+
+@dataclass(eq=False)
+class SharedKeys:
+    """One layer's keys and values of the prompts, without their final column."""
+
+    keys: Float[Tensor, "prompt pos kv_head d_head"]
+    """Turned already where they are rotary."""
+    values: Float[Tensor, "prompt pos kv_head d_head"]
+    seats: Seats
+    own: KeysAndValues | None = field(default=None)
+    """"row 1 kv_head d_head" of the rows, once they have passed."""
+
+
+@contextmanager
+def sharing(blocks: Iterable[Any], entries: Sequence[SharedKeys]) -> Iterator[None]:
+    """Let some blocks attend to shared keys, for the length of a `with` block."""
+    attentions = [block.attn for block in blocks]
+    try:
+        for attention, entry in zip(attentions, entries, strict=True):
+            attention.forward = partial(_attend, attention, entry)
+        yield
+    finally:
+        for attention in attentions:
+            attention.__dict__.pop("forward", None)
+
+
+def _attend(
+    attention: Any, entry: SharedKeys, query_input: Float[Tensor, "row 1 d_model"], **_: Any
+) -> Float[Tensor, "row 1 d_model"]:
+    """Attend from every row to its prompt and to itself; as TransformerLens's own forward."""
+    from transformer_lens.utilities.activation_functions import apply_softcap
+
+    cfg, seats = attention.cfg, entry.seats
+    q, k, v = attention.calculate_qkv_matrices(query_input, query_input, query_input)
+    if cfg.positional_embedding_type == "rotary":
+        mask, before = seats.mask[seats.prompt], entry.keys.shape[1]
+        q, k = (attention.apply_rotary(x, before, mask) for x in (q, k))
+    entry.own = (k, v)
+    q = rearrange(q, "row 1 (kv group) d -> row kv group d", kv=k.shape[2])
+    k, v = k[:, 0], v[:, 0]
+    n_prompts = len(seats.mask)
+    grid = q.new_zeros(n_prompts, seats.n_seats, *q.shape[1:])
+    grid[seats.prompt, seats.seat] = q
+    past = einsum(
+        grid, entry.keys, "prompt seat kv group d, prompt pos kv d -> prompt seat kv group pos"
+    )
+    own = einsum(q, k, "row kv group d, row kv d -> row kv group")
+    itself = past.new_zeros(past.shape[:-1])
+    itself[seats.prompt, seats.seat] = own
+    scores = torch.cat([past, itself[..., None]], dim=-1) / attention.attn_scale
+    scores = apply_softcap(scores, cfg.attn_scores_soft_cap)
+    scores = scores.masked_fill(~_visible(attention, seats)[:, None, None, None], -torch.inf)
+    pattern = scores.softmax(-1)
+    z = einsum(
+        pattern[..., :-1],
+        entry.values,
+        "prompt seat kv group pos, prompt pos kv d -> prompt seat kv group d",
+    )
+    z = z[seats.prompt, seats.seat] + pattern[seats.prompt, seats.seat][..., -1:] * v[:, :, None]
+    out = rearrange(attention.W_O, "head d_head d_model -> d_model (head d_head)")
+    z = rearrange(z, "row kv group d -> row 1 (kv group d)")
+    return torch.nn.functional.linear(z, out, attention.b_O)
+
+
+def _visible(attention: Any, seats: Seats) -> Bool[Tensor, "prompt pos"]:
+    """Return which columns the final token sees: no padding, and in local layers a window."""
+    visible, width = seats.mask.bool(), seats.mask.shape[1]
+    if attention.attn_type == "local":
+        near = torch.arange(width, device=visible.device) > width - 1 - attention.cfg.window_size
+        visible = visible & near
+    return visible

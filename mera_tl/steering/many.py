@@ -1,0 +1,469 @@
+"""Many steerings of one task at the price of few: thresholds, strengths, layers, a whole search.
+
+What they share is run once. Each prompt runs unsteered and leaves its residual stream and its
+cache; products with the probes tell which steering moves which example, and in which layer first.
+All other outcomes are known: they are the unsteered ones. What is left are rows, each one example
+under one steering. They start from what the unsteered pass left in the first layer that moves them,
+many steerings and examples in one batch, under one hook a layer that looks up each row's probe,
+direction and rule. A row that leaves the prompt alone costs one token; one that does not, its
+prompt from that layer on. Every outcome equals that of `evaluate` with that steering's hooks.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, get_args
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mera_tl.inference.answers import (
+    OptionTokens,
+    Reading,
+    ReadSettings,
+    _read,  # pyright: ignore[reportPrivateUsage]
+    option_tokens,
+)
+from mera_tl.inference.decoding import Decoding, Window, hooked_pass
+from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.models.model import Model, resid_post
+from mera_tl.steering.rules import Rule
+from mera_tl.steering.spaces import Space
+from mera_tl.steering.steering import Positions, SteerHook, Steering, first_column
+from mera_tl.tasks.task import Task
+
+CACHED = 4
+"""Rows that go on decoding, or are not run beside their prompt, bring a cache of their own: at most
+this many times `batch_tokens`."""
+
+
+def evaluate_many(
+    model: Model,
+    task: Task[Any],
+    steerings: Sequence[Steering],
+    *,
+    settings: ReadSettings | None = None,
+    title: str = "steerings",
+) -> list[Outcomes]:
+    """Answer every example of a task under every steering; as `evaluate` with each one's hooks.
+
+    A steering without a limit gives the unsteered outcomes, with every score in its scope read.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    settings = settings or ReadSettings()
+    options = option_tokens(model, task.options)
+    prompts = tokenize_task(model, task, settings)
+    outcomes: dict[int, Outcomes] = {}
+    # One hook a layer reads and writes one space.
+    for space in {id(each.space): each.space for each in steerings}.values():
+        numbers = [i for i, each in enumerate(steerings) if each.space is space]
+        stack = Stack(tuple(steerings[i] for i in numbers))
+
+        def run(batch: list[int], stack: Stack = stack) -> _Readings:
+            return _Batch(model, stack, options, settings).read([prompts[i] for i in batch])
+
+        # Passes of one token: more prompts at once, as long as their cache stays near the cores.
+        wide = settings if stack.everywhere else settings.wider(2)
+        results = run_batches(prompts, run, wide, title)
+        order = [i for batch, _ in results for i in batch]
+        columns = {
+            each.name: torch.cat([readings[each.name] for _, readings in results], dim=1)
+            for each in fields(Reading)
+        }
+        for place, i in enumerate(numbers):
+            reading = Reading(**{name: values[place] for name, values in columns.items()})
+            outcomes[i] = gather(task, options, [(order, reading)])
+    return [outcomes[i] for i in range(len(steerings))]
+
+
+# --- many steerings as one hook a layer ---------------------------------------------------------
+
+SCOPES: tuple[Positions, ...] = get_args(Positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Steerings of one space."""
+
+    steerings: tuple[Steering, ...]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether one of them may move prompt tokens before the final one."""
+        return any(each.positions == "all" for each in self.steerings)
+
+    @cached_property
+    def layers(self) -> Mapping[int, "StackedLayer"]:
+        """What they do, layer by layer."""
+        numbers = sorted({layer for each in self.steerings for layer in each.layer_numbers})
+        return {layer: StackedLayer.of(self.steerings, layer) for layer in numbers}
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Numbers of the steerings that read the same probe in the same layers and positions."""
+        groups: dict[Any, list[int]] = {}
+        for number, each in enumerate(self.steerings):
+            key = (id(each.probe), each.layer_numbers, each.positions)
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
+
+    def hooks(self, steering: Int[Tensor, " label"]) -> list[tuple[str, "RowHook"]]:
+        """Return hooks for rows each of which has a steering of its own, by the row's label."""
+        return [
+            (resid_post(number), RowHook(layer, steering))
+            for number, layer in self.layers.items()
+            if (layer.slot[steering] >= 0).any()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class StackedLayer:
+    """What many steerings do in one layer, each different probe, step and rule held once."""
+
+    layer: int
+    space: Space
+    probes: tuple[int, ...]
+    """The id of the probe of each reader."""
+    weights: Float[Tensor, "reader answer d"]
+    bias: Float[Tensor, "reader answer"]
+    steps: Float[Tensor, "slot answer d"]
+    reader: Int[Tensor, " slot"]
+    """The reader that goes with each step."""
+    slot: Int[Tensor, " steering"]
+    """The step of each steering; -1 where it does not act in this layer."""
+    scope: Int[Tensor, " steering"]
+    rule: Int[Tensor, " steering"]
+    rules: tuple[Rule, ...]
+
+    @staticmethod
+    def of(steerings: Sequence[Steering], layer: int) -> "StackedLayer":
+        """Gather what some steerings do in a layer."""
+        hooks: dict[Any, SteerHook] = {}
+        slot = torch.full((len(steerings),), -1)
+        places: dict[Any, int] = {}
+        for number, each in enumerate(steerings):
+            if layer in each.layer_numbers:
+                # A step does not depend on the limit.
+                rule = each.rule if each.limit == -math.inf else replace(each.rule, limit=0.0)  # pyright: ignore[reportCallIssue]
+                key = (id(each.probe), id(each.direction), rule)
+                if key not in places:
+                    places[key] = len(places)
+                    hooks[key] = each.hook(layer)
+                slot[number] = places[key]
+        readers = {key[0]: hook for key, hook in hooks.items()}
+        rules = {rule: i for i, rule in enumerate(dict.fromkeys(each.rule for each in steerings))}
+        n = max(len(each.step) if each.per_answer else 1 for each in hooks.values())
+        return StackedLayer(
+            layer,
+            steerings[0].space,
+            tuple(readers),
+            torch.stack([_by_answer(each.weights, n) for each in readers.values()]),
+            torch.stack([_by_answer(each.bias[..., None], n)[:, 0] for each in readers.values()]),
+            torch.stack([_by_answer(each.step, n) for each in hooks.values()]),
+            torch.tensor([list(readers).index(key[0]) for key in hooks]),
+            slot,
+            torch.tensor([SCOPES.index(each.positions) for each in steerings]),
+            torch.tensor([rules[each.rule] for each in steerings]),
+            tuple(rules),
+        )
+
+    def scores(
+        self, resid: Float[Tensor, "row pos d_model"], answers: Int[Tensor, " row"]
+    ) -> Float[Tensor, "reader row pos"]:
+        """Return every probe's score of every token, the unsteered answers known."""
+        features = self.space.read(resid, self.layer)
+        own = self._of_answers(answers)
+        weights, bias = (x[:, own].to(features.device) for x in (self.weights, self.bias))
+        score = einsum(features, weights, "row pos d, reader row d -> reader row pos")
+        return score + bias[..., None]
+
+    def moves(
+        self, steering: Int[Tensor, " steering"], answers: Int[Tensor, " row"]
+    ) -> Bool[Tensor, "steering row"]:
+        """Return whether a steering's step has any length, for a row of that answer."""
+        length = (self.steps != 0).any(-1)
+        return length[self.slot[steering]][:, self._of_answers(answers)]
+
+    def _of_answers(self, answers: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        answers = answers.cpu()
+        return answers if self.weights.shape[1] > 1 else torch.zeros_like(answers)
+
+
+def _by_answer(values: Float[Tensor, "*answer d"], n_answers: int) -> Tensor:
+    return values.expand(n_answers, -1) if values.ndim == 1 else values
+
+
+@dataclass(frozen=True, eq=False)
+class RowHook:
+    """A hook on one layer's `resid_post` whose rows have a steering each; see `SteerHook`."""
+
+    stacked: StackedLayer = field(repr=False)
+    steering: Int[Tensor, " label"] = field(repr=False)
+
+    def __call__(self, resid: Float[Tensor, "row pos d_model"], hook: Any) -> Tensor:
+        """Return the steered activations, each row's by its own steering."""
+        window: Window = hook.ctx["window"]
+        assert window.labels is not None and window.answers is not None
+        steering = self.steering[window.labels.cpu()]
+        rows = (self.stacked.slot[steering] >= 0).nonzero()[:, 0]
+        if not len(rows):
+            return resid
+        everything = len(rows) == len(resid)
+        here, there = rows.to(resid.device), resid.device
+        some = resid if everything else resid[here]
+        pace = _Pace.of(self.stacked, some, steering[rows], window, rows)
+        self._leave(hook, pace, len(resid), here)
+        moved = pace.amount != 0
+        if not moved.any():
+            return resid
+        row, column = moved.nonzero().unbind(-1)
+        before = some[row, column]
+        step = self.stacked.steps.to(there)[pace.slot.to(there)[row], pace.own.to(there)[row]]
+        shift = pace.amount[row, column, None] * step
+        after = self.stacked.space.write(
+            before, pace.features[row, column], shift, self.stacked.layer
+        )
+        steered = resid.clone()
+        steered[here[row], column] = after
+        size = before.float().norm(dim=-1).clamp(min=1e-12)
+        relative = (after - before).float().norm(dim=-1) / size
+        hook.ctx["shift"].index_add_(0, here[row], relative)
+        return steered
+
+    @staticmethod
+    def _leave(hook: Any, pace: "_Pace", n_rows: int, here: Tensor) -> None:
+        """Leave for the decoding what it counts."""
+        device, n_columns = here.device, pace.score.shape[1]
+        hook.ctx["moved"] = torch.zeros(n_rows, n_columns, dtype=torch.bool, device=device)
+        hook.ctx["moved"][here] = pace.amount != 0
+        hook.ctx["shift"] = torch.zeros(n_rows, device=device)
+        hook.ctx["steerable"] = torch.zeros(n_rows, dtype=torch.long, device=device)
+        hook.ctx["steerable"][here] = pace.scope.sum(-1)
+        hook.ctx["peak"] = torch.full((n_rows,), -torch.inf, device=device)
+        hook.ctx["peak"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pace:
+    """How far the tokens of some rows move."""
+
+    features: Float[Tensor, "row pos d"]
+    score: Float[Tensor, "row pos"]
+    scope: Bool[Tensor, "row pos"]
+    amount: Float[Tensor, "row pos"]
+    slot: Int[Tensor, " row"]
+    own: Int[Tensor, " row"]
+    """The unsteered answer, where steps depend on it."""
+
+    @staticmethod
+    def of(
+        stacked: StackedLayer,
+        resid: Float[Tensor, "row pos d_model"],
+        steering: Int[Tensor, " row"],
+        window: Window,
+        rows: Int[Tensor, " row"],
+    ) -> "_Pace":
+        device, n_columns = resid.device, resid.shape[1]
+        assert window.answers is not None
+        own = stacked._of_answers(window.answers.cpu()[rows])
+        slot = stacked.slot[steering]
+        reader = stacked.reader[slot]
+        features = stacked.space.read(resid, stacked.layer)
+        weights, bias = (x[reader, own].to(device) for x in (stacked.weights, stacked.bias))
+        score = einsum(features, weights, "row pos d, row d -> row pos") + bias[:, None]
+        starts = [first_column(scope, window.n_prompt, n_columns) for scope in SCOPES]
+        start = torch.tensor(starts)[stacked.scope[steering]]
+        scope = (torch.arange(n_columns) >= start[:, None]).to(device)
+        scope &= window.real.to(device)[rows.to(device)]
+        amount = torch.zeros_like(score)
+        rule = stacked.rule[steering]
+        for number in rule.unique().tolist():
+            these = (rule == number).to(device)
+            amount[these] = stacked.rules[number].amount(score[these])
+        amount *= scope & (stacked.steps[slot, own] != 0).any(-1).to(device)[:, None]
+        return _Pace(features, score, scope, amount, slot, own)
+
+
+# --- one batch of prompts -----------------------------------------------------------------------
+
+
+class _Recorder:
+    """Hooks that keep the residual stream of an unsteered run, pass by pass."""
+
+    def __init__(self, layers: Sequence[int], n_columns: int | None) -> None:
+        self._n_columns = n_columns
+        self.windows: list[Window] = []
+        self.resid: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.hooks = [(resid_post(layer), self._keep(layer)) for layer in layers]
+
+    def _keep(self, layer: int) -> Any:
+        def keep(resid: Float[Tensor, "row pos d_model"], hook: Any) -> None:
+            if layer == next(iter(self.resid)):
+                self.windows.append(hook.ctx["window"])
+            kept = resid if self._n_columns is None else resid[:, -self._n_columns :].clone()
+            self.resid[layer].append(kept)
+
+        return keep
+
+
+_Heights = Mapping[tuple[int, Positions], tuple[Tensor, Tensor]]
+"""Per layer and scope the highest unsteered scores "reader row", in the prompt and after it."""
+
+
+_Readings = Mapping[str, Tensor]
+"""The values of a `Reading`, with an axis of steerings before that of rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Examples under steerings that move them."""
+
+    steering: Int[Tensor, " row"]
+    example: Int[Tensor, " row"]
+    layer: Int[Tensor, " row"]
+    """The first that moves a token of the prompt; the number of layers if none does."""
+    n_below: Int[Tensor, " row"]
+    """(layer, token) pairs in scope below that layer, which are not run again."""
+    peak_below: Float[Tensor, " row"]
+
+    def pick(self, rows: Int[Tensor, " kept"]) -> "_Rows":
+        return _Rows(*(getattr(self, each.name)[rows] for each in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Prompts that are read under all steerings of a stack."""
+
+    model: Model
+    stack: Stack
+    options: OptionTokens
+    settings: ReadSettings
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> _Readings:
+        """Read every prompt under every steering."""
+        record = _Recorder(list(self.stack.layers), None if self.stack.everywhere else 1)
+        labels = torch.arange(len(prompts), device=self.model.device)
+        with torch.inference_mode(), hooked_pass(self.model, record.hooks):
+            decoding = Decoding(self.model, prompts, record.hooks, labels)
+            logits = decoding.prompt()
+            answers = self.options.class_logits(logits).argmax(-1)
+            unsteered = decoding.fork(labels, record.hooks)
+            base = _read(unsteered, logits, self.options, self.settings, None)
+        readings, rows = self._foreseen(base, record, answers)
+        for chunk in self._chunks(rows, max(map(len, prompts))):
+            some = rows.pick(chunk)
+            reading = self._run(some, record, decoding, logits, answers)
+            for each in fields(Reading):
+                readings[each.name][some.steering, some.example] = getattr(reading, each.name)
+        return readings
+
+    def _run(
+        self,
+        rows: _Rows,
+        record: _Recorder,
+        decoding: Decoding,
+        logits: Float[Tensor, "example d_vocab"],
+        answers: Int[Tensor, " example"],
+    ) -> Reading:
+        """Run rows that are first moved in the same layer."""
+        hooks, layer = self.stack.hooks(rows.steering), int(rows.layer[0])
+        here = rows.example.to(answers.device)
+        with torch.inference_mode(), hooked_pass(self.model, hooks):
+            labels = torch.arange(len(here), device=here.device)
+            fork = decoding.fork(here, hooks, answers=answers[here], labels=labels)
+            fork.n_steerable += rows.n_below.to(here)
+            fork.peak = rows.peak_below.to(fork.peak)
+            if layer == self.model.n_layers:
+                after = logits[here]
+            else:
+                wide = self.stack.steerings[int(rows.steering[0])].positions == "all"
+                left = record.resid[layer][0]
+                after = fork.resume(layer, left[here] if wide else left[here, -1:])
+            return _read(fork, after, self.options, self.settings, None)
+
+    def _chunks(self, rows: _Rows, n_columns: int) -> Iterator[Int[Tensor, " row"]]:
+        """Yield rows that can run together: first moved in one layer, in whole prompts or not."""
+        wide = torch.tensor([each.positions == "all" for each in self.stack.steerings])
+        kind = wide[rows.steering] * (self.model.n_layers + 1) + rows.layer
+        budget = self.settings.batch_tokens
+        for number in kind.unique().tolist():
+            chosen = (kind == number).nonzero()[:, 0]
+            # Rows of one prompt sit together, so that few seats beside it stay empty.
+            chosen = chosen[rows.example[chosen].argsort(stable=True)]
+            size = CACHED * budget // n_columns
+            if number > self.model.n_layers:
+                size = budget // n_columns
+            elif self.settings.readout != "exact" and self.model.shares_prompts:
+                size = budget
+            yield from chosen.split(max(1, size))
+
+    def _foreseen(
+        self, base: Reading, record: _Recorder, answers: Int[Tensor, " row"]
+    ) -> tuple[_Readings, _Rows]:
+        """Return all readings as if no row was moved, and the rows that are."""
+        heights, n_prompt, n_later = self._heights(record, answers)
+        n = len(self.stack.steerings)
+        same = {each.name: torch.stack([getattr(base, each.name)] * n) for each in fields(Reading)}
+        found = []
+        for numbers in self.stack.groups:
+            first, chosen = self.stack.steerings[numbers[0]], torch.tensor(numbers)
+            layers, scope = first.layer_numbers, first.positions
+            stacked = [self.stack.layers[layer] for layer in layers]
+            readers = [layer.probes.index(id(first.probe)) for layer in stacked]
+            pairs = [heights[n, scope] for n in layers]
+            prompt, later = (
+                torch.stack([pair[i][r] for pair, r in zip(pairs, readers, strict=True)])
+                for i in (0, 1)
+            )
+            same["peak"][chosen] = prompt.maximum(later).amax(0)
+            same["n_steerable"][chosen] = len(layers) * (n_prompt[scope] + n_later[scope])
+            limit = torch.tensor([self.stack.steerings[n].limit for n in numbers])[:, None, None]
+            moves = torch.stack([layer.moves(chosen, answers) for layer in stacked], dim=1)
+            above = (prompt > limit) & moves
+            after = ((later > limit) & moves).any(1)
+            steering, example = (above.any(1) | after).nonzero().unbind(-1)
+            # How many of a steering's layers come before the first that moves the row.
+            below = above.int().argmax(1)[steering, example]
+            below[~above.any(1)[steering, example]] = len(layers)
+            layer = torch.tensor([*layers, self.model.n_layers])[below]
+            if not self.model.resumes:  # then all layers are run again, and count for themselves
+                below[below < len(layers)], layer[below < len(layers)] = 0, layers[0]
+            nothing = torch.full_like(prompt[:1], -torch.inf)
+            peak = torch.cat([nothing, prompt.cummax(0).values])[below, example]
+            n_below = below * n_prompt[scope][example]
+            found.append(_Rows(chosen[steering], example, layer, n_below, peak))
+        together = [torch.cat([getattr(r, each.name) for r in found]) for each in fields(_Rows)]
+        return same, _Rows(*together)
+
+    def _heights(
+        self, record: _Recorder, answers: Int[Tensor, " row"]
+    ) -> tuple[_Heights, dict[Positions, Tensor], dict[Positions, Tensor]]:
+        """Return the highest scores, and how many tokens of each scope are in and after prompts."""
+        scopes = {each.positions for each in self.stack.steerings}
+        n = len(answers)
+        heights: dict[tuple[int, Positions], tuple[Tensor, Tensor]] = {}
+        counts = {scope: torch.zeros(2, n, dtype=torch.long) for scope in scopes}
+        for number, layer in self.stack.layers.items():
+            high = {s: torch.full((2, len(layer.probes), n), -torch.inf) for s in scopes}
+            for window, resid in zip(record.windows, record.resid[number], strict=True):
+                assert window.labels is not None
+                rows, late = window.labels.cpu(), int(not window.n_prompt)
+                real = window.real[:, -resid.shape[1] :].cpu()
+                score = layer.scores(resid, answers[window.labels]).cpu()
+                for scope in scopes:
+                    n_prompt = 0 if late else resid.shape[1]
+                    start = first_column(scope, n_prompt, resid.shape[1])
+                    inside = real & (torch.arange(resid.shape[1]) >= start)
+                    peak = score.masked_fill(~inside, -torch.inf).amax(-1)
+                    high[scope][late].scatter_reduce_(1, rows.expand_as(peak), peak, "amax")
+                    if number == next(iter(self.stack.layers)):
+                        counts[scope][late].index_add_(0, rows, inside.sum(-1))
+            heights |= {(number, scope): tuple(high[scope]) for scope in scopes}
+        n_prompt, n_later = ({s: counts[s][i] for s in scopes} for i in (0, 1))
+        return heights, n_prompt, n_later
