@@ -1,4 +1,4 @@
-"""Laws of evaluating many steerings at once: each as if alone, and the unmoved rows cost nothing."""
+"""Laws of evaluating many steerings at once: each as if alone; rows that do not move are free."""
 
 from dataclasses import replace
 
