@@ -149,8 +149,9 @@ class StackedLayer:
         places: dict[Any, int] = {}
         for number, each in enumerate(steerings):
             if layer in each.layer_numbers:
-                # A step does not depend on the limit.
-                rule = each.rule if each.limit == -math.inf else replace(each.rule, limit=0.0)  # pyright: ignore[reportCallIssue]
+                rule: Any = each.rule
+                if each.limit > -math.inf:  # a step does not depend on the limit
+                    rule = replace(rule, limit=0.0)
                 key = (id(each.probe), id(each.direction), rule)
                 if key not in places:
                     places[key] = len(places)
@@ -312,8 +313,8 @@ class _Recorder:
         return keep
 
 
-_Heights = Mapping[tuple[int, Positions], tuple[Tensor, Tensor]]
-"""Per layer and scope the highest unsteered scores "reader row", in the prompt and after it."""
+_Heights = Mapping[tuple[int, str], Tensor]
+"""Per layer and scope the highest unsteered scores "when reader row": in the prompt, after it."""
 
 
 _Readings = Mapping[str, Tensor]
@@ -407,7 +408,7 @@ class _Batch:
         self, base: Reading, record: _Recorder, answers: Int[Tensor, " row"]
     ) -> tuple[_Readings, _Rows]:
         """Return all readings as if no row was moved, and the rows that are."""
-        heights, n_prompt, n_later = self._heights(record, answers)
+        heights, counts = self._heights(record, answers)
         n = len(self.stack.steerings)
         same = {each.name: torch.stack([getattr(base, each.name)] * n) for each in fields(Reading)}
         found = []
@@ -416,13 +417,10 @@ class _Batch:
             layers, scope = first.layer_numbers, first.positions
             stacked = [self.stack.layers[layer] for layer in layers]
             readers = [layer.probes.index(id(first.probe)) for layer in stacked]
-            pairs = [heights[n, scope] for n in layers]
-            prompt, later = (
-                torch.stack([pair[i][r] for pair, r in zip(pairs, readers, strict=True)])
-                for i in (0, 1)
-            )
+            high = [heights[n, scope][:, r] for n, r in zip(layers, readers, strict=True)]
+            prompt, later = torch.stack(high, dim=1)
             same["peak"][chosen] = prompt.maximum(later).amax(0)
-            same["n_steerable"][chosen] = len(layers) * (n_prompt[scope] + n_later[scope])
+            same["n_steerable"][chosen] = len(layers) * counts[scope].sum(0)
             limit = torch.tensor([self.stack.steerings[n].limit for n in numbers])[:, None, None]
             moves = torch.stack([layer.moves(chosen, answers) for layer in stacked], dim=1)
             above = (prompt > limit) & moves
@@ -436,19 +434,19 @@ class _Batch:
                 below[below < len(layers)], layer[below < len(layers)] = 0, layers[0]
             nothing = torch.full_like(prompt[:1], -torch.inf)
             peak = torch.cat([nothing, prompt.cummax(0).values])[below, example]
-            n_below = below * n_prompt[scope][example]
+            n_below = below * counts[scope][0, example]
             found.append(_Rows(chosen[steering], example, layer, n_below, peak))
         together = [torch.cat([getattr(r, each.name) for r in found]) for each in fields(_Rows)]
         return same, _Rows(*together)
 
     def _heights(
         self, record: _Recorder, answers: Int[Tensor, " row"]
-    ) -> tuple[_Heights, dict[Positions, Tensor], dict[Positions, Tensor]]:
+    ) -> tuple[_Heights, Mapping[str, Int[Tensor, "when row"]]]:
         """Return the highest scores, and how many tokens of each scope are in and after prompts."""
         scopes = {each.positions for each in self.stack.steerings}
         n = len(answers)
-        heights: dict[tuple[int, Positions], tuple[Tensor, Tensor]] = {}
-        counts = {scope: torch.zeros(2, n, dtype=torch.long) for scope in scopes}
+        heights: dict[tuple[int, str], Tensor] = {}
+        counts: dict[str, Tensor] = {s: torch.zeros(2, n, dtype=torch.long) for s in scopes}
         for number, layer in self.stack.layers.items():
             high = {s: torch.full((2, len(layer.probes), n), -torch.inf) for s in scopes}
             for window, resid in zip(record.windows, record.resid[number], strict=True):
@@ -464,6 +462,5 @@ class _Batch:
                     high[scope][late].scatter_reduce_(1, rows.expand_as(peak), peak, "amax")
                     if number == next(iter(self.stack.layers)):
                         counts[scope][late].index_add_(0, rows, inside.sum(-1))
-            heights |= {(number, scope): tuple(high[scope]) for scope in scopes}
-        n_prompt, n_later = ({s: counts[s][i] for s in scopes} for i in (0, 1))
-        return heights, n_prompt, n_later
+            heights |= {(number, scope): high[scope] for scope in scopes}
+        return heights, dict(counts)

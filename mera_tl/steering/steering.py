@@ -210,7 +210,7 @@ class SteerHook:
         return first_column(self.positions, n_prompt, n_columns)
 
 
-def first_column(positions: Positions, n_prompt: int, n_columns: int) -> int:
+def first_column(positions: str, n_prompt: int, n_columns: int) -> int:
     """Return the first column of a pass that is in scope; `n_columns` where none is."""
     last = max(0, n_prompt - 1)
     final = last if n_prompt else n_columns
