@@ -1,16 +1,20 @@
 # make demo: set up and run the main job.  make test: all tests.  make check: lint, format, types.
+# make mutate: do the tests notice when the code is broken?
 PYTHON ?= python3
 BIN := .venv/bin
 # Set-up is done once per change of the pinned versions or of pyproject.toml.
 READY := .venv/.ready
 
-.PHONY: demo test check figures clean
+.PHONY: demo test mutate check figures clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/mera demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+mutate: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.mutations
 
 check: $(READY)
 	$(BIN)/ruff check .
