@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mera_tl import Activations, Model, Outcomes, certify, evaluate
-from mera_tl.certificate import Calibration, Protocol
+from mera_tl.certificate import Calibration, Terms
 from mera_tl.inference import ReadSettings, spi
 from mera_tl.methods import (
     Bench,
@@ -102,8 +102,7 @@ class Trial:
 
     def judged(self, bench: Bench, chosen: Candidate, gains: Any, tested: Any) -> dict[str, Any]:
         """Certify by the gains on the calibration split; report those on test regardless."""
-        terms = Protocol(thresholds=(chosen.threshold,))
-        decision = certify(gains.numpy()[None], terms.thresholds, protocol=terms)
+        decision = certify(gains.numpy()[None], candidates=[chosen.threshold])
         layer, base = chosen.layers[0], self.test.outcomes
         fitted = bench.fitted[chosen.penalty]
         score = fitted.probe.score(self.test.resid("last"), base.predictions)[layer]
@@ -142,9 +141,7 @@ class Trial:
         """Judge the baseline that steers nothing."""
         found = search_flip(self.splits.train, self.train, choices=choices)
         calibration = self.splits.calibration
-        decision = certify_flip(
-            self.model, calibration, found, protocol=Protocol(), settings=self.read
-        )
+        decision = certify_flip(self.model, calibration, found, terms=Terms(), settings=self.read)
         hooks = reading_hooks(found.steering)
         read = evaluate(self.model, self.splits.test, hooks, settings=self.read)
         outcomes = flipped(read, read.peak, found.chosen.threshold)

@@ -26,7 +26,7 @@ import tyro
 import mera_tl
 from mera_tl import storage
 from mera_tl.benchmark import scores
-from mera_tl.certificate import PAPER_THRESHOLDS, Protocol, calibrate, certify
+from mera_tl.certificate import PAPER_THRESHOLDS, calibrate, certify
 from mera_tl.inference import ReadSettings
 from mera_tl.probes import LinearProbe, fit_ranked_probe
 from mera_tl.steering import Additive
@@ -131,15 +131,13 @@ class Arms:
         return mera_tl.Steering(probe, layers=switch.layers, positions="last")
 
     def decide(self, switch: Switch, steering: mera_tl.Steering) -> mera_tl.Calibration:
-        task, protocol = self.splits.calibration, Protocol(thresholds=PAPER_THRESHOLDS[:-1])
+        task, thresholds = self.splits.calibration, PAPER_THRESHOLDS[:-1]
+        steerings = [steering.at(threshold) for threshold in thresholds]
         if switch.hook == "hook_resid_post":
-            return calibrate(self.model, task, steering, protocol=protocol, settings=QUIET)
-        runs = [
-            self.evaluate(task, hooks_at(switch, steering.at(threshold)))
-            for threshold in protocol.thresholds
-        ]
+            return calibrate(self.model, task, steerings, settings=QUIET)
+        runs = [self.evaluate(task, hooks_at(switch, steered)) for steered in steerings]
         gains = np.stack([run.gain(self.calibration_base, "correct").numpy() for run in runs])
-        return certify(gains, protocol.thresholds, protocol=protocol)
+        return certify(gains, candidates=thresholds)
 
     def record(self, switch: Switch) -> dict:
         steering = self.steering(switch)

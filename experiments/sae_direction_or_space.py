@@ -70,7 +70,7 @@ def compare(config: Config, model: Model, name: str) -> list[dict[str, Any]]:
             note(way, f"strength {strength:g}", hooks)
         decision = calibrate(model, splits.calibration, steering, settings=SETTINGS)
         chosen = {"decision": decision.decision.value, "threshold": decision.threshold}
-        note(way, "MERA", decision.fwd_hooks(steering), **chosen)
+        note(way, "MERA", decision.fwd_hooks(), **chosen)
     return rows
 
 

@@ -164,11 +164,9 @@ def passes(config: Config, folder: Path) -> list[dict[str, Any]]:
         weights = torch.randn(probe.weights.shape) / model.d_model
         steering = mera_tl.Steering(replace(probe, weights=weights))
         for k in config.thresholds:
-            protocol = mera_tl.Protocol(thresholds=tuple(1e-9 * 2.0**i for i in range(k)))
+            grid = [steering.at(1e-9 * 2.0**i) for i in range(k)]
             spent = seconds(
-                lambda s=steering, p=protocol, m=model: mera_tl.calibrate(
-                    m, splits.calibration, s, protocol=p, settings=READ
-                ),
+                lambda g=grid, m=model: mera_tl.calibrate(m, splits.calibration, g, settings=READ),
                 config.repeats,
             )
             measured = asdict(size(splits.calibration, k))

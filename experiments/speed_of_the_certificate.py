@@ -12,7 +12,7 @@ from time import process_time
 import numpy as np
 import tyro
 
-from mera_tl.certificate import BOUNDS, DEFAULT_THRESHOLDS, Protocol, certify
+from mera_tl.certificate import BOUNDS, DEFAULT_THRESHOLDS, Terms, certify
 from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "speed_of_the_certificate"
@@ -35,7 +35,7 @@ def main(config: Config) -> None:
             times = []
             for draw in gains:
                 start = process_time()
-                certify(draw, DEFAULT_THRESHOLDS, protocol=Protocol(bound=bound))
+                certify(draw, terms=Terms(bound=bound), candidates=DEFAULT_THRESHOLDS)
                 times.append(process_time() - start)
             record = {"n": n, "bound": bound, "seconds": float(np.median(times))}
             records.append(record | {"machine": platform.processor() or platform.machine()})

@@ -56,7 +56,7 @@ def controlled_contrastive(run: Run) -> Treatment:
     direction = fit_direction(run.activations, probe, "controlled_contrastive")
     steering = replace(run.steering(probe), direction=direction.vectors)
     decision = run.calibrate("controlled_contrastive, grid", steering)
-    return Treatment(decision.fwd_hooks(steering), calibration=decision, probe=probe)
+    return Treatment(decision.fwd_hooks(), calibration=decision, probe=probe)
 
 
 def main(config: Config | None = None) -> None:

@@ -1,10 +1,11 @@
 __version__: str
 
 from .certificate.calibration import calibrate as calibrate
+from .certificate.calibration import certify as certify
 from .certificate.certificate import Calibration as Calibration
-from .certificate.decision import certify as certify
 from .certificate.monitor import Monitor as Monitor
-from .certificate.terms import Protocol as Protocol
+from .certificate.saving import load_steering as load_steering
+from .certificate.terms import Terms as Terms
 from .inference.activations import Activations as Activations
 from .inference.activations import collect as collect
 from .inference.evaluation import evaluate as evaluate

@@ -214,8 +214,8 @@ def _link(source: Path, folder: Path, last: str) -> None:
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
     """Remove what killed processes were writing; `older_than` seconds spares those at work."""
     for stray in folder.rglob(".*.tmp"):
-        if time.time() - stray.stat().st_mtime >= older_than:
-            stray.unlink()
+        if stray.exists() and time.time() - stray.stat().st_mtime >= older_than:
+            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
 
 
 def save_tensors(

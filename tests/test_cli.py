@@ -88,7 +88,7 @@ def test_the_main_job_writes_records_certificates_and_a_table(
         assert {"config", "model", "data"} <= set(record["hashes"])
         assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]
     assert [r["decision"] is not None for r in records] == [False, False, False, True]
-    certificate = Calibration.load(out / "certificates" / "optimal_probe.json")
+    certificate = Calibration.load(out / "certificates" / "optimal_probe")
     assert (
         str(certificate).split()
         == printed.partition("optimal_probe ")[2].split()[: len(str(certificate).split())]

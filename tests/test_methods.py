@@ -35,7 +35,7 @@ def test_a_method_is_found_again_in_its_run_folder(name, tmp_path, monkeypatch):
     run = run_of(tmp_path)
     first = METHODS[name].treat(run)
     assert first.calibration is not None
-    assert first.calibration.n_thresholds == 1
+    assert len(first.calibration.evidence) == 1
     for searching in ("search", "search_flip", "certify_flip"):
         monkeypatch.setattr(methods, searching, refuse)  # nothing is searched or certified twice
     again = METHODS[name].treat(run_of(tmp_path))
@@ -54,8 +54,9 @@ def test_a_direction_goes_through_the_same_calibration_as_the_papers(name, tmp_p
     run.splits = run.splits._replace(calibration=run.splits.calibration.subset(range(60)))
     treatment = METHODS[name].treat(run)
     assert treatment.calibration is not None
-    assert treatment.calibration.protocol == run.terms
-    assert treatment.calibration.protocol.thresholds == DEFAULT_THRESHOLDS
+    assert treatment.calibration.terms == run.terms
+    thresholds = [row.threshold for row in treatment.calibration.evidence]
+    assert thresholds == pytest.approx(DEFAULT_THRESHOLDS)
     assert treatment.details["direction"] == name.removesuffix("_probe")
 
 

@@ -213,9 +213,9 @@ def test_a_folder_without_runs_is_said(tmp_path):
 
 def test_a_changed_certificate_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
-    path = tmp_path / "run" / "certificates" / "optimal_probe.json"
+    path = tmp_path / "run" / "certificates" / "optimal_probe" / "steering.json"
     path.write_text(path.read_text().replace('"n": 200', '"n": 2000'))
-    with pytest.raises(ValueError, match="changed after it was issued"):
+    with pytest.raises(ValueError, match="changed after it was saved"):
         write_report(tmp_path / "run")
 
 

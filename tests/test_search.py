@@ -8,7 +8,7 @@ import torch
 from conftest import make_task, mixed_options, random_probe, talking_task
 
 from mera_tl import plots
-from mera_tl.certificate import Protocol, calibrate
+from mera_tl.certificate import Terms, calibrate
 from mera_tl.inference import (
     Decoding,
     Outcomes,
@@ -277,13 +277,11 @@ def test_searched_and_certified_once_it_corrects_a_planted_failure_on_test():
     result = found()
     base = evaluate(organism(), splits.test, settings=WIDE)
     assert base.accuracy < 0.85
-    protocol = Protocol(thresholds=(result.chosen.threshold,))
-    decision = calibrate(
-        organism(), splits.calibration, result.steering, protocol=protocol, settings=WIDE
-    )
-    assert decision.n_thresholds == 1
+    candidate = result.steering.at(result.chosen.threshold)
+    decision = calibrate(organism(), splits.calibration, candidate, settings=WIDE)
+    assert len(decision.evidence) == 1
     assert not decision.abstained
-    steered = evaluate(organism(), splits.test, decision.fwd_hooks(result.steering), settings=WIDE)
+    steered = evaluate(organism(), splits.test, decision.fwd_hooks(), settings=WIDE)
     assert steered.accuracy > 0.93
     # the direction that holds no class fixed is in the same table, and far behind
     by_kind = result.table.groupby("direction")["recoveries"].max()
@@ -365,10 +363,8 @@ def test_flipping_exchanges_the_two_best_options_where_error_is_predicted():
 def test_flip_is_searched_certified_and_helps_on_test():
     splits, activations = planted("yesno_hint")
     result = search_flip(splits.train, activations)
-    decision = certify_flip(
-        organism(), splits.calibration, result, protocol=Protocol(), settings=WIDE
-    )
-    assert decision.threshold == result.chosen.threshold
+    decision = certify_flip(organism(), splits.calibration, result, terms=Terms(), settings=WIDE)
+    assert decision.threshold == pytest.approx(result.chosen.threshold)
     base = evaluate(organism(), splits.test, settings=WIDE)
     read = evaluate(organism(), splits.test, reading_hooks(result.steering), settings=WIDE)
     assert (read.probs - base.probs).abs().max() < 1e-5  # reading moves nothing

@@ -3,7 +3,7 @@
     collect -> fit -> calibrate or abstain -> evaluate -> record
 
 A run lives in a folder. What a step has written is found again by the next, or by a second start:
-activations/, probes/<kind>/, searches/, certificates/<method>.json, reach/<method>.safetensors,
+activations/, probes/<kind>/, searches/, certificates/<method>/, reach/<method>.safetensors,
 outcomes/<method>.jsonl, records.jsonl. A folder goes on with the options, the data and the weights
 it began with, or is refused.
 """
@@ -21,7 +21,7 @@ from mera_tl.benchmark.config import RunConfig, parse_layers
 from mera_tl.benchmark.records import decision_of, scores, versions
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.terms import Protocol
+from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import evaluate
@@ -101,10 +101,10 @@ class Run(methods.Run):
         )
 
     @property
-    def terms(self) -> Protocol:
+    def terms(self) -> Terms:
         """The terms of this run's certificates."""
         config = self.config
-        return Protocol(delta=config.delta, metric=config.metric, seed=config.seed)
+        return Terms(delta=config.delta, metric=config.metric, seed=config.seed)
 
     def check(self) -> None:
         """Load what was named; nothing is run yet.
@@ -203,29 +203,29 @@ class Run(methods.Run):
         layers, positions = parse_layers(self.config.layers), self.config.positions
         return Steering(probe, space=self.space, layers=layers, positions=positions)
 
-    def calibrate(
-        self, name: str, steering: Steering, terms: Protocol | None = None
-    ) -> Calibration:
-        """Calibrate a steering on the calibration split, once per name."""
+    def calibrate(self, name: str, candidates: Steering | Sequence[Steering]) -> Calibration:
+        """Calibrate candidates on the calibration split, once per name."""
         certify = partial(
             calibrate,
             self.model,
             self.splits.calibration,
-            steering,
+            candidates,
             min_gain=self.config.min_gain,
-            protocol=terms or self.terms,
+            terms=self.terms,
             settings=self.read,
         )
         return self.decide(name, certify)
 
     def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration:
         """Certify in another way than `calibrate`, once per name."""
-        file = f"{name}.json"
 
         def make(folder: Path) -> None:
-            certify().save(folder / file)
+            certify().save(folder / name)
 
-        return self.kept("certificates", file, make, lambda folder: Calibration.load(folder / file))
+        def load(folder: Path) -> Calibration:
+            return Calibration.load(folder / name, space=self.space)
+
+        return self.kept("certificates", f"{name}/steering.json", make, load)
 
     def _key(self, task: Task[Any]) -> dict[str, Any]:
         """Name all that activations and unsteered answers of a task depend on, by content."""

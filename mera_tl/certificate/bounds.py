@@ -5,7 +5,7 @@ anything in [-1, 1] when it is an error. A `Bound` turns gains into a `PValue`, 
 `min_gain` it bounds the probability of evidence this strong were the true mean gain `min_gain` or
 less. Every curve here is monotone by construction, so its inverse, `lower_bound`, holds for all
 `min_gain` at once, which is why `min_gain` may be asked after the outcomes have been seen. Over K
-thresholds each bound is taken at level `delta * weight`.
+candidates each bound is taken at level `delta * weight`.
 """
 
 import math
@@ -28,30 +28,6 @@ _WINDOW = 7.5
 # Spacing of the churn grid in standard deviations of the observed churn. .2 and .01 agree to six
 # digits.
 _CHURN_STEP = 0.2
-
-
-def uniform_weights(n_thresholds: int) -> tuple[float, ...]:
-    """Share delta evenly (Bonferroni)."""
-    return (1 / n_thresholds,) * n_thresholds
-
-
-def favourite_weights(
-    n_thresholds: int, favourite: int, *, share: float = 0.5
-) -> tuple[float, ...]:
-    """Give one threshold `share` of delta and the others equal parts of the rest.
-
-    Valid only when the favourite was chosen without the calibration outcomes, as from probe-
-    training data.
-    """
-    if not 0 <= favourite < n_thresholds:
-        raise ValueError(
-            f"`favourite={favourite}` but the {n_thresholds} thresholds are numbered from 0; "
-            f"pass a number from 0 to {n_thresholds - 1}."
-        )
-    if n_thresholds == 1:
-        return (1.0,)
-    rest = (1 - share) / (n_thresholds - 1)
-    return tuple(share if k == favourite else rest for k in range(n_thresholds))
 
 
 def lower_bound(p_value: PValue, level: float) -> float:
@@ -310,6 +286,14 @@ def _binomial_tail(
     """Return P(Bin(trials, rate) >= least)."""
     tail = special.betainc(np.maximum(least, 1), np.maximum(trials - least + 1, 1), rate)
     return np.where(least <= 0, 1.0, np.where(least > trials, 0.0, tail))
+
+
+def upper_share(count: int, n: int, level: float) -> float:
+    """Return the exact (Clopper-Pearson) upper confidence bound of a share, of `count` in `n`.
+
+    The true share exceeds it with probability at most `level`.
+    """
+    return float(special.betaincinv(count + 1, n - count, 1 - level)) if count < n else 1.0
 
 
 def _check_counts(recoveries: int, regressions: int, n: int, level: float) -> None:

@@ -1,162 +1,222 @@
-"""Paired gains of a steering over a grid of thresholds, and the calibration that rests on them.
+"""Steer held-out examples by every candidate, and certify one of them or abstain.
 
-The grid is cheap and exact. One unsteered pass reads every example's highest score; an example
-whose score never exceeds a limit cannot be moved at it, so its outcome is known. A steering that
-acts from the final prompt token on shares the cache of all that comes before: each prompt is run
-once, each threshold costs the final token and the answer.
+Each candidate gets a lower bound of its mean gain, all of them holding at once with probability
+1 - delta. A candidate is certified if its bound reaches `min_gain`. The promise: P(steering with a
+mean gain below `min_gain`) <= delta, over the draw of the calibration examples, which must have no
+part in fitting or choosing candidates, and each of which must be a text of its own.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
+from jaxtyping import Real
 
-from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.decision import certify
-from mera_tl.certificate.terms import Protocol
-from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_again
-from mera_tl.inference.decoding import Decoding, hooked_pass
-from mera_tl.inference.evaluation import evaluate, gather, run_batches, tokenize_task
-from mera_tl.inference.outcomes import Outcomes
-from mera_tl.inference.progress import is_watched
+from mera_tl.certificate.certificate import Calibration, Evidence, check_min_gain, identity
+from mera_tl.certificate.description import describe, names_of
+from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
+from mera_tl.inference.answers import ReadSettings
 from mera_tl.models.model import Model
-from mera_tl.steering.rules import Additive
+from mera_tl.steering.many import evaluate_many
+from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Calibration as CalibrationRole
 from mera_tl.tasks.task import Task
+
+ExampleId = int | str
 
 
 def calibrate(
     model: Model,
     task: Task[CalibrationRole],
-    steering: Steering,
+    candidates: Steering | Sequence[Steering],
     *,
+    terms: Terms | None = None,
     min_gain: float = 0.0,
-    delta: float = 0.05,
-    protocol: Protocol | None = None,
+    delta: float | None = None,
     settings: ReadSettings | None = None,
-    after: Calibration | None = None,
 ) -> Calibration:
-    """Steer held-out examples at every threshold, and certify one of them or abstain.
+    """Steer held-out examples by every candidate, and certify one of them or abstain.
 
-    `after` is an earlier certificate that abstained: this look takes what it left of delta.
-    `delta` is short for `Protocol(delta=delta)`; a `protocol` given says it itself. Where its knob
-    is `strength`, the grid is of fixed shifts instead of thresholds.
+    Candidates are steerings that differ in whatever you like: thresholds, strengths, layers,
+    directions. They must be fixed before a calibration outcome is seen. One steering without a
+    threshold stands for the ten `DEFAULT_THRESHOLDS`. Of examples with the same text one is used,
+    by a seeded choice. `delta` is short for `Terms(delta=delta)`.
 
     Raises:
-        ValueError: if the task is not a calibration split, or as `evaluate` and `certify`.
+        ValueError: if the task is not a calibration split, a candidate moves nothing, or as
+            `evaluate` and `certify`.
     """
     if task.role != "calibration":
         raise ValueError(
             f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
             "pass task.split(...).calibration."
         )
-    protocol = protocol or Protocol(delta=delta)
-    grid = threshold_grid if protocol.knob == "threshold" else strength_grid
-    base, runs = grid(model, task, steering, protocol.thresholds, settings=settings)
-    gains = np.stack([run.gain(base, protocol.metric).numpy() for run in runs])
+    if terms is not None and delta not in (None, terms.delta):
+        raise ValueError(
+            f"`delta={delta}` contradicts Terms(delta={terms.delta}); pass one of the two."
+        )
+    terms = terms or Terms(delta=0.05 if delta is None else delta)
+    check_min_gain(min_gain)
+    settings = settings or ReadSettings()
+    steerings = _candidates(candidates)
+    descriptions = describe(steerings)
+    names_of(descriptions)  # refuses repetitions before anything is run
+    kept = distinct([example.key for example in task.examples], terms.seed)
+    unused = len(task) - len(kept)
+    task = task.subset(kept) if unused else task
+    unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
+    base, *runs = evaluate_many(model, task, [unsteered, *steerings], settings=settings)
     decision = certify(
-        gains,
-        protocol.thresholds,
-        protocol=protocol,
+        np.stack([run.gain(base, terms.metric).numpy() for run in runs]),
+        terms=terms,
         min_gain=min_gain,
+        candidates=descriptions,
         examples=[example.row for example in task.examples],
-        after=after,
     )
-    unsteered = base.accuracy if protocol.metric == "correct" else base.mean_error
-    return replace(decision, base=unsteered)
+    return replace(
+        decision,
+        base=base.accuracy if terms.metric == "correct" else base.mean_error,
+        unused=unused,
+        setup=setup_of(model, task, settings),
+        steerings=dict(enumerate(steerings)),
+    )
 
 
-def threshold_grid(
-    model: Model,
-    task: Task[Any],
-    steering: Steering,
-    thresholds: Sequence[float],
+def certify(
+    gains: Real[np.ndarray, "candidate example"],
     *,
-    settings: ReadSettings | None = None,
-) -> tuple[Outcomes, list[Outcomes]]:
-    """Return the unsteered outcomes and those at every threshold, in the order given."""
-    settings = settings or ReadSettings()
-    # An infinite limit moves nothing, bit for bit, while its hooks read every score.
-    if steering.positions != "all":
-        steerings = [steering.at(threshold) for threshold in thresholds]
-        first, *others = _after_the_prompt(model, task, steering, steerings, settings)
-        return first, others
-    base = evaluate(model, task, steering.reading_hooks(), settings=settings, title="unsteered")
-    quiet = replace(settings, progress=False)
-    runs = []
-    for threshold in tqdm(
-        thresholds, desc="thresholds", disable=not (settings.progress and is_watched())
-    ):
-        steered = steering.at(threshold)
-        reached = (base.peak > steered.limit).nonzero()[:, 0]
-        if not len(reached):
-            runs.append(base)
-            continue
-        subset = task.subset(reached.tolist())
-        run = evaluate(model, subset, steered.fwd_hooks(), settings=quiet)
-        runs.append(base.with_rows(reached, run))
-    return base, runs
+    terms: Terms | None = None,
+    min_gain: float = 0.0,
+    candidates: Sequence[Mapping[str, Any] | str | float] | None = None,
+    examples: Sequence[ExampleId] | None = None,
+    texts: Sequence[str] | None = None,
+) -> Calibration:
+    """Decide from paired gains, steered minus unsteered, whether to steer and by which candidate.
+
+    `candidates` says what the rows are: names, thresholds, or descriptions; `examples` holds the
+    identities of the columns, `texts` what was asked.
+
+    Raises:
+        ValueError: if the gains are not what the terms announced, or an example or a text is there
+            twice: what is repeated is no new evidence.
+    """
+    terms = terms or Terms()
+    check_min_gain(min_gain)
+    _check_gains(gains, terms)
+    if candidates is None:
+        candidates = [f"candidate {i}" for i in range(len(gains))]
+    described = [_described(candidate) for candidate in candidates]
+    if len(described) != len(gains):
+        raise ValueError(
+            f"{len(described)} candidates were named but the gains have {len(gains)} rows; pass "
+            "an array of shape (candidate, example) and one name for each row."
+        )
+    ids = _distinct_values(examples, gains.shape[1], "Example")
+    _distinct_values(texts, gains.shape[1], "The text of example")
+    levels = terms.levels(len(gains))
+    rows = (
+        Evidence.of(row, level, terms, min_gain, candidate=name, steering=about)
+        for row, level, name, about in zip(
+            gains, levels, names_of(described), described, strict=True
+        )
+    )
+    return Calibration(tuple(rows), gains.shape[1], terms, min_gain, _hash(gains, ids), ids)
 
 
-def _after_the_prompt(
-    model: Model,
-    task: Task[Any],
-    reader: Steering,
-    steerings: Sequence[Steering],
-    settings: ReadSettings,
-) -> list[Outcomes]:
-    """Return unsteered outcomes, then those of steerings that leave the prompt alone."""
-    options = option_tokens(model, task.options)
-    prompts = tokenize_task(model, task, settings)
-    plans = [(reader.reading_hooks(), math.inf)]
-    plans += [(steering.fwd_hooks(), steering.limit) for steering in steerings]
-
-    def run(batch: list[int]) -> list[Reading]:
-        with torch.inference_mode(), hooked_pass(model, ()):
-            decoding = Decoding(model, [prompts[i] for i in batch], ())
-            answers = options.class_logits(decoding.prompt()).argmax(-1)
-        readings: list[Reading] = []
-        for hooks, limit in plans:
-            reached = torch.arange(len(batch))
-            if readings:
-                reached = (readings[0].peak > limit).nonzero()[:, 0]
-            if not len(reached):
-                readings.append(readings[0])
-                continue
-            rows = reached.to(answers.device)
-            read = read_again(decoding, rows, options, settings, hooks, answers=answers[rows])
-            readings.append(readings[0].with_rows(reached, read) if readings else read)
-        return readings
-
-    results = run_batches(prompts, run, settings, "thresholds")
-    return [
-        gather(task, options, [(batch, readings[k]) for batch, readings in results])
-        for k in range(len(plans))
-    ]
+def distinct(texts: Sequence[str], seed: int) -> list[int]:
+    """Return the places of one example per text, by a seeded choice that sees nothing else."""
+    order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+    first = {texts[place]: place for place in reversed(order)}
+    return sorted(first.values())
 
 
-def strength_grid(
-    model: Model,
-    task: Task[Any],
-    steering: Steering,
-    strengths: Sequence[float],
-    *,
-    settings: ReadSettings | None = None,
-) -> tuple[Outcomes, list[Outcomes]]:
-    """Return the unsteered outcomes and those of fixed shifts of every strength."""
-    settings = settings or ReadSettings()
-    steerings = [replace(steering, rule=Additive(strength)) for strength in strengths]
-    if steering.positions != "all":
-        first, *others = _after_the_prompt(model, task, steering, steerings, settings)
-        return first, others
-    base = evaluate(model, task, settings=settings, title="unsteered")
-    runs = [
-        evaluate(model, task, steered.fwd_hooks(), settings=settings, title="strengths")
-        for steered in steerings
-    ]
-    return base, runs
+def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:
+    """Say what a certificate is about, in plain values and hashes."""
+    unread = ("progress", "batch_size", "batch_tokens")
+    packages = ("mera-tl", "torch", "transformers", "transformer-lens")
+    return {
+        **identity(model),
+        "readout": {k: v for k, v in asdict(settings).items() if k not in unread},
+        "task": task.name,
+        "options": list(task.options),
+        "template": task.source.get("template"),
+        "data": task.data_hash,
+        "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},
+    }
+
+
+def _candidates(candidates: Steering | Sequence[Steering]) -> list[Steering]:
+    """Return the steerings to try; one without a threshold stands for the default grid."""
+    steerings = [candidates] if isinstance(candidates, Steering) else list(candidates)
+    if not steerings or not all(isinstance(steering, Steering) for steering in steerings):
+        raise ValueError(
+            f"`candidates={candidates!r:.80}` is neither a Steering nor a sequence of them; pass "
+            "one, as Steering(probe), or several, as [steering.at(t) for t in (0.1, 0.3)]."
+        )
+    if len(steerings) == 1 and steerings[0].limit == math.inf:
+        return [steerings[0].at(threshold) for threshold in DEFAULT_THRESHOLDS]
+    idle = [i for i, steering in enumerate(steerings) if steering.limit == math.inf]
+    if idle:
+        raise ValueError(
+            f"Candidate {idle[0]} has no threshold and moves nothing; pass steering.at(threshold), "
+            "or a single steering for the default thresholds."
+        )
+    return steerings
+
+
+def _described(candidate: Mapping[str, Any] | str | float) -> Mapping[str, Any]:
+    if isinstance(candidate, Mapping):
+        return candidate
+    return {"threshold" if isinstance(candidate, float) else "name": candidate}
+
+
+def _check_gains(gains: Real[np.ndarray, "candidate example"], terms: Terms) -> None:
+    if gains.ndim != 2 or 0 in gains.shape:
+        raise ValueError(
+            f"Gains of shape {gains.shape} (n=0?) do not fit; pass an array of shape (candidate, "
+            "example) with at least one of each."
+        )
+    if not np.isfinite(gains).all():
+        raise ValueError(
+            f"{int((~np.isfinite(gains)).sum())} of the gains are not finite numbers; find out why "
+            "those examples were not graded before certifying."
+        )
+    if np.abs(gains).max() > 1:
+        raise ValueError(
+            f"Gains reach from {gains.min():g} to {gains.max():g}; pass gains in [-1, 1]."
+        )
+    if terms.metric == "correct" and not np.isin(gains, (-1, 0, 1)).all():
+        raise ValueError(
+            "The metric is 'correct' but some gains are not -1, 0 or 1; pass Terms(metric="
+            "'error') for changes of a continuous error."
+        )
+
+
+def _distinct_values(values: Iterable[Any] | None, n: int, what: str) -> tuple[Any, ...]:
+    """Return one value per example, none twice."""
+    if values is None:
+        return ()
+    given = tuple(values)
+    if len(given) != n:
+        raise ValueError(f"{len(given)} values came with {n} examples; pass one for each.")
+    if len(set(given)) != n:
+        seen: set[Any] = set()
+        twice = next(value for value in given if value in seen or seen.add(value))
+        raise ValueError(
+            f"{what} {twice!r:.80} is there more than once, and what is repeated is no new "
+            "evidence; keep one example per text, as `calibrate` does."
+        )
+    return given
+
+
+def _hash(gains: Real[np.ndarray, "candidate example"], ids: tuple[ExampleId, ...]) -> str:
+    """Return 16 hex digits that stand for these gains on these examples."""
+    data = np.ascontiguousarray(gains, "<f8").tobytes() + json.dumps(ids).encode()
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,29 +1,51 @@
 """What a calibration promises: the terms, the evidence, and the decision in words.
 
-A `Calibration` is a value. It prints one sentence with its confidence and its scope, saves itself
-with a hash of its content, and may be asked again at another `min_gain`, since its lower bounds
-hold for all of them at once. Nothing else may be chosen after outcomes are seen: `Protocol` holds
-all the rest. Imports neither torch nor pandas.
+A `Calibration` is a value. Its decision is no field but follows from its evidence, also when it is
+read from a file, where the evidence itself is derived again from the counts. It may be asked again
+at another `min_gain`, since its lower bounds hold for all of them at once; nothing else may be
+chosen after outcomes are seen. Imports neither torch nor pandas.
 """
 
 import html
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Real
 
 from mera_tl import storage
-from mera_tl.certificate.bounds import PValue, hoeffding_curve, mcnemar, unconditional
+from mera_tl.certificate.bounds import BOUNDS, lower_bound, upper_share
 from mera_tl.certificate.sample_sizes import Effect, continuous_sample_size, sample_size
-from mera_tl.certificate.terms import Protocol
+from mera_tl.certificate.terms import Terms
 
+if TYPE_CHECKING:
+    from mera_tl.models.model import Model
+    from mera_tl.steering.spaces import Space
+    from mera_tl.steering.steering import Steering
+
+FORMAT = 1
+"""Of a certificate in a file; raised when a field changes its meaning."""
 _TESTS = {
     "unconditional": "exact unconditional paired test",
     "mcnemar": "exact McNemar test",
     "betting": "betting bound",
     "hoeffding": "Hoeffding's bound",
 }
+
+
+_IDENTITY = {
+    "n_layers": "number of layers",
+    "d_model": "width",
+    "model_fingerprint": "weights",
+    "dtype": "dtype",
+    "chat": "chat template in use:",
+    "tokenizer": "tokenizer or chat template",
+}
+"""What must not differ, in the words of an error."""
 
 
 class Decision(StrEnum):
@@ -36,15 +58,16 @@ class Decision(StrEnum):
     def advice(self) -> str:
         """Say what to do."""
         if self is Decision.STEER:
-            return "Steer at the certified threshold, and audit a share of the traffic."
+            return "Steer as certified, and audit a share of the traffic."
         return "Steer nothing; collect more examples, ask for less gain, or steer otherwise."
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the calibration examples say about one threshold."""
+    """What the calibration examples say about one candidate."""
 
-    threshold: float
+    candidate: str
+    """Its name: what tells it from the other candidates, such as `threshold 0.1`."""
     recoveries: int
     """Examples that steering improved; for `correct`, from incorrect to correct."""
     regressions: int
@@ -54,58 +77,183 @@ class Evidence:
     spread: float
     """Standard deviation of the gains."""
     lower: float
-    """Lower confidence bound of the mean gain, holding for all thresholds at once."""
-    p: float | None
-    """P-value of a mean gain of at most `min_gain`, in the order that serves `level`; None where
-    it can no longer be computed."""
+    """Lower confidence bound of the mean gain, holding for all candidates at once."""
+    p: float
+    """P-value of a mean gain of at most `min_gain`, in the order that serves `level`."""
     level: float
-    """Probability of error this threshold may spend: delta times its share."""
+    """Probability of error this candidate may spend: delta times its share."""
+    regressed_at_most: float | None = None
+    """Upper confidence bound of the share of regressions, where the terms limit it."""
+    steering: Mapping[str, Any] = field(default_factory=dict)
+    """The candidate in plain values: rule, layers, positions, and hashes of its tensors."""
+    gains: tuple[float, ...] = field(default=(), repr=False)
+    """The gains themselves, where counts do not determine the bound."""
+
+    @classmethod
+    def of(
+        cls,
+        gains: Real[np.ndarray, " example"],
+        level: float,
+        terms: Terms,
+        min_gain: float,
+        **named: Any,
+    ) -> "Evidence":
+        """Bound the mean of these gains at `level`."""
+        # The betting bound depends on the order, which must not depend on the outcomes.
+        order = np.random.default_rng(terms.seed).permutation(len(gains))
+        lower, p, harm = -1.0, 1.0, None
+        regressions = int((gains < 0).sum())
+        if level > 0:
+            curve = BOUNDS[terms.test](gains[order], level)
+            lower, p = lower_bound(curve, level), curve(min_gain)
+        if terms.max_regressions is not None:
+            harm = upper_share(regressions, len(gains), level) if level > 0 else 1.0
+        counted = terms.metric == "correct" and terms.test != "betting"
+        return cls(
+            recoveries=int((gains > 0).sum()),
+            regressions=regressions,
+            gain=float(gains.mean()),
+            spread=float(gains.std()),
+            lower=lower,
+            p=p,
+            level=level,
+            regressed_at_most=harm,
+            gains=() if counted else tuple(gains.tolist()),
+            **named,
+        )
+
+    def again(self, level: float, terms: Terms, min_gain: float, n: int) -> "Evidence":
+        """Derive this evidence from its counts (or gains), at another level or `min_gain`."""
+        counts = (self.recoveries, self.regressions, n - self.recoveries - self.regressions)
+        gains = np.array(self.gains) if self.gains else np.repeat([1.0, -1.0, 0.0], counts)
+        named = {"candidate": self.candidate, "steering": self.steering}
+        return Evidence.of(gains, level, terms, min_gain, **named)
+
+    @property
+    def threshold(self) -> float | None:
+        """The paper's alpha, for a candidate that has one."""
+        return self.steering.get("threshold")
+
+    @property
+    def strength(self) -> float | None:
+        """The strength, for a candidate that has one."""
+        return self.steering.get("strength")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A decision to steer at a threshold or to abstain, with all that it rests on."""
+    """A decision to steer or to abstain, with all that it rests on; holds what was certified."""
 
-    decision: Decision
-    threshold: float | None
-    """The paper's alpha to steer at; None when abstaining."""
+    evidence: tuple[Evidence, ...]
+    """One row per candidate, in the order in which they were given."""
+    n: int
+    """Number of calibration examples, each of its own text."""
+    terms: Terms
     min_gain: float
     """The gain asked for (the paper's epsilon)."""
-    evidence: tuple[Evidence, ...]
-    n: int
-    """Number of calibration examples."""
-    protocol: Protocol
-    delta: float
-    """What this certificate spends of `protocol.delta`."""
-    spent: float
-    """What was spent up to and including this look, over all groups."""
     data_hash: str
     """Hash of the gains and the examples they belong to."""
-    examples: tuple[int | str, ...] = ()
-    """Identities of the examples, to recognise them at a second look."""
-    look: int = 1
-    group: str | None = None
-    n_groups: int = 1
-    """Groups certified together, sharing delta."""
+    examples: tuple[int | str, ...] = field(default=(), repr=False)
+    """Identities of the examples."""
     base: float | None = None
     """Unsteered mean of the metric, where known."""
+    unused: int = 0
+    """Examples left out since their text is that of another one."""
+    setup: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the promise is about: model, tokenizer, readout, data and code versions, by hash."""
+    steerings: Mapping[int, "Steering"] = field(default_factory=dict, repr=False, compare=False)
+    """Candidates by number: all of them, or after loading the certified one."""
+
+    @property
+    def chosen(self) -> int | None:
+        """Number of the certified candidate with the best observed gain; None when abstaining.
+
+        Choosing is free of charge: the bounds hold for all candidates at once. Ties go to the
+        mildest: fewest examples changed, then the highest threshold, then the least strength.
+        """
+        certified = [i for i, row in enumerate(self.evidence) if self._is_certified(row)]
+
+        def merit(i: int) -> tuple[float, ...]:
+            row = self.evidence[i]
+            changed = row.recoveries + row.regressions
+            return row.gain, -float(changed), row.threshold or 0.0, -(row.strength or 0.0)
+
+        return max(certified, key=merit, default=None)
+
+    def _is_certified(self, row: Evidence) -> bool:
+        harmless = row.regressed_at_most is None or row.regressed_at_most <= (
+            self.terms.max_regressions or 0.0
+        )
+        return row.level > 0 and row.lower >= self.min_gain and harmless
+
+    @property
+    def decision(self) -> Decision:
+        """Whether to steer."""
+        return Decision.ABSTAIN if self.chosen is None else Decision.STEER
 
     @property
     def abstained(self) -> bool:
         """Whether nothing is steered."""
-        return self.decision is Decision.ABSTAIN
-
-    @property
-    def n_thresholds(self) -> int:
-        """Number of thresholds tried."""
-        return len(self.evidence)
+        return self.chosen is None
 
     @property
     def best(self) -> Evidence:
-        """Return the evidence for the chosen threshold or, when abstaining, the highest bound."""
-        if self.threshold is not None:
-            return next(row for row in self.evidence if row.threshold == self.threshold)
-        return max(self.evidence, key=lambda row: (row.lower, row.gain))
+        """Return the evidence for the chosen candidate or, when abstaining, the highest gain."""
+        if self.chosen is not None:
+            return self.evidence[self.chosen]
+        return max(self.evidence, key=lambda row: (row.gain, row.lower))
+
+    @property
+    def threshold(self) -> float | None:
+        """The certified threshold; None when abstaining, or for a rule without one."""
+        return None if self.abstained else self.best.threshold
+
+    @property
+    def strength(self) -> float | None:
+        """The certified strength; None when abstaining, or for a rule without one."""
+        return None if self.abstained else self.best.strength
+
+    @property
+    def steering(self) -> "Steering | None":
+        """The certified steering, with this certificate; None when abstaining.
+
+        Raises:
+            ValueError: if the decision is to steer but the steering is not at hand: the
+                certificate was made from gains alone, or loaded without its SAEs.
+        """
+        if self.chosen is None:
+            return None
+        if self.chosen not in self.steerings:
+            raise ValueError(
+                f"This certificate does not hold the steering it certifies ({self.best.candidate}):"
+                " it was made from gains alone, or loaded without its tensors; make it with "
+                "calibrate(model, task, steering), or load its folder with its space."
+            )
+        return self.steerings[self.chosen].with_certificate(self)
+
+    def fwd_hooks(self) -> list[Any]:
+        """Return the hooks of the certified steering; none when abstaining.
+
+        Raises:
+            ValueError: as `steering`.
+        """
+        return [] if self.steering is None else list(self.steering.fwd_hooks())
+
+    def check(self, model: "Model") -> None:
+        """Refuse a model, tokenizer or chat template other than the one certified for.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        got = identity(model)
+        for key, words in _IDENTITY.items():
+            wanted = self.setup.get(key, got[key])
+            if wanted != got[key]:
+                raise ValueError(
+                    f"This steering was certified on {self.setup.get('model')} with {words} "
+                    f"{wanted}, but {model.name} has {got[key]}; use that model, or load it with "
+                    "anyway=True, without its certificate."
+                )
 
     @property
     def needed(self) -> int | None:
@@ -116,102 +264,171 @@ class Calibration:
         best = max(self.evidence, key=lambda row: (row.gain, row.lower))
         if best.gain <= self.min_gain or best.level == 0:
             return None
-        if self.protocol.test in ("unconditional", "mcnemar"):
+        if self.terms.test in ("unconditional", "mcnemar"):
             effect = Effect.of_pilot(best.recoveries, best.regressions, self.n)
             return sample_size(effect, min_gain=self.min_gain, level=best.level)
         return continuous_sample_size(
             best.gain - self.min_gain,
             best.spread,
             level=best.level,
-            by_range=self.protocol.test == "hoeffding",
+            by_range=self.terms.test == "hoeffding",
         )
 
     def at(self, *, min_gain: float) -> "Calibration":
-        """Ask for another gain, at no cost: the bounds hold for every `min_gain` at once."""
+        """Ask for another gain, at no cost: the bounds hold for every `min_gain` at once.
+
+        Raises:
+            ValueError: if the terms also limit regressions: then only the two limits that were
+                fixed beforehand are tested at level delta.
+        """
         check_min_gain(min_gain)
-        rows = tuple(replace(row, p=self._p_value(row, min_gain)) for row in self.evidence)
-        return decide(replace(self, evidence=rows, min_gain=min_gain))
+        if self.terms.max_regressions is not None:
+            raise ValueError(
+                "Gain and regressions were tested together against limits fixed beforehand; to "
+                "ask for another gain afterwards, calibrate without max_regressions."
+            )
+        return self._derived(self.terms, min_gain)
 
-    def _p_value(self, row: Evidence, min_gain: float) -> float | None:
-        if min_gain == self.min_gain or row.level == 0:
-            return row.p
-        curve: PValue
-        match self.protocol.test:
-            case "unconditional":
-                curve = unconditional(row.recoveries, row.regressions, self.n, row.level)
-            case "mcnemar":
-                curve = mcnemar(row.recoveries, row.regressions, self.n, row.level)
-            case "hoeffding":
-                curve = hoeffding_curve(row.gain, self.n)
-            case _:
-                return None  # needs the gains in their order, which a certificate does not keep
-        return curve(min_gain)
+    def with_delta(self, delta: float) -> "Calibration":
+        """Decide on the same evidence with another share of delta.
 
-    def fwd_hooks(self, steering: Any) -> list[Any]:
-        """Return the hooks of `steering` at the certified threshold; none when abstaining."""
-        return [] if self.threshold is None else list(steering.at(self.threshold).fwd_hooks())
+        Valid only where a procedure fixed beforehand hands the share over, as `step_down` does.
+        """
+        return self._derived(replace(self.terms, delta=delta), self.min_gain)
+
+    def _derived(self, terms: Terms, min_gain: float) -> "Calibration":
+        levels = terms.levels(len(self.evidence))
+        rows = tuple(
+            row.again(level, terms, min_gain, self.n)
+            for row, level in zip(self.evidence, levels, strict=True)
+        )
+        return replace(self, evidence=rows, terms=terms, min_gain=min_gain)
 
     def __str__(self) -> str:
-        return _steer_sentence(self) if not self.abstained else _abstain_sentence(self)
+        first = _abstain_sentence(self) if self.abstained else _steer_sentence(self)
+        return f"{first}\n{_terms_sentence(self)}"
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.evidence)} candidates, n={self.n}"
+        if self.abstained:
+            return f"Calibration(ABSTAIN, {rows})"
+        return f"Calibration(STEER at {self.best.candidate}, {rows})"
 
     def _repr_html_(self) -> str:
-        names = ("threshold", "recoveries", "regressions", "gain", "lower", "p")
-        head = "".join(f"<th>{name}</th>" for name in names)
+        names = ("recoveries", "regressions", "gain", "lower", "p")
+        head = "".join(f"<th>{name}</th>" for name in ("candidate", *names))
         rows = []
-        for row in self.evidence:
-            values = (getattr(row, name) for name in names)
-            cells = "".join(f"<td>{'-' if v is None else f'{v:.4g}'}</td>" for v in values)
-            mark = " style='font-weight:bold'" if row.threshold == self.threshold else ""
-            rows.append(f"<tr{mark}>{cells}</tr>")
-        return f"<p>{html.escape(str(self))}</p><table><tr>{head}</tr>{''.join(rows)}</table>"
+        for i, row in enumerate(self.evidence):
+            cells = "".join(f"<td>{getattr(row, name):.4g}</td>" for name in names)
+            mark = " style='font-weight:bold'" if i == self.chosen else ""
+            rows.append(f"<tr{mark}><td>{html.escape(row.candidate)}</td>{cells}</tr>")
+        sentence, terms = map(html.escape, str(self).split("\n"))
+        return (
+            f"<p><b>{sentence}</b><br><small>{terms}</small></p>"
+            f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the decision to a folder of its own, whole or not at all; return the folder.
+
+        Certificate, steering and a model card, nothing executable. `mera_tl.load_steering` reads
+        the steering back, `Calibration.load` the decision.
+
+        Raises:
+            ValueError: if the folder holds anything else.
+        """
+        from mera_tl.certificate.folder import write_folder
+
+        steering = None if self.chosen is None else self.steerings.get(self.chosen)
+        return write_folder(Path(folder), self.to_json(), steering, str(self))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, space: "Space | None" = None) -> "Calibration":
+        """Read a decision that `save` wrote; a steering in SAE space is read with its `space` only.
+
+        Raises:
+            ValueError: if a file is missing, damaged or was changed.
+        """
+        from mera_tl.certificate.folder import read_folder
+
+        content, steering = read_folder(Path(folder), space)
+        decision = cls.from_json(content)
+        if steering is None or decision.chosen is None:
+            return decision
+        return replace(decision, steerings={decision.chosen: steering})
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, with a hash over all of them."""
-        content = asdict(self)
+        """Return plain values, with the decision that follows and a hash over everything."""
+        content = {"format": FORMAT, "decision": str(self.decision), "chosen": self.chosen}
+        content |= asdict(replace(self, steerings={}))
+        del content["steerings"]
         return {"calibration": content, "hash": storage.fingerprint(content)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Calibration":
-        """Rebuild a calibration from `to_json`.
+    def from_json(cls, value: Mapping[str, Any]) -> "Calibration":
+        """Rebuild a calibration from `to_json`, deriving evidence and decision again.
 
         Raises:
-            ValueError: if anything was changed since.
+            ValueError: if anything was changed since, or does not follow from the counts.
         """
-        content = dict(value.get("calibration", {}))
+        content = dict(value.get("calibration") or {})
         if not content or storage.fingerprint(content) != value.get("hash"):
             raise ValueError(
                 "This certificate was changed after it was issued, or is none: its content does "
                 "not match its hash; calibrate again."
             )
-        content["protocol"] = Protocol.from_json(content["protocol"])
-        content["decision"] = Decision(content["decision"])
-        content["evidence"] = tuple(Evidence(**row) for row in content["evidence"])
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(
+                "This certificate has the format of another version of mera_tl; calibrate again."
+            )
+        said = content.pop("decision"), content.pop("chosen")
+        rows = [{**row, "gains": tuple(row["gains"])} for row in content["evidence"]]
+        content["evidence"] = tuple(Evidence(**row) for row in rows)
+        content["terms"] = Terms.from_json(content["terms"])
         content["examples"] = tuple(content["examples"])
-        return cls(**content)
+        issued = cls(**content)
+        if said != (issued.decision, issued.chosen) or not _follows(issued):
+            raise ValueError(
+                "This certificate does not follow from its own evidence: bounds, p-values or "
+                "decision are not those of its counts; calibrate again."
+            )
+        return issued
 
-    def save(self, path: str | Path) -> None:
-        """Write the certificate as JSON, whole or not at all.
 
-        Raises:
-            ValueError: if `path` holds another certificate on some of the same examples, which
-                this one does not account for: that is a second look with the whole delta.
-        """
-        if Path(path).exists():
-            earlier = Calibration.load(path)
-            shared = set(earlier.examples) & set(self.examples)
-            again = earlier.data_hash == self.data_hash and earlier.protocol == self.protocol
-            if shared and not again and self.look <= earlier.look:
-                raise ValueError(
-                    f"{path} holds a certificate on {len(shared)} of the same examples, so this is "
-                    "a second look with the whole delta; pass after=Calibration.load(...), or "
-                    "save elsewhere and trust only one of the two, chosen beforehand."
-                )
-        storage.write_json(path, self.to_json())
+def _follows(issued: Calibration) -> bool:
+    """Whether every number of a certificate is what its counts (or gains) give."""
+    check_min_gain(issued.min_gain)
+    if any(
+        min(row.recoveries, row.regressions, issued.n - row.recoveries - row.regressions) < 0
+        or (row.gains and len(row.gains) != issued.n)
+        for row in issued.evidence
+    ):
+        return False
+    again = issued._derived(issued.terms, issued.min_gain)
+    for old, new in zip(issued.evidence, again.evidence, strict=True):
+        for name in ("gain", "spread", "lower", "p", "level", "regressed_at_most"):
+            said, derived = getattr(old, name), getattr(new, name)
+            # Roots are found to 1e-5, and special functions differ in their last digits.
+            if said != derived and (
+                said is None or derived is None or abs(said - derived) > 3e-5 * max(1, abs(derived))
+            ):
+                return False
+        if (old.recoveries, old.regressions) != (new.recoveries, new.regressions):
+            return False
+    return True
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Calibration":
-        """Read a certificate and verify its hash."""
-        return cls.from_json(storage.read_json(path))
+
+def identity(model: "Model") -> dict[str, Any]:
+    """Say by hashes what model, tokenizer and chat template this is."""
+    tokenizer = model.tokenizer
+    # Equal vocabularies may be merged differently: an example shows it.
+    example = "To steer, or not to steer?\n\tDelta = 0.05 \u2014 answer: yes"
+    seen = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "ids": tokenizer(example)["input_ids"],
+        "template": getattr(tokenizer, "chat_template", None) if model.chat else None,
+    }
+    return {**model.manifest, "tokenizer": storage.fingerprint(seen)}
 
 
 def check_min_gain(min_gain: float) -> None:
@@ -223,23 +440,8 @@ def check_min_gain(min_gain: float) -> None:
         )
 
 
-def decide(calibration: Calibration) -> Calibration:
-    """Choose, among the certified thresholds, the best observed gain; ties go to the mildest.
-
-    Free of charge: the bounds hold for all thresholds at once. Mildest is what changed the fewest
-    examples, then the highest threshold.
-    """
-    certified = [
-        row for row in calibration.evidence if row.level > 0 and row.lower >= calibration.min_gain
-    ]
-    if not certified:
-        return replace(calibration, decision=Decision.ABSTAIN, threshold=None)
-    best = max(certified, key=lambda r: (r.gain, -(r.recoveries + r.regressions), r.threshold))
-    return replace(calibration, decision=Decision.STEER, threshold=best.threshold)
-
-
 def _points(gain: float) -> str:
-    return f"{100 * gain:.1f} points"
+    return f"{100 * gain:+.1f}"
 
 
 def _at_least(gain: float) -> str:
@@ -247,58 +449,53 @@ def _at_least(gain: float) -> str:
     return _points(math.floor(1000 * gain + 1e-9) / 1000)
 
 
-def _scope(calibration: Calibration) -> str:
-    group = calibration.group
-    where = "" if group is None else f" in group {group!r} (one of {calibration.n_groups} at once)"
-    return (
-        f"with confidence {1 - calibration.protocol.delta:.4g} over the draw of the "
-        f"{calibration.n} calibration examples{where}"
-    )
-
-
-def _terms(calibration: Calibration) -> str:
-    look = f", look {calibration.look}" if calibration.look > 1 else ""
-    return (
-        f"({_TESTS[calibration.protocol.test]}, {calibration.n_thresholds} "
-        f"{calibration.protocol.knob}s tried, "
-        f"min_gain {calibration.min_gain:g}{look})"
-    )
+def _counts(row: Evidence) -> str:
+    return f"{row.recoveries} better, {row.regressions} worse"
 
 
 def _steer_sentence(calibration: Calibration) -> str:
-    best = calibration.best
-    raises = "raises accuracy" if calibration.protocol.metric == "correct" else "lowers the error"
-    sign = 1 if calibration.protocol.metric == "correct" else -1
-    base = calibration.base
-    moved = "" if base is None else f", from {base:.3f} to {base + sign * best.gain:.3f}"
-    others = "other groups" if calibration.group is not None else "any subgroup of them"
-    return (
-        f"STEER at {calibration.protocol.knob} {best.threshold:.4g}: {_scope(calibration)}, "
-        f"steering {raises} by at least {_at_least(best.lower)} "
-        f"on data drawn as these were (observed: "
-        f"{_points(best.gain)}{moved}, {best.recoveries} better, {best.regressions} worse), which "
-        f"says nothing of {others} nor of other prompts, models or data {_terms(calibration)}."
-    )
+    best, base, limit = calibration.best, calibration.base, calibration.terms.max_regressions
+    correct = calibration.terms.metric == "correct"
+    moved = f"observed gain {_points(best.gain)} points"
+    if base is not None:
+        after = base + best.gain if correct else base - best.gain
+        moved = f"{'' if correct else 'mean error '}{100 * base:.0f} % -> {100 * after:.0f} %"
+    # Gain and regressions are certified together only at the limits that were fixed beforehand.
+    certain = best.lower if limit is None else calibration.min_gain
+    kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
+    fall = "" if correct else " less error"
+    return f"STEER: {moved}, certified at least {_at_least(certain)} points{fall}{kept}"
 
 
 def _abstain_sentence(calibration: Calibration) -> str:
-    best, needed = calibration.best, calibration.needed
-    most = max(calibration.evidence, key=lambda row: (row.gain, row.lower))
+    best, needed, terms = calibration.best, calibration.needed, calibration.terms
     observed = (
-        f"the best gain observed is {_points(most.gain)} at {calibration.protocol.knob} "
-        f"{most.threshold:.4g} "
-        f"({most.recoveries} better, {most.regressions} worse)"
+        f"ABSTAIN. Best observed gain {_points(best.gain)} points at {best.candidate} "
+        f"({_counts(best)}; lower bound {_at_least(best.lower)}); "
+        f"required {_points(calibration.min_gain)}."
     )
-    if most.gain <= calibration.min_gain:
-        reason = f"{observed}, which more examples cannot certify unless chance hid a gain"
-    else:
-        enough = f"about {needed} examples" if needed else "more examples than is practical"
-        reason = (
-            f"{observed} and the best lower bound {_at_least(best.lower)}; were that gain real, "
-            f"{enough} would certify it with probability 0.8"
+    if best.gain <= calibration.min_gain:
+        return f"{observed} More examples cannot certify it unless chance hid a gain."
+    if best.lower >= calibration.min_gain and best.regressed_at_most is not None:
+        return (
+            f"{observed} But up to {100 * best.regressed_at_most:.1f} % of answers may turn wrong; "
+            f"allowed {100 * (terms.max_regressions or 0):.1f} %."
         )
+    enough = f"About {needed:,} examples" if needed else "More examples than is practical"
+    return f"{observed} {enough} would certify this gain with 80 % power."
+
+
+def _terms_sentence(calibration: Calibration) -> str:
+    terms, n = calibration.terms, len(calibration.evidence)
+    chosen = "" if calibration.abstained else f", best {calibration.best.candidate} "
+    counts = "" if calibration.abstained else f"({_counts(calibration.best)})"
+    shared = ""
+    if terms.run_delta is not None:
+        shared = f", {1 - terms.run_delta:.4g} for all certificates of the run"
+    unused = f" ({calibration.unused} repeated texts unused)" if calibration.unused else ""
     return (
-        f"ABSTAIN, steering nothing: {_scope(calibration)}, no {calibration.protocol.knob} is "
-        f"certain to gain {_at_least(calibration.min_gain)} or more, since {reason} "
-        f"{_terms(calibration)}."
+        f"Confidence {1 - terms.delta:.4g} over the draw of {calibration.n} calibration examples"
+        f"{unused}{shared}; {_TESTS[terms.test]}, {n} candidate{'s' if n > 1 else ''}{chosen}"
+        f"{counts}, min_gain {calibration.min_gain:g}. Holds on average for data drawn as these "
+        "were, not for a subgroup, other prompts or another model."
     )

@@ -1,16 +1,16 @@
 """The terms of a certificate: all that must be fixed before a calibration outcome is seen.
 
-A guarantee over a grid of thresholds holds because the grid, the confidence, the metric and the
-test do not depend on the outcomes. `Protocol` is where they are written down. Only `min_gain` may
-be chosen afterwards.
+A guarantee over several candidates holds because the candidates, the confidence, the metric and the
+test do not depend on the outcomes. `Terms` is where these are written down; only `min_gain` may be
+chosen afterwards.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mera_tl.certificate.bounds import BOUNDS, uniform_weights
+from mera_tl.certificate.bounds import BOUNDS
 
 
 def _even_in_logit(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -27,33 +27,34 @@ PAPER_THRESHOLDS: tuple[float, ...] = tuple(round(0.001 + 0.989 * i / 9, 12) for
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Terms:
     """The terms of a certificate, fixed before any calibration outcome is seen."""
 
-    thresholds: tuple[float, ...] = DEFAULT_THRESHOLDS
-    """Thresholds to try. Every one of them costs confidence; ten are many at 250 examples."""
     delta: float = 0.05
-    """Greatest probability of steering with a gain below `min_gain`, over all looks and groups."""
+    """Greatest probability, over the draw of the calibration examples, of a wrong promise."""
     metric: Literal["correct", "error"] = "correct"
     """What a gain is: a change of correctness (-1, 0, 1) or a fall of the error (in [-1, 1])."""
     bound: str | None = None
     """A name in `bounds.BOUNDS`; by default the exact test for `correct`, betting for `error`."""
     weights: tuple[float, ...] | None = None
-    """Shares of delta, one per threshold, with a sum of 1; by default equal."""
-    sizes: tuple[int, ...] = ()
-    """Numbers of examples at which to look, such as (250, 600), if more than one look is planned:
-    each spends an equal part of delta, and a later look may contain the examples of an earlier."""
+    """Shares of delta, one per candidate, with a sum of 1; by default equal (Bonferroni)."""
     seed: int = 0
-    """Order of the examples for the betting bound."""
-    knob: Literal["threshold", "strength"] = "threshold"
-    """What the numbers of the grid are: MERA's threshold, or the strength of a fixed shift."""
+    """Order of the examples for the betting bound, and choice among examples of one text."""
+    max_regressions: float | None = None
+    """Greatest share of examples that steering may turn from right to wrong; None asks for none.
+    Tested together with the gain, each at level delta (intersection-union)."""
+    run_delta: float | None = None
+    """Probability that any certificate of the run is wrong, where `delta` is a share of it."""
 
     def __post_init__(self) -> None:
-        _check_grid(self.thresholds, self.weights)
-        if not 0 < self.delta < 1:
-            raise ValueError(
-                f"`delta={self.delta!r}` is not a probability between 0 and 1; pass one, as 0.05."
-            )
+        for name in ("delta", "run_delta", "max_regressions"):
+            value = getattr(self, name)
+            if value is None and name != "delta":
+                continue
+            if value is None or not 0 < value < 1:
+                raise ValueError(
+                    f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
+                )
         if self.metric not in ("correct", "error") or self.test not in BOUNDS:
             raise ValueError(
                 f"There is no metric {self.metric!r} with bound {self.bound!r}; pass 'correct' or "
@@ -64,10 +65,17 @@ class Protocol:
                 f"The {self.test!r} bound counts correct answers and the metric is 'error'; "
                 "pass bound='betting'."
             )
-        if any(size < 1 for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
+        if self.metric == "error" and self.max_regressions is not None:
             raise ValueError(
-                f"`sizes={self.sizes}` are not increasing numbers of examples; pass some, as "
-                "(250, 600)."
+                "`max_regressions` counts answers that become wrong and the metric is 'error'; "
+                "pass metric='correct'."
+            )
+        if self.weights is not None and (
+            not all(w >= 0 for w in self.weights) or abs(sum(self.weights) - 1) > 1e-9
+        ):
+            raise ValueError(
+                f"`weights={self.weights}` do not share delta among candidates; pass one number "
+                "of 0 or more for each, with a sum of 1."
             )
 
     @property
@@ -75,32 +83,43 @@ class Protocol:
         """Return the name of the bound in use."""
         return self.bound or ("unconditional" if self.metric == "correct" else "betting")
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """Return the share of delta of every threshold."""
-        return self.weights or uniform_weights(len(self.thresholds))
+    def levels(self, n_candidates: int) -> tuple[float, ...]:
+        """Return what each of so many candidates may spend of delta.
+
+        Raises:
+            ValueError: if the weights are of another number of candidates.
+        """
+        weights = (1 / n_candidates,) * n_candidates if self.weights is None else self.weights
+        if len(weights) != n_candidates:
+            raise ValueError(
+                f"{len(weights)} weights came with {n_candidates} candidates; pass one for each."
+            )
+        return tuple(self.delta * weight for weight in weights)
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Protocol":
-        """Rebuild a protocol from plain values, where tuples have become lists."""
-        terms = dict(value)
-        for name in ("thresholds", "weights", "sizes"):
-            terms[name] = None if terms[name] is None else tuple(terms[name])
-        return cls(**terms)
+    def from_json(cls, value: Mapping[str, Any]) -> "Terms":
+        """Rebuild terms from plain values, where tuples have become lists."""
+        weights = value["weights"]
+        return cls(**{**value, "weights": None if weights is None else tuple(weights)})
 
 
-def _check_grid(thresholds: Sequence[float], weights: Sequence[float] | None) -> None:
-    distinct = len(set(thresholds)) == len(thresholds) > 0
-    if not distinct or not all(math.isfinite(t) for t in thresholds):
+def favourite_weights(
+    n_candidates: int, favourite: int, *, share: float = 0.5
+) -> tuple[float, ...]:
+    """Give one candidate `share` of delta and the others equal parts of the rest.
+
+    Valid only when the favourite was chosen without the calibration outcomes, as from probe-
+    training data.
+
+    Raises:
+        ValueError: if there is no such candidate.
+    """
+    if not 0 <= favourite < n_candidates:
         raise ValueError(
-            f"`thresholds={tuple(thresholds)}` are not distinct finite numbers; pass at least one, "
-            "each once."
+            f"`favourite={favourite}` but the {n_candidates} candidates are numbered from 0; "
+            f"pass a number from 0 to {n_candidates - 1}."
         )
-    if weights is None:
-        return
-    fair = len(weights) == len(thresholds) and all(weight >= 0 for weight in weights)
-    if not fair or abs(sum(weights) - 1) > 1e-9:
-        raise ValueError(
-            f"`weights={tuple(weights)}` do not share delta among {len(thresholds)} thresholds; "
-            "pass one number of 0 or more for each, with a sum of 1."
-        )
+    if n_candidates == 1:
+        return (1.0,)
+    rest = (1 - share) / (n_candidates - 1)
+    return tuple(share if k == favourite else rest for k in range(n_candidates))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.terms import Protocol as Terms
+from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
@@ -59,7 +59,7 @@ class Run(ABC):  # noqa: B024
     def probe(self, name: str) -> LinearProbe: ...
     def steering(self, probe: LinearProbe) -> Steering: ...
     def calibrate(
-        self, name: str, steering: Steering, terms: Terms | None = None
+        self, name: str, candidates: Steering | Sequence[Steering]
     ) -> Calibration: ...
     def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration: ...
     def kept(
@@ -193,22 +193,17 @@ def _additive(name: str, probe: str, run: Run) -> Treatment:  # noqa: ARG001
 def _tuned(name: str, probe: str, run: Run) -> Treatment:
     """Choose that length on the calibration split, with the certificate MERA needs."""
     fitted = run.probe(probe)
-    protocol = replace(run.terms, thresholds=STRENGTHS, knob="strength")
     steering = run.steering(fitted)
-    decision = run.calibrate(name, steering, protocol)
-    strength = decision.threshold
-    hooks = [] if strength is None else replace(steering, rule=Additive(strength)).fwd_hooks()
-    details = {"strength": strength, **_of(fitted)}
-    return Treatment(hooks, calibration=decision, details=details, probe=fitted)
+    decision = run.calibrate(name, [replace(steering, rule=Additive(s)) for s in STRENGTHS])
+    details = {"strength": decision.strength, **_of(fitted)}
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=fitted)
 
 
 def _mera(name: str, probe: str, run: Run) -> Treatment:
     """Follow MERA's rule: steer at the certified threshold or not at all."""
     fitted = run.probe(probe)
-    steering = run.steering(fitted)
-    decision = run.calibrate(name, steering)
-    hooks = decision.fwd_hooks(steering)
-    return Treatment(hooks, calibration=decision, details=_of(fitted), probe=fitted)
+    decision = run.calibrate(name, run.steering(fitted))
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=_of(fitted), probe=fitted)
 
 
 def _along(name: str, kind: str, run: Run) -> Treatment:
@@ -223,8 +218,7 @@ def _along(name: str, kind: str, run: Run) -> Treatment:
         "direction": kind,
         "notes": list(direction.notes),
     }
-    hooks = decision.fwd_hooks(steering)
-    return Treatment(hooks, calibration=decision, details=details, probe=probe)
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
 
 
 def _of(probe: LinearProbe) -> dict[str, Any]:
@@ -234,10 +228,9 @@ def _of(probe: LinearProbe) -> dict[str, Any]:
 def _searched(run: Run) -> Treatment:
     """Search freely on training data, certify once."""
     found = _search(run, "searched", partial(_look, run), run.space)
-    once = replace(run.terms, thresholds=(found.chosen.threshold,), weights=None)
-    decision = run.calibrate("searched", found.steering, once)
-    hooks, probe = decision.fwd_hooks(found.steering), found.steering.probe
-    return Treatment(hooks, calibration=decision, details=_details(found), probe=probe)
+    decision = run.calibrate("searched", found.steering.at(found.chosen.threshold))
+    details, probe = _details(found), found.steering.probe
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
 
 
 def _look(run: Run) -> Search:
@@ -251,7 +244,7 @@ def _flip(run: Run) -> Treatment:
     choices = Choices(metric=run.terms.metric, seed=run.config.seed)
     look = partial(search_flip, run.splits.train, run.activations, choices=choices)
     found = _search(run, "flip", look)
-    options = {"protocol": run.terms, "min_gain": run.config.min_gain, "settings": run.read}
+    options = {"terms": run.terms, "min_gain": run.config.min_gain, "settings": run.read}
     certify = partial(certify_flip, run.model, run.splits.calibration, found, **options)
     decision = run.decide("flip", certify)
     details, probe, threshold = _details(found), found.steering.probe, decision.threshold

@@ -6,15 +6,14 @@ same choice on training data and certificate.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mera_tl.certificate.calibration import certify, distinct, setup_of
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.decision import certify
-from mera_tl.certificate.terms import Protocol
+from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
@@ -81,17 +80,19 @@ def certify_flip(
     task: Task[CalibrationRole],
     found: Search,
     *,
-    protocol: Protocol,
+    terms: Terms,
     min_gain: float = 0.0,
     settings: ReadSettings | None = None,
 ) -> Calibration:
     """Certify the one flip that was chosen, on held-out examples, or abstain."""
+    settings = settings or ReadSettings()
+    task = task.subset(distinct([example.key for example in task.examples], terms.seed))
     base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
     threshold = found.chosen.threshold
-    gains = flipped(base, base.peak, threshold).gain(base, protocol.metric).numpy()
-    rows: list[Any] = [example.row for example in task.examples]
-    once = replace(protocol, thresholds=(threshold,), weights=None)
-    decision = certify(gains[None], (threshold,), protocol=once, min_gain=min_gain, examples=rows)
-    return replace(
-        decision, base=base.accuracy if protocol.metric == "correct" else base.mean_error
+    gains = flipped(base, base.peak, threshold).gain(base, terms.metric).numpy()
+    rows = [example.row for example in task.examples]
+    decision = certify(
+        gains[None], terms=terms, min_gain=min_gain, candidates=[threshold], examples=rows
     )
+    unsteered = base.accuracy if terms.metric == "correct" else base.mean_error
+    return replace(decision, base=unsteered, setup=setup_of(model, task, settings))

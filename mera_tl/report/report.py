@@ -232,8 +232,7 @@ def _reach(run: RunFolder, figures: _Figures, prefix: str, method: str) -> Itera
     """Yield whom a steering reaches: by predicted error, by layer and token, in the plane."""
     certificate, reach, cloud = run.certificates.get(method), run.reach(method), run.cloud(method)
     if reach is not None:
-        by_threshold = certificate is not None and certificate.protocol.knob == "threshold"
-        threshold = certificate.threshold if certificate and by_threshold else None
+        threshold = certificate.threshold if certificate else None
         layers = reach.layers.tolist()
         layer = cloud.layer if cloud is not None else layers[0]
         predicted = run.predicted(method, layer)

@@ -104,9 +104,7 @@ class RunFolder:
     @cached_property
     def certificates(self) -> dict[str, Calibration]:
         """The certificates, in the order of the records."""
-        paths = {
-            r["method"]: self.path / "certificates" / f"{r['method']}.json" for r in self.records
-        }
+        paths = {r["method"]: self.path / "certificates" / r["method"] for r in self.records}
         return {name: Calibration.load(path) for name, path in paths.items() if path.exists()}
 
     def evidence(self, method: str) -> pd.DataFrame:
@@ -135,7 +133,7 @@ class RunFolder:
             # Rounded down: a promise must not grow by rounding.
             lower = math.floor(1000 * certificate.best.lower + 1e-9) / 10
             promise = f"{math.floor(lower):+d}" if lower >= 1 else f"{lower:+.1f}"
-            what = "" if certificate.protocol.metric == "correct" else " of error"
+            what = "" if certificate.terms.metric == "correct" else " of error"
             sentence = f"STEER (certified >= {promise} points{what})"
             return Verdict(method, base, self.record(method)["accuracy"], sentence)
         gains = [row.gain for each in self.certificates.values() for row in each.evidence]
@@ -301,14 +299,18 @@ def _other_axis(
 def evidence_frame(certificate: Calibration, method: str) -> pd.DataFrame:
     """Return a certificate's evidence, one row per threshold, with its terms in every row."""
     frame = pd.DataFrame([asdict(row) for row in certificate.evidence])
-    known = certificate.base is not None and certificate.protocol.metric == "correct"
+    frame = frame.drop(columns=["steering", "gains"])
+    knobs = {key for row in certificate.evidence for key in row.steering}
+    knob = "threshold" if "threshold" in knobs else "strength"
+    known = certificate.base is not None and certificate.terms.metric == "correct"
     return frame.assign(
-        chosen=frame["threshold"] == certificate.threshold,
+        threshold=[row.steering.get(knob, i) for i, row in enumerate(certificate.evidence)],
+        chosen=[i == certificate.chosen for i in range(len(frame))],
         method=method,
-        knob=certificate.protocol.knob,
+        knob=knob,
         n=certificate.n,
         min_gain=certificate.min_gain,
-        confidence=1 - certificate.protocol.delta,
+        confidence=1 - certificate.terms.delta,
         base=certificate.base if known else np.nan,
     )
 

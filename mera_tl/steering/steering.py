@@ -37,6 +37,8 @@ class Steering:
     positions: Positions = "all"
     """Every token; from the final prompt token on (last); that token alone (final); or generated
     tokens only."""
+    certificate: Any = field(default=None, init=False, compare=False)
+    """What is promised of this very steering, if anything; `replace` and `at` drop it."""
 
     def __post_init__(self) -> None:
         n_layers = self.probe.n_layers
@@ -93,6 +95,21 @@ class Steering:
             )
         limit = torch.logit(torch.tensor(threshold)).item()
         return replace(self, rule=replace(self.rule, limit=limit))
+
+    def with_certificate(self, certificate: Any) -> "Steering":
+        """Return this steering with the certificate that was issued for it."""
+        steering = replace(self)
+        # Not an argument of the constructor, so that a change of anything else drops it.
+        object.__setattr__(steering, "certificate", certificate)
+        return steering
+
+    def check(self, model: Any) -> None:
+        """Refuse a model other than the one this steering was certified for, or fitted on.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        (self.probe if self.certificate is None else self.certificate).check(model)
 
     def fwd_hooks(self) -> list[tuple[str, "SteerHook"]]:
         """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`.

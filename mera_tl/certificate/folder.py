@@ -1,0 +1,138 @@
+"""The folder of a decision: steering.json, steering.safetensors and a model card, README.md.
+
+The JSON holds the certificate and what is plain of the steering, under one hash; the tensors are
+named in it by theirs. Nothing is pickled, nothing is executed, and a folder is whole or absent.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mera_tl import storage
+from mera_tl.certificate.description import describe, probe_values, rebuild, tensors_of
+from mera_tl.steering.spaces import ResidualSpace, Space
+from mera_tl.steering.steering import Steering
+
+FORMAT = 1
+"""Of the folder; raised when a file changes its meaning."""
+FILES = ("steering.json", "steering.safetensors", "README.md")
+
+
+def write_folder(
+    folder: Path, certificate: Mapping[str, Any], steering: Steering | None, sentence: str
+) -> Path:
+    """Write a decision, whole or not at all, in place of an earlier one.
+
+    Raises:
+        ValueError: if the folder holds other files.
+    """
+    strangers = {path.name for path in folder.iterdir()} - {*FILES} if folder.exists() else set()
+    if strangers:
+        raise ValueError(
+            f"{folder} holds other files ({sorted(strangers)[0]}); choose a folder of its own."
+        )
+    content: dict[str, Any] = {"format": FORMAT, **certificate, "steering": None}
+    if steering is not None:
+        content |= {"steering": describe([steering])[0], "probe": probe_values(steering.probe)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parts = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        new, old = parts / "new", parts / "old"
+        new.mkdir()
+        if steering is not None:
+            storage.save_tensors(new / "steering.safetensors", tensors_of(steering))
+        storage.write_text(new / "README.md", _card(folder.name, content, sentence))
+        storage.write_json(new / "steering.json", {**content, "seal": storage.fingerprint(content)})
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(parts)
+    return folder
+
+
+def read_folder(folder: Path, space: Space | None) -> tuple[dict[str, Any], Steering | None]:
+    """Read a certificate's JSON and the steering; None where it needs SAEs and none are given.
+
+    Raises:
+        ValueError: if a file is missing, damaged, of another format or was changed.
+    """
+    path = folder / "steering.json"
+    content = storage.read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not of format {FORMAT}; it was saved by another version of mera_tl, or is "
+            "no steering: save it again."
+        )
+    seal = content.pop("seal", None)
+    if seal != storage.fingerprint(content):
+        raise ValueError(
+            f"{path} was changed after it was saved: its content does not match its hash; save it "
+            "again."
+        )
+    described = content["steering"]
+    if described is None:
+        return content, None
+    if space is None:
+        if described["space"]["name"] != ResidualSpace.name:
+            return content, None
+        space = ResidualSpace()
+    tensors = storage.load_tensors(folder / "steering.safetensors")
+    return content, rebuild(described, content["probe"], tensors, space)
+
+
+def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
+    """Write the model card: what it does, numbers, promise, limits."""
+    calibration, steering = content["calibration"], content["steering"]
+    setup, first, terms = calibration["setup"], *sentence.split("\n")
+    head = ["---", "library_name: mera_tl", "tags: [steering, activation-engineering]", "---"]
+    lines = [*head, f"# {name}", "", f"**{first}**", "", terms, ""]
+    if setup:
+        lines += [
+            f"Model: `{setup['model']}` (weights `{setup['model_fingerprint']}`); task: "
+            f"`{setup['task']}` (options {', '.join(setup['options'])}); answers read by "
+            f"`{setup['readout']['readout']}`.",
+            "",
+        ]
+    if steering is None:
+        return "\n".join([*lines, "This folder holds no steering."]) + "\n"
+    number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
+    layers = ", ".join(map(str, steering["layers"]))
+    lines += [
+        "## What it does",
+        "",
+        f"It reads the model's own error by a linear probe of `resid_post` in layers {layers} "
+        f"(positions: {steering['positions']}; space: {steering['space']['name']}) and moves the "
+        f"activation by the rule `{steering['rule']}` ({number}).",
+        "",
+        "## Evidence",
+        "",
+        "| candidate | better | worse | gain | at least |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['candidate']} | {row['recoveries']} | {row['regressions']} "
+            f"| {row['gain']:+.3f} | {row['lower']:+.3f} |"
+            for row in calibration["evidence"]
+        ),
+        "",
+        "## Limits",
+        "",
+        "The promise is about the average over data drawn as the calibration examples were, with "
+        "this model, tokenizer, template and readout. It says nothing about subgroups, other "
+        "prompts, other tasks or side effects; `mera_tl` refuses another model. The hashes find "
+        "accidents and careless edits, they are no signature.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import mera_tl",
+        "",
+        'model = mera_tl.load_model("...")  # the model named above',
+        f'steering = mera_tl.load_steering("{name}", model=model)',
+        "outcomes = mera_tl.evaluate(model, task, steering.fwd_hooks())",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,77 @@
+"""Load a steering that a decision saved, for the model it was certified on and no other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.folder import FILES
+from mera_tl.models.model import Model
+from mera_tl.steering.spaces import Space
+from mera_tl.steering.steering import Steering
+
+
+@dataclass(frozen=True)
+class NoCertificate:
+    """Stands where a certificate was left behind, and says why."""
+
+    reason: str
+
+    def check(self, model: Model) -> None:
+        """Accept any model: nothing is promised."""
+
+    def __str__(self) -> str:
+        return f"NOT CERTIFIED: loaded anyway. {self.reason}"
+
+
+def load_steering(
+    source: str | Path,
+    *,
+    model: Model | None = None,
+    space: Space | None = None,
+    anyway: bool = False,
+) -> Steering:
+    """Return the steering that `Calibration.save` wrote, with its certificate.
+
+    `source` is a folder, or an id on the Hugging Face hub as "org/name", of which nothing but the
+    three files of a steering is fetched. `model` is checked against the certificate here;
+    `steering.check(model)` does so later. A steering in SAE space needs its `space`. With `anyway`
+    the steering comes without its certificate, which its repr says.
+
+    Raises:
+        ValueError: if a file is missing, damaged or was changed, the decision was to abstain, or
+            model, tokenizer, template or SAEs are not those certified.
+    """
+    folder = Path(source)
+    decision = Calibration.load(folder if folder.exists() else _fetch(str(source)), space=space)
+    if decision.abstained:
+        raise ValueError(f"{source} holds no steering, since the decision was to abstain.")
+    if not decision.steerings and "sae" in str(decision.best.steering.get("space")):
+        raise ValueError(
+            f"{source} steers in SAE space; pass space=load_saes(...), the SAEs it was made with."
+        )
+    steering = decision.steering
+    assert steering is not None
+    reason = "No model was named."
+    if model is not None:
+        try:
+            decision.check(model)
+            reason = f"It fits {model.name}."
+        except ValueError as error:
+            width = steering.probe.manifest.get("d_model", model.d_model)
+            if not anyway or (steering.probe.n_layers, width) != (model.n_layers, model.d_model):
+                raise
+            reason = str(error).split(";")[0] + "."
+    return steering.with_certificate(NoCertificate(reason)) if anyway else steering
+
+
+def _fetch(name: str) -> Path:
+    """Fetch the files of a steering from the hub."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # whatever its network library raises
+        raise ValueError(
+            f"{name} is neither a folder nor a steering that could be fetched from the hub "
+            f"({str(error).splitlines()[0]}); check the name or the connection."
+        ) from None

@@ -1,0 +1,132 @@
+"""Laws of saved decisions: bit for bit what was certified, for that model only, or refused."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import random_probe, talking_task
+
+from mera_tl import storage
+from mera_tl.certificate import Calibration, calibrate, load_steering
+from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.models import load_model
+from mera_tl.steering import Steering
+
+QUIET = ReadSettings(progress=False)
+
+
+@pytest.fixture(scope="module")
+def decided(models):
+    """A model, a task and a decision to steer (there is hardly anything that is not promised)."""
+    model = models["llama"]
+    task = talking_task(model).subset(range(20), role="calibration")
+    direction = torch.randn(2, model.n_layers, model.d_model)
+    steering = Steering(random_probe(model), direction, layers=(0, 2), positions="last")
+    grid = [steering.at(threshold) for threshold in (0.3, 0.5)]
+    return model, task, calibrate(model, task, grid, min_gain=-0.99, settings=QUIET)
+
+
+def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
+    model, task, decision = decided
+    folder = decision.save(tmp_path / "steering")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "steering.json",
+        "steering.safetensors",
+    ]
+    loaded = load_steering(folder, model=model)
+    assert loaded.certificate == decision
+    assert str(decision).split("\n")[0] in (folder / "README.md").read_text()
+    runs = [
+        evaluate(model, task, steering.fwd_hooks(), settings=QUIET)
+        for steering in (decision.steering, loaded)
+    ]
+    assert torch.equal(runs[0].probs, runs[1].probs) and runs[0].n_steered.sum() > 0
+    assert Calibration.load(folder) == decision
+    decision.save(folder)  # again, in its place
+    assert load_steering(folder).certificate == decision
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_path):
+    _, task, decision = decided
+    folder, other = decision.save(tmp_path / "steering"), models["qwen2"]
+    with pytest.raises(ValueError, match="certified on .* with weights .* anyway=True"):
+        load_steering(folder, model=other)
+    with pytest.raises(ValueError, match="with weights"):
+        load_steering(folder).check(other)
+    anyway = load_steering(folder, model=other, anyway=True)
+    assert "NOT CERTIFIED" in str(anyway.certificate) and "weights" in str(anyway.certificate)
+    assert "NoCertificate" in repr(anyway)
+    anyway.check(other)
+    assert evaluate(other, task, anyway.fwd_hooks(), settings=QUIET).n_steered.sum() > 0
+    chatty = dataclasses.replace(decided[0], chat=True)
+    with pytest.raises(ValueError, match="template"):
+        load_steering(folder, model=chatty)
+    load_steering(folder).check(decided[0])  # control
+
+
+def test_a_model_of_another_shape_is_refused_whatever_is_asked(decided, tmp_path):
+    folder = decided[2].save(tmp_path / "steering")
+    with pytest.raises(ValueError, match="certified on .* but organism has"):
+        load_steering(folder, model=load_model("organism"), anyway=True)
+
+
+def test_changes_of_any_file_are_found(decided, tmp_path):
+    folder = decided[2].save(tmp_path / "steering")
+    content = json.loads((folder / "steering.json").read_text())
+
+    def write(changed, sealed=True):
+        changed = {name: value for name, value in changed.items() if name != "seal"}
+        seal = storage.fingerprint(changed) if sealed else content["seal"]
+        storage.write_json(folder / "steering.json", {**changed, "seal": seal})
+
+    write({**content, "probe": {**content["probe"], "clip": 0.2}}, sealed=False)
+    with pytest.raises(ValueError, match="changed after it was saved"):
+        load_steering(folder)
+    write({**content, "steering": {**content["steering"], "limit": 0.7}})
+    with pytest.raises(ValueError, match="not the one that was|not the steering"):
+        load_steering(folder)
+    write({**content, "format": 99})
+    with pytest.raises(ValueError, match="another version"):
+        load_steering(folder)
+    write(content)
+    load_steering(folder)  # control
+    tensors = storage.load_tensors(folder / "steering.safetensors")
+    tensors["direction"][0, 0, 0] += 1e-6
+    storage.save_tensors(folder / "steering.safetensors", tensors)
+    with pytest.raises(ValueError, match="direction of this steering is not the one"):
+        load_steering(folder)
+    (folder / "steering.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        load_steering(folder)
+    (folder / "steering.json").unlink()
+    with pytest.raises(ValueError, match="no file"):
+        load_steering(folder)
+
+
+def test_an_abstention_is_kept_and_steers_nothing(decided, tmp_path):
+    none = decided[2].at(min_gain=0.99)
+    folder = none.save(tmp_path / "none")
+    assert Calibration.load(folder) == none and Calibration.load(folder).fwd_hooks() == []
+    assert not (folder / "steering.safetensors").exists()
+    with pytest.raises(ValueError, match="decision was to abstain"):
+        load_steering(folder)
+
+
+def test_a_folder_of_something_else_is_left_alone(decided, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        decided[2].save(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    with pytest.raises(ValueError, match="neither a folder nor a steering that could be fetched"):
+        load_steering("nobody/nothing")
+
+
+def test_loading_says_nothing_that_a_person_must_not_worry_about(decided, tmp_path):
+    folder = decided[2].save(tmp_path / "steering")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_steering(folder)
