@@ -25,11 +25,14 @@ class Window:
     real: Bool[Tensor, "batch pos"]
     """False where a column is padding."""
     n_prompt: int
-    """How many of the columns, counted from the left, belong to the prompt."""
+    """How many of the columns, counted from the left, belong to the prompt; more than there are
+    where the prompt goes on in the next pass."""
     answers: Int[Tensor, " batch"] | None = None
     """The option each row is about to answer unsteered, once that is known."""
     labels: Int[Tensor, " batch"] | None = None
     """A number of the caller's for each row, which stays with it as rows come and go."""
+    ends: Int[Tensor, " batch"] | None = None
+    """`n_prompt` row by row, where prompts are padded on the right."""
 
 
 @contextmanager

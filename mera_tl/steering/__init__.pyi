@@ -1,3 +1,7 @@
+from .attach import Attachment as Attachment
+from .attach import Generation as Generation
+from .attach import attach_hooks as attach_hooks
+from .attach import hash_of_prompt as hash_of_prompt
 from .directions import KINDS as KINDS
 from .directions import Direction as Direction
 from .directions import Statistics as Statistics

@@ -6,17 +6,21 @@ space writes it back. A `Steering` is a frozen value; `at(threshold)` gives anot
 
 import math
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mera_tl.inference.answers import OptionTokens
 from mera_tl.inference.decoding import Window
 from mera_tl.models.model import resid_post
 from mera_tl.probes.probe import LinearProbe
+from mera_tl.steering.attach import Attachment, attach_hooks
 from mera_tl.steering.rules import Adaptive, Gated, Rule
 from mera_tl.steering.spaces import ResidualSpace, Space
 
@@ -134,6 +138,22 @@ class Steering:
         """The score above which a token is moved; -inf for a rule that moves every one."""
         return self.rule.limit if isinstance(self.rule, Adaptive | Gated) else -math.inf
 
+    def attach(
+        self, model: Any, *, log: str | Path | None = None, options: OptionTokens | None = None
+    ) -> AbstractContextManager[Attachment]:
+        """Steer a model of any kind for the length of a `with` block.
+
+        `model` is a `mera_tl.Model`, a `HookedTransformer`, a `TransformerBridge`, or any
+        decoder-only model of transformers; call its forward or `generate` as ever, in batches
+        padded on either side, with beams, draws, with or without a cache. `log` is a file to which
+        every prompt adds a line of JSON (see `Generation.records`). A steering that depends on the
+        unsteered answer needs the `options`, and then runs every prompt once more.
+
+        Raises:
+            ValueError: as `attach_hooks`.
+        """
+        return attach_hooks(model, self.fwd_hooks(), log=log, options=options)
+
     def _hooks(self) -> list[tuple[str, "SteerHook"]]:
         return [(resid_post(layer), self.hook(layer)) for layer in self.layer_numbers]
 
@@ -167,6 +187,11 @@ class SteerHook:
     space: Space
     positions: Positions
 
+    def to(self, device: torch.device) -> "SteerHook":
+        """Return the same hook with its vectors on a device."""
+        moved = {n: getattr(self, n).to(device) for n in ("weights", "bias", "step")}
+        return replace(self, **moved)
+
     @property
     def per_answer(self) -> bool:
         """Whether the unsteered answer must be known, for the direction or for the probe."""
@@ -175,12 +200,12 @@ class SteerHook:
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         """Return the steered activation."""
         window = hook.ctx.get("window")
-        start = self._first_column(resid.shape[1], window)
-        if start >= resid.shape[1] or (
+        span = self._columns(resid.shape[1], window)
+        if span.start >= span.stop or (
             self.per_answer and getattr(window, "answers", None) is None
         ):
             return resid
-        here = resid[:, start:]
+        here = resid[:, span]
         features = self.space.read(here, self.layer)
         weights, bias, step = (
             self._for_rows(values, window).to(here.device)
@@ -192,11 +217,13 @@ class SteerHook:
         step = step[:, None]
         moved = (amount != 0) & (step != 0).any(-1)
         if window is not None:
-            real = window.real[:, start:].to(here.device)
-            hook.ctx["moved"] = torch.nn.functional.pad(moved & real, (start, 0))
+            inside = self._inside(span, window).to(here.device)
+            moved = moved & inside
+            margin = (span.start, resid.shape[1] - span.stop)
+            hook.ctx["moved"] = torch.nn.functional.pad(moved, margin)
             hook.ctx["shift"] = torch.zeros(len(here), device=here.device)
-            hook.ctx["steerable"] = real.sum(-1)
-            hook.ctx["peak"] = score.masked_fill(~real, -torch.inf).amax(-1)
+            hook.ctx["steerable"] = inside.sum(-1)
+            hook.ctx["peak"] = score.masked_fill(~inside, -torch.inf).amax(-1)
         if not moved.any():
             return resid
         # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
@@ -204,11 +231,10 @@ class SteerHook:
         before = here[moved]
         after = self.space.write(before, features[moved], shift, self.layer)
         steered = resid.clone()
-        steered[:, start:][moved] = after
+        steered[:, span][moved] = after
         if window is not None:
-            size = before.float().norm(dim=-1).clamp(min=1e-12)  # padding may be nothing at all
+            size = before.float().norm(dim=-1).clamp(min=1e-12)
             relative = (after - before).float().norm(dim=-1) / size
-            relative = relative * window.real[:, start:].to(here.device)[moved]
             hook.ctx["shift"].index_add_(0, moved.nonzero()[:, 0], relative)
         return steered
 
@@ -222,9 +248,24 @@ class SteerHook:
         assert window is not None and window.answers is not None  # __call__ has looked
         return values[window.answers.to(values.device)]
 
-    def _first_column(self, n_columns: int, window: Window | None) -> int:
+    def _columns(self, n_columns: int, window: Window | None) -> slice:
+        """Return the columns of a pass that hold everything in scope."""
         n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
-        return first_column(self.positions, n_prompt, n_columns)
+        ends = None if window is None else window.ends
+        first_end = n_prompt if ends is None else int(ends.min())
+        start = first_column(self.positions, first_end, n_columns)
+        stop = min(n_prompt, n_columns) if self.positions == "final" else n_columns
+        return slice(start, stop)
+
+    def _inside(self, span: slice, window: Window) -> Bool[Tensor, "batch pos"]:
+        """Return which tokens of these columns are in scope, row by row."""
+        real = window.real[:, span]
+        if window.ends is None or self.positions == "all":
+            return real
+        column = torch.arange(span.start, span.stop, device=real.device)
+        final = window.ends.to(real.device)[:, None] - 1
+        in_scope = {"last": column >= final, "final": column == final, "generated": column > final}
+        return real & in_scope[self.positions]
 
 
 def first_column(positions: str, n_prompt: int, n_columns: int) -> int:

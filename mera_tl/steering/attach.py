@@ -1,0 +1,499 @@
+"""Put steering hooks on the model that a user has, for the length of a `with` block.
+
+Steering needs to know where it is: which columns of a pass are padding, and where the prompt ends.
+Inside `evaluate` it is told. Elsewhere it follows from what the model is called with:
+
+- the *attention mask* says what is padding, on either side;
+- the length of the *cache* says which columns of the sequence a pass holds;
+- a call of `generate` says how long the prompt is, for all passes that it makes, with or without a
+  cache, for beams and several draws alike;
+- outside `generate`, a pass on an empty cache is a prompt, and a single column on a cache is a
+  generated token.
+
+Where that is not enough (a batch without a mask, several columns on a cache outside `generate`) and
+it matters for the scope of the steering, the pass is refused rather than steered somewhere else.
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mera_tl.inference.answers import OptionTokens
+from mera_tl.inference.decoding import Window
+from mera_tl.models.model import FwdHooks, Model
+
+logger = logging.getLogger(__name__)
+
+_STEERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""First layers of the models that have hooks of ours on."""
+
+
+@contextmanager
+def attach_hooks(
+    model: Any,
+    fwd_hooks: FwdHooks,
+    *,
+    log: str | Path | None = None,
+    options: OptionTokens | None = None,
+) -> Iterator["Attachment"]:
+    """Steer a model for the length of a `with` block; see `Steering.attach`.
+
+    `model` is a `mera_tl.Model`, a `HookedTransformer`, a `TransformerBridge`, or any decoder-only
+    causal language model of transformers. `fwd_hooks` are those of a `Steering`.
+
+    Raises:
+        ValueError: if the model is steered already, has fewer layers than the hooks, or is none of
+            these; where steering depends on the unsteered answer and `options` are missing; and,
+            from within a pass of the model, where the place of the prompt cannot be known.
+    """
+    host = _host_of(model)
+    hooks = [hook for _, hook in fwd_hooks]
+    _check(host, hooks, options)
+    attachment = Attachment(host, hooks, options, None if log is None else Path(log))
+    _STEERED.add(host.layers[0])
+    try:
+        with ExitStack() as stack:
+            for handle in attachment.put_on():
+                stack.callback(handle)
+            yield attachment
+            attachment.finish()
+    finally:
+        _STEERED.discard(host.layers[0])
+    attachment.warn_if_idle()
+
+
+def _check(host: "_Host", hooks: Sequence[Any], options: OptionTokens | None) -> None:
+    if not hooks:
+        raise ValueError("There are no hooks to attach; pass those of a Steering.")
+    beyond = [hook.layer for hook in hooks if hook.layer >= len(host.layers)]
+    if beyond:
+        raise ValueError(
+            f"This steering moves layer {beyond[0]}, but {host.name} has {len(host.layers)} "
+            f"layers, numbered 0 to {len(host.layers) - 1}; attach it to the model it was made for."
+        )
+    if host.layers[0] in _STEERED:
+        raise ValueError(
+            f"{host.name} is being steered already; leave that `with` block first, since the "
+            "effect of two steerings at once is not what either was certified for."
+        )
+    if options is None and any(hook.per_answer for hook in hooks):
+        raise ValueError(
+            "This steering depends on the option that the model is about to answer; pass "
+            "options=option_tokens(model, task.options) to say which those are."
+        )
+
+
+# --- what the hooks did -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Generation:
+    """What steering did to the rows of one prompt pass and of the passes that continued it."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids of each row, without padding; empty where the model was given embeddings."""
+    n_steered: Int[Tensor, " batch"]
+    """(layer, token) pairs that were moved."""
+    n_steerable: Int[Tensor, " batch"]
+    """(layer, token) pairs in scope."""
+    shift: Float[Tensor, " batch"]
+    """Sum of |shift| / |h| over the moved pairs."""
+    peak: Float[Tensor, " batch"]
+    """Highest score that a hook saw."""
+
+    @classmethod
+    def begin(
+        cls, prompts: Sequence[Sequence[int]], n_rows: int, device: torch.device
+    ) -> "Generation":
+        """Return the counts before the first pass."""
+        none = torch.zeros(n_rows, dtype=torch.long, device=device)
+        shift = torch.zeros(n_rows, device=device)
+        return cls(tuple(map(tuple, prompts)), none, none.clone(), shift, shift - torch.inf)
+
+    @torch.no_grad()
+    def add(self, left: dict[str, Any]) -> None:
+        """Take in what a hook left of one pass."""
+        if "moved" not in left or len(left["moved"]) != len(self.peak):
+            return
+        here = self.peak.device  # of several devices, that of the first steered layer
+        self.n_steered += left.pop("moved").sum(-1).to(here)
+        self.n_steerable += left.pop("steerable").to(here)
+        self.shift += left.pop("shift").to(here)
+        self.peak = self.peak.maximum(left.pop("peak").to(here))
+
+    def records(self, n_prompts: int) -> Iterator[dict[str, Any]]:
+        """Yield one record per prompt; its beams and draws are summed up."""
+        group = max(1, len(self.peak) // max(1, n_prompts))
+        for start in range(0, len(self.peak), group):
+            rows = slice(start, start + group)
+            ids = self.prompts[start] if self.prompts else ()
+            n_steered = int(self.n_steered[rows].sum())
+            yield {
+                "prompt": hash_of_prompt(ids) if ids else None,
+                "n_prompt": len(ids) or None,
+                "n_steerable": int(self.n_steerable[rows].sum()),
+                "n_steered": n_steered,
+                "fired": n_steered > 0,
+                "shift": float(self.shift[rows].sum()) / max(1, n_steered),
+                "predicted_error": float(torch.sigmoid(self.peak[rows].amax())),
+            }
+
+
+def hash_of_prompt(ids: Sequence[int]) -> str:
+    """Return the SHA-256 of a prompt's token ids, written in decimal with commas between."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+
+# --- hooks on, and where they are ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What a forward pass was called with, as far as it says where its columns are."""
+
+    mask: Tensor | None
+    n_past: int
+    unsteered_logits: Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch d_vocab"]]
+    """Run the same pass once more and return the logits at one column of each row."""
+
+
+class _Point:
+    """Stands in for a `HookPoint`: a hook only looks at its `ctx`."""
+
+    def __init__(self) -> None:
+        self.ctx: dict[str, Any] = {}
+
+
+class Attachment:
+    """Hooks on a model, and what they have done so far.
+
+    `n_passes` counts forward passes, `n_calls` calls of hooks, `n_steered` the (layer, token) pairs
+    that were moved, and `peak` is the highest score seen.
+    """
+
+    def __init__(
+        self,
+        host: "_Host",
+        hooks: Sequence[Any],
+        options: OptionTokens | None,
+        log: Path | None,
+    ) -> None:
+        self._host, self._options, self._log = host, options, log
+        self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]
+        self._needs_place = any(hook.positions != "all" for hook in hooks)
+        self._per_answer = any(hook.per_answer for hook in hooks)
+        self.n_passes = self.n_calls = self.n_steered = 0
+        self.peak = -torch.inf
+        self._pass: _Pass | None = None
+        self._window: Window | None = None
+        self._answers: Int[Tensor, " batch"] | None = None
+        self._current: Generation | None = None
+        self._tokens: Tensor | None = None
+        self._n_prompt: int | None = None  # columns of the prompt of the running `generate`
+        self._n_prompts = 0  # and its prompts, each of which may have several rows
+        self._is_generating = self._is_paused = False
+
+    def put_on(self) -> Iterator[Callable[[], None]]:
+        """Register everything; yield how to take each off again."""
+        host = self._host
+        yield from (h.remove for h in host.watch(self._begin, {h.layer for h in self._hooks}))
+        yield host.embed.register_forward_pre_hook(self._see_tokens).remove
+        for hook in self._hooks:
+            function = partial(self._steer, hook, _Point())
+            yield host.layers[hook.layer].register_forward_hook(function).remove
+        for owner in host.generators:
+            own = vars(owner).get("generate")  # rarely: someone else has wrapped it for themselves
+            owner.__dict__["generate"] = self._within(owner.generate)
+            yield partial(_restore, owner, own)
+
+    def _within(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap `generate`, so that all its passes are known to belong to one prompt."""
+
+        @wraps(generate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._is_generating:  # a bridge calls the model that it wraps
+                return generate(*args, **kwargs)
+            self.finish()
+            names = ("inputs_embeds", "inputs", "input_ids", "input")
+            given = [kwargs.get(name) for name in names] + list(args[:1])
+            tokens = next((t for t in given if isinstance(t, Tensor) and t.ndim > 1), None)
+            self._n_prompt = None if tokens is None else tokens.shape[1]
+            self._n_prompts = 0 if tokens is None else len(tokens)
+            self._is_generating = True
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._is_generating = False
+                self.finish()
+
+        return wrapped
+
+    def finish(self) -> None:
+        """End the running generation, and log it."""
+        current, self._current, self._answers = self._current, None, None
+        self._n_prompt = None
+        if current is None:
+            return
+        self.n_steered += int(current.n_steered.sum())
+        self.peak = max(self.peak, float(current.peak.amax()))
+        if self._log is not None:
+            records = current.records(self._n_prompts or len(current.peak))
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(lines)
+
+    def warn_if_idle(self) -> None:
+        """Say so where hooks were on and nothing was steered: it looks like success otherwise."""
+        if not self.n_passes:
+            return
+        if self.n_steered:
+            return
+        error = torch.tensor(self.peak).sigmoid().item()
+        reason = "no steered layer was run"
+        if self.n_calls:
+            reason = f"the highest predicted error was {error:.3f}" if error else "none in scope"
+        warnings.warn(
+            f"A steering was attached to {self._host.name} for {self.n_passes} forward passes and "
+            f"moved no token: {reason}.",
+            stacklevel=4,
+        )
+
+    # --- during a pass ---
+
+    def _see_tokens(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002
+        self._tokens = args[0] if args else None
+
+    def _begin(self, begun: _Pass) -> None:
+        if not self._is_paused:
+            self.n_passes += 1
+            self._pass, self._window = begun, None
+
+    def _steer(self, hook: Any, point: _Point, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
+        if self._is_paused:
+            return None
+        resid = output[0] if isinstance(output, tuple) else output
+        if self._window is None:
+            self._window = self._describe(resid)
+        point.ctx["window"] = self._window
+        steered = hook(resid, point)
+        self.n_calls += 1
+        assert self._current is not None
+        self._current.add(point.ctx)
+        if steered is resid:
+            return None
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+    def _describe(self, resid: Float[Tensor, "batch pos d_model"]) -> Window:
+        """Work out where the columns of this pass are."""
+        assert self._pass is not None
+        n_rows, n_columns = resid.shape[:2]
+        n_past, mask = self._pass.n_past, self._mask(n_rows, n_columns)
+        n_prompt = self._prompt_columns(n_rows, n_columns)
+        real = torch.ones(n_rows, n_columns, dtype=torch.bool, device=resid.device)
+        ends = None
+        if mask is not None:
+            real = mask[:, n_past : n_past + n_columns].to(resid.device)
+            ends = _row_ends(mask[:, : n_past + n_prompt], n_past) if n_prompt else None
+        if self._current is None:
+            self._begin_generation(real)
+        if self._per_answer and self._answers is None:
+            self._answers = self._ask(n_prompt, ends, n_rows)
+        if self._answers is not None and len(self._answers) != n_rows:
+            raise ValueError(
+                f"The batch changed from {len(self._answers)} to {n_rows} rows while decoding, so "
+                "the answers on which this steering depends are not known; use `generate`."
+            )
+        return Window(real, n_prompt, self._answers, ends)
+
+    def _mask(self, n_rows: int, n_columns: int) -> Bool[Tensor, "batch all_pos"] | None:
+        assert self._pass is not None
+        mask, n_past = self._pass.mask, self._pass.n_past
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= n_past + n_columns:
+            return mask.bool()
+        # A single row is not padded, a decoded column is never padding, and `generate` (which drops
+        # a mask of ones) goes on from the last column, whatever is on the left.
+        is_clear = n_rows == 1 or (n_past > 0 and n_columns == 1) or self._is_generating
+        needs = self._needs_place or self._per_answer
+        if needs and not is_clear:
+            what = "no attention mask" if mask is None else "a mask of another shape"
+            raise ValueError(
+                f"A batch of {n_rows} rows came with {what}, so where its prompts end is not "
+                "known; pass attention_mask with one row per prompt (1 for tokens, 0 for padding)."
+            )
+        return None
+
+    def _prompt_columns(self, n_rows: int, n_columns: int) -> int:
+        """Return how many columns of this pass, from its first, belong to the prompt."""
+        assert self._pass is not None
+        n_past = self._pass.n_past
+        if self._is_generating:
+            if self._n_prompt is None:
+                self._n_prompt = n_past + n_columns
+            return max(0, self._n_prompt - n_past)
+        if n_past == 0:
+            self.finish()  # the next prompt of a loop that the user wrote
+            self._n_prompts = n_rows
+            return n_columns
+        if n_columns > 1 and self._needs_place:
+            raise ValueError(
+                f"{n_columns} columns came on a cache of {n_past}, so whether they are prompt or "
+                "reply is not known; run the prompt in one pass, or use `generate`."
+            )
+        return 0
+
+    def _begin_generation(self, real: Bool[Tensor, "batch pos"]) -> None:
+        tokens, prompts = self._tokens, []
+        if self._log is not None and tokens is not None and tokens.shape == real.shape:
+            rows = zip(tokens.tolist(), real.tolist(), strict=True)
+            prompts = [[t for t, is_real in zip(*row, strict=True) if is_real] for row in rows]
+        self._current = Generation.begin(prompts, len(real), real.device)
+
+    def _ask(
+        self, n_prompt: int, ends: Int[Tensor, " batch"] | None, n_rows: int
+    ) -> Int[Tensor, " batch"]:
+        """Return the option that each row is about to answer unsteered."""
+        assert self._pass is not None and self._options is not None
+        if self._pass.n_past:
+            raise ValueError(
+                "This steering depends on the answer to the prompt, but the cache holds tokens "
+                "already; start from an empty cache."
+            )
+        last = torch.full((n_rows,), n_prompt) if ends is None else ends.cpu()
+        self._is_paused = True
+        try:
+            with torch.no_grad():
+                logits = self._pass.unsteered_logits(last - 1)
+        finally:
+            self._is_paused = False
+        return self._options.class_logits(logits).argmax(-1)
+
+
+def _row_ends(mask: Bool[Tensor, "batch pos"], n_past: int) -> Int[Tensor, " batch"] | None:
+    """Return where the prompts end, row by row; None where all end at the last column."""
+    if bool(mask[:, -1].all()):
+        return None
+    column = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return ((mask * column).amax(-1) - n_past).clamp(min=0)
+
+
+def _restore(owner: Any, generate: Callable[..., Any] | None) -> None:
+    if generate is None:
+        del owner.__dict__["generate"]
+    else:
+        owner.__dict__["generate"] = generate
+
+
+# --- kinds of models ----------------------------------------------------------------------------
+
+
+_Begin = Callable[[_Pass], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Host:
+    """Where hooks go on a model, and how its passes are noticed."""
+
+    name: str
+    layers: Sequence[nn.Module]
+    embed: nn.Module
+    generators: tuple[Any, ...]
+    """Objects whose `generate` says how long the prompt is."""
+    watch: Callable[[_Begin, set[int]], Iterator[Any]]
+    """Have a function called before every pass over some layers; yield handles."""
+
+    def device_of(self, layer: int) -> torch.device:
+        """Return where a layer computes."""
+        device = next(weight.device for weight in self.layers[layer].parameters())
+        # Offloaded weights are fetched as they are needed.
+        return torch.device("cpu") if device.type == "meta" else device
+
+
+def _host_of(model: Any) -> _Host:
+    """Find out what kind of model this is, by its parts."""
+    name = model.name if isinstance(model, Model) else type(model).__name__
+    model = model.hooked if isinstance(model, Model) else model
+    inner = getattr(model, "original", None) or vars(model).get("original_model")
+    if inner is not None:  # the hugging_face engine, or a bridge
+        return _hugging_face(inner, name, (model, inner))
+    if hasattr(model, "hook_dict") and hasattr(model, "blocks"):
+        return _transformer_lens(model, name)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", True):
+        raise ValueError(
+            f"{name} is no model that can be steered; pass a mera_tl.Model, a HookedTransformer, a "
+            "TransformerBridge or a decoder-only causal language model of transformers."
+        )
+    return _hugging_face(model, name, (model,))
+
+
+def _hugging_face(model: Any, name: str, owners: tuple[Any, ...]) -> _Host:
+    """Take a model of transformers: a pass begins in the module that holds the decoder layers."""
+    layers = decoder_layers(model)
+    body = next(
+        m for m in model.modules() if any(list(c.children()) == layers for c in m.children())
+    )
+    names, head = list(inspect.signature(body.forward).parameters), model.get_output_embeddings()
+
+    def before(begin: _Begin, module: Any, args: Any, kwargs: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        n_past = 0 if cache is None else int(cache.get_seq_length())
+
+        def unsteered_logits(column: Tensor) -> Tensor:
+            hidden = module.forward(**given | {"past_key_values": None, "use_cache": False})[0]
+            return head(hidden[torch.arange(len(hidden)), column])
+
+        begin(_Pass(given.get("attention_mask"), n_past, unsteered_logits))
+
+    def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:  # noqa: ARG001
+        yield body.register_forward_pre_hook(partial(before, begin), with_kwargs=True)
+
+    generators = tuple(owner for owner in owners if hasattr(owner, "generate"))
+    return _Host(name, layers, model.get_input_embeddings(), generators, watch)
+
+
+def _transformer_lens(model: Any, name: str) -> _Host:
+    """Take a `HookedTransformer`, whose `generate` calls its blocks but not the model itself."""
+
+    def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:
+        latest = [len(model.blocks)]
+
+        def before(number: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+            is_first, latest[0] = number <= latest[0], number
+            if not is_first:
+                return
+            entry = kwargs.get("past_kv_cache_entry")
+            n_past = 0 if entry is None else entry.past_keys.shape[1]
+            rest = {n: kwargs.get(n) for n in ("shortformer_pos_embed", "attention_mask")}
+
+            def unsteered_logits(column: Tensor) -> Tensor:
+                logits = model.forward(args[0], start_at_layer=number, **rest)
+                latest[0] = number
+                return logits[torch.arange(len(logits)), column]
+
+            begin(_Pass(rest["attention_mask"], n_past, unsteered_logits))
+
+        for number in sorted(steered):
+            block = model.blocks[number]
+            yield block.register_forward_pre_hook(partial(before, number), with_kwargs=True)
+
+    return _Host(name, list(model.blocks), model.embed, (model,), watch)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a causal language model: its largest list of that many modules."""
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    return list(max(lists, key=lambda found: sum(w.numel() for w in found.parameters())))

@@ -1,0 +1,355 @@
+"""A steering on the user's own model does what it does in `evaluate`."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAMILIES, make_task, random_probe, talking_task
+
+from mera_tl import Adaptive, Additive, Steering, evaluate, load_model
+from mera_tl.inference import Decoding, hooked_pass
+from mera_tl.models import resid_post
+
+N_NEW = 6
+PROMPTS = [
+    "the film is not good question : answer :",
+    "red bird tree",
+    "spam ham yes no positive negative question answer : ? one two three",
+    "it was very blue",
+    "a",
+    "seven eight nine ten question : good bad ?",
+    "film film film film answer :",
+    "one two",
+]
+
+
+@pytest.fixture(scope="module")
+def originals(checkpoints):
+    """The same checkpoints as a user of transformers has them, and their ends never sampled."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = {}
+    for family, path in checkpoints.items():
+        loaded[family] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        loaded[family].generation_config.eos_token_id = None
+    return loaded
+
+
+def padded(prompts: list[list[int]], side: str = "left"):
+    width = max(map(len, prompts))
+    pads = [[0] * (width - len(p)) for p in prompts]
+    ones = [[1] * len(p) for p in prompts]
+    pairs = [(p, row) for p, row in zip(pads, prompts, strict=True)]
+    masks = [(p, row) for p, row in zip(pads, ones, strict=True)]
+    order = (0, 1) if side == "left" else (1, 0)
+    stack = lambda rows: torch.tensor([r[order[0]] + r[order[1]] for r in rows])  # noqa: E731
+    return stack(pairs), stack(masks)
+
+
+def ours(model, prompts, steering) -> torch.Tensor:
+    """Greedy tokens of our own decoding."""
+    hooks = steering.fwd_hooks()
+    with torch.inference_mode(), hooked_pass(model, hooks):
+        decoding = Decoding(model, prompts, hooks)
+        logits, out = decoding.prompt(), []
+        for _ in range(N_NEW):
+            out.append(logits.argmax(-1))
+            logits = decoding.next(out[-1])
+    return torch.stack(out, 1)
+
+
+def theirs(hf, prompts, steering, **options) -> torch.Tensor:
+    ids, mask = padded(prompts)
+    with steering.attach(hf):
+        out = hf.generate(
+            ids, attention_mask=mask, max_new_tokens=N_NEW, do_sample=False, **options
+        )
+    return out[:, ids.shape[1] :]
+
+
+def steering_for(model, positions: str = "all", *, threshold: float = 0.5) -> Steering:
+    probe = random_probe(model, scale=3.0)
+    direction = torch.randn(probe.weights.shape, generator=torch.Generator().manual_seed(1))
+    direction = (
+        torch.where((direction * probe.weights).sum(-1, keepdim=True) > 0, 1, -1) * direction
+    )
+    return Steering(probe, direction, positions=positions).at(threshold)  # pyright: ignore
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "final", "generated"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_of_hugging_face_says_the_tokens_of_our_own_decoding(
+    models, originals, family, positions
+):
+    model, hf = models[family], originals[family]
+    steering = steering_for(model, positions)
+    prompts = model.tokenize(PROMPTS)
+    expected = ours(model, prompts, steering)
+    for cache in (True, False):
+        assert torch.equal(theirs(hf, prompts, steering, use_cache=cache), expected)
+        one_by_one = [theirs(hf, [p], steering, use_cache=cache) for p in prompts[:3]]
+        assert torch.equal(torch.cat(one_by_one), expected[:3])
+    # The control: steering changes these tokens, and so does another scope.
+    unsteered = hf.generate(
+        *padded(prompts)[:1],
+        attention_mask=padded(prompts)[1],
+        max_new_tokens=N_NEW,
+        do_sample=False,
+    )[:, -N_NEW:]
+    assert not torch.equal(unsteered, expected)
+
+
+@pytest.mark.parametrize("engine", ["HookedTransformer", "TransformerBridge", "hugging_face"])
+def test_every_kind_of_model_is_steered_alike(models, originals, checkpoints, engine):
+    steering = steering_for(models["llama"], "last")
+    prompts = models["llama"].tokenize(PROMPTS[:2])
+    ids, mask = padded(prompts)
+    if engine == "hugging_face":
+        host = load_model(str(checkpoints["llama"]), device="cpu", engine="hugging_face")
+        run = lambda: host.hooked.original(ids, attention_mask=mask).logits  # noqa: E731
+    elif engine == "HookedTransformer":
+        host = models["llama"].hooked
+        run = lambda: host(ids, attention_mask=mask)  # noqa: E731
+    else:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        host = TransformerBridge.boot_transformers(str(checkpoints["llama"]), device="cpu")
+        run = lambda: host.original_model(ids, attention_mask=mask).logits  # noqa: E731
+    with torch.no_grad(), steering.attach(originals["llama"]):
+        expected = originals["llama"](ids, attention_mask=mask).logits
+    with torch.no_grad():
+        unsteered = run()
+        with steering.attach(host):
+            steered = run()
+    real = mask.bool()
+    torch.testing.assert_close(steered[real], expected[real], atol=2e-4, rtol=1e-4)
+    assert (steered - unsteered)[real].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformer_lens_generates_the_same_tokens(models, family, cached):
+    model, steering = models[family], steering_for(models[family], "final")
+    prompts = model.tokenize(PROMPTS[2:3])
+    with steering.attach(model):
+        out = model.hooked.generate(
+            torch.tensor(prompts),
+            max_new_tokens=N_NEW,
+            do_sample=False,
+            stop_at_eos=False,
+            use_past_kv_cache=cached,
+            verbose=False,
+        )
+    assert torch.equal(out[:, -N_NEW:], ours(model, prompts, steering))
+
+
+def test_evaluate_on_a_steered_model_is_evaluate_with_hooks(models):
+    model = models["qwen2"]
+    task = talking_task(model, 16)
+    unsteered = evaluate(model, task)
+    for positions in ("all", "last", "final", "generated"):
+        steering = steering_for(model, positions)
+        with_hooks = evaluate(model, task, steering.fwd_hooks())
+        with steering.attach(model):
+            attached = evaluate(model, task)
+        assert torch.equal(with_hooks.predictions, attached.predictions)
+        torch.testing.assert_close(with_hooks.probs, attached.probs)
+        assert not torch.equal(attached.probs, unsteered.probs), positions
+
+
+@pytest.mark.parametrize("positions", ["all", "last", "final", "generated"])
+def test_padding_on_either_side_reads_the_same(models, originals, positions):
+    """Log-likelihoods do not depend on the batch: the final prompt token is each row's own."""
+    model, hf = models["qwen2"], originals["qwen2"]
+    steering, prompts = steering_for(model, positions), model.tokenize(PROMPTS)
+    with torch.no_grad(), steering.attach(hf):
+        alone = [hf(torch.tensor([p])).logits[0] for p in prompts]
+        for side in ("left", "right"):
+            ids, mask = padded(prompts, side)
+            batch = hf(ids, attention_mask=mask).logits
+            for row, expected in enumerate(alone):
+                torch.testing.assert_close(
+                    batch[row][mask[row] == 1], expected, atol=1e-4, rtol=1e-4
+                )
+
+
+def test_beams_and_draws_are_rows_of_their_prompt(models, originals):
+    model, hf = models["qwen2"], originals["qwen2"]
+    steering, prompts = steering_for(model, "last"), model.tokenize(PROMPTS[:3])
+    one = theirs(hf, prompts, steering, num_beams=1)
+    assert torch.equal(one, ours(model, prompts, steering))
+    for cache in (True, False):
+        beams = theirs(hf, prompts, steering, num_beams=3, num_return_sequences=2, use_cache=cache)
+        alone = [
+            theirs(hf, [p], steering, num_beams=3, num_return_sequences=2, use_cache=cache)
+            for p in prompts
+        ]
+        assert torch.equal(beams, torch.cat(alone)) and len(beams) == 6
+    ids, mask = padded(prompts)
+    with steering.attach(hf):
+        torch.manual_seed(0)
+        cached = hf.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=True)
+        torch.manual_seed(0)
+        again = hf.generate(
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=True, use_cache=False
+        )
+    assert torch.equal(cached, again)
+
+
+def test_a_hook_runs_once_per_layer_and_token_and_nothing_stays(models, originals):
+    model, hf = models["llama"], originals["llama"]
+    (prompt,) = model.tokenize(PROMPTS[:1])
+    ids = torch.tensor([prompt])
+    before = hf(ids).logits
+    with steering_for(model).attach(hf) as attachment:
+        for n_generations in (1, 2):
+            hf.generate(ids, max_new_tokens=N_NEW, do_sample=False)
+            # The last token is emitted but never fed back: 1 prompt pass and N_NEW - 1 others.
+            assert attachment.n_calls == n_generations * model.n_layers * (1 + N_NEW - 1)
+    assert torch.equal(hf(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+    assert "generate" not in vars(hf)
+
+
+def test_exceptions_leave_no_hook_and_steering_twice_is_refused(models, originals):
+    model, hf = models["llama"], originals["llama"]
+    steering = steering_for(model)
+
+    def fail(*args):
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"), steering.attach(hf):
+        hf.generate(torch.tensor([[4, 5]]), max_new_tokens=3, stopping_criteria=[fail])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hf.modules())
+    assert "generate" not in vars(hf)
+    with steering.attach(hf):
+        with pytest.raises(ValueError, match="steered already"), steering.attach(hf):
+            pass
+        assert hf(torch.tensor([[4, 5]])).logits.isfinite().all()
+    with steering.attach(hf):  # and free again
+        hf(torch.tensor([[4, 5]]))
+
+
+def test_above_every_limit_nothing_changes_bit_for_bit_and_it_is_said(models, originals):
+    model, hf = models["gemma2"], originals["gemma2"]
+    ids, mask = padded(model.tokenize(PROMPTS))
+    options = dict(attention_mask=mask, max_new_tokens=N_NEW, do_sample=False)
+    options |= dict(output_logits=True, return_dict_in_generate=True)
+    plain, steering = hf.generate(ids, **options), steering_for(model)
+    with (
+        pytest.warns(UserWarning, match=r"moved no token: the highest predicted error was \d\.\d+"),
+        replace(steering, probe=replace(steering.probe, bias=steering.probe.bias - 100)).attach(hf),
+    ):
+        steered = hf.generate(ids, **options)
+    assert all(map(torch.equal, plain.logits, steered.logits))
+    with steering.attach(hf):  # the control
+        moved = hf.generate(ids, **options)
+    assert not torch.equal(plain.logits[0], moved.logits[0])
+
+
+def test_where_the_place_is_unknown_the_pass_is_refused(models, originals):
+    model, hf = models["llama"], originals["llama"]
+    ids, mask = padded(model.tokenize(PROMPTS[:2]))
+    with steering_for(model, "last").attach(hf):
+        with pytest.raises(ValueError, match="no attention mask"):
+            hf(ids)
+        first = hf(ids, attention_mask=mask, use_cache=True)
+        with pytest.raises(ValueError, match="2 columns came on a cache"):
+            longer = torch.cat([mask, mask[:, :1] * 0 + 1, mask[:, :1] * 0 + 1], 1)
+            hf(ids[:, -2:], attention_mask=longer, past_key_values=first.past_key_values)
+        hf(ids[:1])  # one row is never padded
+    with steering_for(model, "all").attach(hf):
+        hf(ids)  # and everywhere is everywhere
+    with pytest.raises(ValueError, match="Linear is no model that can be steered"):
+        steering_for(model).attach(torch.nn.Linear(2, 2)).__enter__()
+    probe = random_probe(SimpleNamespace(n_layers=5, d_model=32))
+    with pytest.raises(ValueError, match="moves layer 3, but LlamaForCausalLM has 3 layers"):
+        Steering(probe, layers=(1, 3)).at(0.5).attach(hf).__enter__()
+
+
+def test_a_batch_in_bfloat16_is_steered_in_float32_and_cast_once(models, originals, checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    model = models["qwen2"]
+    hf = AutoModelForCausalLM.from_pretrained(checkpoints["qwen2"], dtype=torch.bfloat16).eval()
+    steering, prompts = steering_for(model), model.tokenize(PROMPTS)
+    ids, mask = padded(prompts)
+    seen = {}
+
+    def keep(module, args, output):
+        seen[module] = output[0] if isinstance(output, tuple) else output
+
+    hook = steering.fwd_hooks()[1][1]
+    layer = hf.model.layers[1]
+    with torch.no_grad(), steering.attach(hf):
+        handle = layer.register_forward_hook(keep)  # after ours: sees what it passed on
+        batch = hf(ids, attention_mask=mask).logits
+        handle.remove()
+        alone = hf(torch.tensor([prompts[0]])).logits
+    passed_on = seen[layer]
+    assert batch.dtype == passed_on.dtype == torch.bfloat16
+    score = passed_on[mask.bool()].float() @ hook.weights + hook.bias
+    assert score.max() < 0.1  # the limit is 0, up to the rounding of one cast
+    torch.testing.assert_close(batch[0][mask[0] == 1], alone[0], atol=0.15, rtol=0.05)
+
+
+def test_steering_by_the_answer_runs_the_answer_pass_itself(models, originals):
+    from mera_tl.inference import ReadSettings, option_tokens, read_batch
+
+    model, hf, task = models["qwen2"], originals["qwen2"], make_task(12)
+    options = option_tokens(model, task.options)
+    steering = steering_for(model, "last")
+    by_answer = torch.stack([steering.direction, -steering.direction])
+    steering = replace(steering, direction=by_answer, rule=Adaptive(-2.0))
+    prompts = model.tokenize([example.prompt for example in task.examples])
+    expected = read_batch(model, prompts, options, ReadSettings("last"), steering.fwd_hooks())
+    ids, mask = padded(prompts)
+    for host in (hf, model.hooked):
+        with torch.no_grad(), steering.attach(host, options=options):
+            out = host(ids, attention_mask=mask)
+        logits = out if isinstance(out, torch.Tensor) else out.logits
+        probs = options.class_logits(logits[:, -1]).softmax(-1)
+        torch.testing.assert_close(probs, expected.probs, atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        plain = options.class_logits(hf(ids, attention_mask=mask).logits[:, -1]).softmax(-1)
+    assert (plain - expected.probs).abs().max() > 0.01
+    with pytest.raises(ValueError, match="about to answer; pass options="):
+        steering.attach(hf).__enter__()
+
+
+def test_the_log_has_a_line_per_prompt(models, originals, tmp_path):
+    from mera_tl.steering import hash_of_prompt
+
+    model, hf, path = models["llama"], originals["llama"], tmp_path / "audit.jsonl"
+    prompts = model.tokenize(PROMPTS[:3])
+    steering = steering_for(model)
+    ids, mask = padded(prompts)
+    with steering.attach(hf, log=path):
+        hf.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, num_beams=2)
+        hf.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=4, do_sample=False)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [hash_of_prompt(prompts[i]) for i in (0, 1, 2, 0)]
+    assert [line["n_prompt"] for line in lines] == [len(prompts[i]) for i in (0, 1, 2, 0)]
+    assert all(line["fired"] and line["shift"] > 0 for line in lines)
+    assert all(0.5 < line["predicted_error"] < 1 for line in lines)
+    assert lines[3]["n_steerable"] == model.n_layers * (len(prompts[0]) + 3)
+
+
+def test_fixed_strengths_are_attached_too(models, originals):
+    model, hf = models["llama"], originals["llama"]
+    steering = replace(steering_for(model), rule=Additive(0.5), layers=(1,))
+    ids = torch.tensor([[4, 5, 6]])
+    seen = []
+    with torch.no_grad():
+        handle = hf.model.layers[1].register_forward_hook(lambda m, a, out: seen.append(out[0]))
+        hf(ids)
+        handle.remove()
+        with steering.attach(hf):
+            handle = hf.model.layers[1].register_forward_hook(lambda m, a, out: seen.append(out[0]))
+            hf(ids)
+            handle.remove()
+    change = (seen[1] - seen[0]).reshape(-1, model.d_model)
+    assert steering.fwd_hooks()[0][0] == resid_post(1)
+    torch.testing.assert_close(change.norm(dim=-1), 0.5 * steering.probe.resid_norm[1].expand(3))
