@@ -316,7 +316,7 @@ class Attachment:
                 f"The batch changed from {len(self._answers)} to {n_rows} rows while decoding, so "
                 "the answers on which this steering depends are not known; use `generate`."
             )
-        return Window(real, n_prompt, self._answers, ends)
+        return Window(real, n_prompt, self._answers, ends=ends)
 
     def _mask(self, n_rows: int, n_columns: int) -> Bool[Tensor, "batch all_pos"] | None:
         assert self._pass is not None
