@@ -10,8 +10,8 @@ from .inference.activations import Activations as Activations
 from .inference.activations import collect as collect
 from .inference.evaluation import evaluate as evaluate
 from .inference.outcomes import Outcomes as Outcomes
+from .models.loading import load_model as load_model
 from .models.model import Model as Model
-from .models.model import load_model as load_model
 from .probes.probe import LinearProbe as LinearProbe
 from .probes.probe import fit_error_probe as fit_error_probe
 from .steering.rules import Adaptive as Adaptive

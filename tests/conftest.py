@@ -5,12 +5,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# Hashes and load checks are kept for the length of a test run, not in the user's cache.
+os.environ["MERA_CACHE"] = tempfile.mkdtemp(prefix="mera-cache-")
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
 SHARED = Path(__file__).resolve().parents[2] / "shared"

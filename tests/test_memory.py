@@ -33,7 +33,8 @@ def profiled_peak(work) -> int:
 def test_weights_and_cache_are_exact(family, models, checkpoints):
     model, outline = models[family], load_model(str(checkpoints[family]), device="meta")
     weights = list(model.hooked.parameters())
-    held = sum(w.untyped_storage().nbytes() for w in {w.data_ptr(): w for w in weights}.values())
+    stores = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
+    held = sum(stores.values())
     assert memory.weight_bytes(outline) == held
     cache, tokens = model.new_cache(5), torch.ones(5, 11, dtype=torch.long)
     model.next_token_logits(tokens, torch.ones_like(tokens), cache)

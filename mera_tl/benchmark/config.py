@@ -75,7 +75,7 @@ class RunOptions:
     """Default: cuda where there is one."""
     n_devices: int = 1
     """GPUs to spread the model's layers over."""
-    engine: Literal["transformer_lens", "hugging_face"] = "transformer_lens"
+    engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
     """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""

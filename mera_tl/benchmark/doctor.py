@@ -102,7 +102,7 @@ def _device() -> list[Check]:
 def _model() -> list[Check]:
     from mera_tl.inference.answers import ReadSettings
     from mera_tl.inference.evaluation import evaluate
-    from mera_tl.models.model import load_model
+    from mera_tl.models.loading import load_model
     from mera_tl.tasks.task import load_task
 
     model = load_model("organism")

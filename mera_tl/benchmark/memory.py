@@ -19,7 +19,8 @@ from mera_tl.benchmark.run import Run
 from mera_tl.inference.activations import positions_of
 from mera_tl.inference.answers import ReadSettings, by_length
 from mera_tl.inference.evaluation import tokenize_task
-from mera_tl.models.model import Model, load_model
+from mera_tl.models.loading import load_model
+from mera_tl.models.model import Model
 
 GPU_TOKENS = 16384
 """Tokens a batch that keep a GPU busy; more only take memory."""
@@ -138,8 +139,9 @@ def _outline(config: RunConfig) -> Model:
 
 
 def weight_bytes(model: Model) -> int:
-    """Return the bytes of all parameters; TransformerLens keeps a tied embedding twice."""
-    return sum(w.numel() * w.element_size() for w in model.hooked.parameters())
+    """Return the bytes of all parameters, those of tied ones once."""
+    stores = [weight.untyped_storage() for weight in model.hooked.parameters()]
+    return sum({store._cdata: store.nbytes() for store in stores}.values())
 
 
 def cache_bytes(model: Model, rows: int, columns: int) -> int:

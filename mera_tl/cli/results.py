@@ -255,7 +255,7 @@ class Models:
     """Only names that contain this."""
 
     def __call__(self) -> None:
-        from mera_tl.models.model import model_names
+        from mera_tl.models.listing import model_names
 
         names = [name for name in model_names() if self.search.lower() in name.lower()]
         shown = names if self.search else names[:12]

@@ -1,118 +1,97 @@
-"""Checkpoints on disk as unprocessed `HookedTransformer`s.
+"""The TransformerLens engine: a Hugging Face model's own weights in a `HookedTransformer`.
 
-A Hugging Face folder is read by its own config.json, field by field: TransformerLens's own lookup
-goes by name and would take a folder called "llama" for an official model.
+Every hook point of TransformerLens, for the families that it computes like Hugging Face. The config
+is translated field by field (TransformerLens's own lookup goes by name, and would take a folder
+called "llama" for an official model); weights are never processed, and most are not even copied:
+they lie in memory as Hugging Face has them, which is how TransformerLens multiplies them.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mera_tl import storage
+from mera_tl.models.cache import KeyValueCache, LayerCache, rotate_once
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma2ForCausalLM", "GPT2LMHeadModel")
-"""Architectures that load from a local Hugging Face folder."""
+_CONVERTERS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma",
+    "GPT2LMHeadModel": "gpt2",
+}
+"""Architectures, and TransformerLens's modules that rename their weights."""
+FAMILIES = tuple(_CONVERTERS)
 
 
-def load_embedded(folder: Path, where: Mapping[str, Any]) -> Any:
-    """Load a folder that holds a `HookedTransformer` itself: its own config and weights."""
-    from transformer_lens import HookedTransformerConfig
+def why_not(architecture: str) -> str:
+    """Return one sentence on why this engine cannot run an architecture, "" where it may."""
+    if architecture not in (*FAMILIES, "HookedTransformer"):
+        return (
+            f"Architecture {architecture} is not supported by the TransformerLens engine "
+            f"(supported: {', '.join(FAMILIES)}); try engine='hugging_face'."
+        )
+    try:
+        major = int(version("transformer-lens").split(".")[0])
+    except PackageNotFoundError:
+        major = 0
+    if major != 3:
+        return (
+            "The engine 'transformer_lens' needs transformer-lens 3 (4 has no HookedTransformer): "
+            "pip install 'transformer-lens>=3.9,<4', or use engine='hugging_face'."
+        )
+    return ""
 
-    settings = storage.read_json(folder / "config.json")
-    cfg = HookedTransformerConfig.from_dict({**settings, **where})
-    hooked = without_weights(cfg)
-    if cfg.device != "meta":
-        weights = storage.load_tensors(folder / "model.safetensors")
-        _load_weights(hooked, {name: value.to(cfg.dtype) for name, value in weights.items()})
-    return hooked
 
-
-def load_folder(folder: Path, where: Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    """Load a local Hugging Face folder by its own config.json; return it with its end tokens.
-
-    `where` are the fields dtype, device and n_devices of a `HookedTransformerConfig`.
+def build(original: Any, n_devices: int = 1) -> "HookedTransformer":
+    """Put the weights of a Hugging Face model into a `HookedTransformer`.
 
     Raises:
-        ValueError: if the folder holds no model of a known family.
+        ValueError: if the engine does not know the architecture or one of its settings.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no config.json; pass the folder of a Hugging Face checkpoint "
-            "(config.json, *.safetensors, tokenizer.json)."
-        )
-    config = storage.read_json(folder / "config.json")
-    # Folders like the organism's hold a HookedTransformerConfig, which has this field instead.
-    architecture = (config.get("architectures") or [config.get("original_architecture", "none")])[0]
-    if architecture == "HookedTransformer":
-        return load_embedded(folder, where), ()
-    _require_family(folder, architecture)
-    cfg = _config_of(folder, where)
-    hooked = without_weights(cfg)
-    if cfg.device == "meta":
-        return hooked, ()
-    original, eos_ids = _read(folder, cfg)
-    _load_weights(hooked, _converters()[architecture](original, cfg))
-    return hooked, eos_ids
-
-
-def load_original(name: str, where: Mapping[str, Any]) -> tuple[Any, tuple[int, ...]]:
-    """Load a checkpoint of a known family, a folder or an official name, to be run as it is.
-
-    Raises:
-        ValueError: if there is no such checkpoint, or several devices are asked for.
-    """
-    from mera_tl.models.hugging_face import Plain
-
-    if where["n_devices"] > 1:
-        raise ValueError(
-            "The engine 'hugging_face' runs on one device; leave --engine out to use more."
-        )
-    cfg = _config_of(name, where)
-    original, eos_ids = _read(name, cfg)
-    return Plain(original.to(cfg.device), cfg), eos_ids
-
-
-def _config_of(name: str | Path, where: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} is no checkpoint ({str(error).splitlines()[0]}).") from None
-    architecture = (config.architectures or ["model without a name"])[0]
-    _require_family(name, architecture)
-    return _hooked_config(config, where)
-
-
-def _require_family(name: str | Path, architecture: str) -> None:
-    if architecture not in FAMILIES:
-        raise ValueError(f"{name} is a {architecture}; {', '.join(FAMILIES)} can be loaded.")
-
-
-def _read(name: str | Path, cfg: Any) -> tuple[Any, tuple[int, ...]]:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        original = AutoModelForCausalLM.from_pretrained(name, dtype=cfg.dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{name} does not load with transformers: {first}") from None
-    eos = original.generation_config.eos_token_id
-    return original, tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-
-
-def without_weights(cfg: Any) -> Any:
-    """Build the model of a configuration; on the device "meta" it has shapes and no memory."""
+    architecture = (original.config.architectures or [type(original).__name__])[0]
+    if reason := why_not(architecture):
+        raise ValueError(reason)
     from transformer_lens import HookedTransformer
 
-    with torch.device("meta" if cfg.device == "meta" else "cpu"):
-        return HookedTransformer(cfg, None, move_to_device=False)
+    device = original.device
+    cfg = _hooked_config(original, architecture, n_devices)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        # Its own tensors are replaced before they are ever touched, so they take no memory.
+        hooked = HookedTransformer(cfg, None, move_to_device=False)
+        weights = _converter(architecture)(original, cfg)
+    weights = {name: weight.detach().to(cfg.dtype) for name, weight in weights.items()}
+    hooked.load_state_dict(weights, strict=False, assign=True)
+    if device.type != "meta":
+        for part, place in layout(hooked):
+            part.to(place)
+    lay_out_for_decoding(hooked)
+    for block in hooked.blocks:
+        rotate_once(block.attn)
+    return hooked.eval().requires_grad_(False)
+
+
+def empty_cache(hooked: "HookedTransformer", n_rows: int) -> KeyValueCache:
+    """Return an empty key-value cache, whose keys are turned once where that is exact."""
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    cfg = hooked.cfg
+    turned = cfg.positional_embedding_type == "rotary" and not cfg.use_dynamic_ntk_rope
+    device = hooked.W_E.device
+    shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
+    entries = []
+    for layer in range(cfg.n_layers):
+        place = get_device_for_block_index(layer, cfg, device)
+        empty = torch.empty(shape, dtype=cfg.dtype, device=place)
+        entries.append(LayerCache(empty, empty, turned))
+    return KeyValueCache(entries, torch.empty((n_rows, 0), dtype=torch.int, device=device))
 
 
 def layout(hooked: "HookedTransformer") -> list[tuple[torch.nn.Module, torch.device]]:
@@ -131,41 +110,25 @@ def layout(hooked: "HookedTransformer") -> list[tuple[torch.nn.Module, torch.dev
     return [*((m, devices[0]) for m in first), *blocks, *((m, devices[-1]) for m in last)]
 
 
-def _converters() -> dict[str, Any]:
-    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
-    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
-    from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
-    from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
-
-    return {
-        "LlamaForCausalLM": convert_llama_weights,
-        "Qwen2ForCausalLM": convert_qwen2_weights,
-        "Gemma2ForCausalLM": convert_gemma_weights,
-        "GPT2LMHeadModel": convert_gpt2_weights,
-    }
+def _converter(architecture: str) -> Callable[[Any, Any], dict[str, Tensor]]:
+    if architecture == "HookedTransformer":  # its weights bear TransformerLens's names already
+        return lambda original, cfg: original.state_dict()  # noqa: ARG005
+    name = _CONVERTERS[architecture]
+    module = import_module(f"transformer_lens.pretrained.weight_conversions.{name}")
+    return getattr(module, f"convert_{name}_weights")
 
 
-def _load_weights(hooked: "HookedTransformer", weights: dict[str, Tensor]) -> None:
-    hooked.load_and_process_state_dict(
-        weights,
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-        refactor_factored_attn_matrices=False,
-    )
-    for part, device in layout(hooked):
-        part.to(device)
-
-
-def _hooked_config(hf: Any, where: Mapping[str, Any]) -> Any:
+def _hooked_config(original: Any, architecture: str, n_devices: int) -> Any:
     """Translate a Hugging Face config, field by field, into TransformerLens's."""
     from transformer_lens import HookedTransformerConfig
 
-    architecture = hf.architectures[0]
-    fields = _gpt2_fields(hf) if architecture == "GPT2LMHeadModel" else _rotary_fields(hf)
+    hf = original.config
+    of = {"GPT2LMHeadModel": _gpt2_fields, "HookedTransformer": _embedded_fields}
+    fields = of.get(architecture, _rotary_fields)(hf)
     if architecture == "Gemma2ForCausalLM":
         fields |= _gemma2_fields(hf)
+    if architecture == "Qwen3ForCausalLM":
+        fields |= {"use_qk_norm": True}
     return HookedTransformerConfig.from_dict(
         fields
         | {
@@ -174,9 +137,26 @@ def _hooked_config(hf: Any, where: Mapping[str, Any]) -> Any:
             "model_name": architecture,
             "init_weights": False,
             "default_prepend_bos": False,
-            **where,
+            "dtype": original.dtype,
+            "device": str(original.device),
+            "n_devices": n_devices,
         }
     )
+
+
+def _embedded_fields(hf: Any) -> dict[str, Any]:
+    return {
+        "d_model": hf.hidden_size,
+        "n_layers": hf.num_hidden_layers,
+        "n_heads": hf.num_attention_heads,
+        "d_head": hf.head_dim,
+        "d_mlp": hf.intermediate_size,
+        "n_ctx": hf.max_position_embeddings,
+        "eps": hf.eps,
+        "act_fn": "relu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "standard",
+    }
 
 
 def _gpt2_fields(hf: Any) -> dict[str, Any]:
@@ -196,7 +176,7 @@ def _gpt2_fields(hf: Any) -> dict[str, Any]:
 
 
 def _rotary_fields(hf: Any) -> dict[str, Any]:
-    """Fields of the RMS-norm, rotary, gated-MLP families: Llama, Qwen2, Gemma2."""
+    """Fields of the RMS-norm, rotary, gated-MLP families: Llama, Mistral, Qwen2, Qwen3, Gemma2."""
     rope = dict(getattr(hf, "rope_parameters", None) or {})
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "llama3"):
@@ -205,12 +185,12 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
             "'llama3' give TransformerLens logits equal to Hugging Face, so it is not loaded."
         )
     d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    grouped = hf.num_key_value_heads != hf.num_attention_heads
     fields = {
         "d_model": hf.hidden_size,
         "n_layers": hf.num_hidden_layers,
         "n_heads": hf.num_attention_heads,
-        "n_key_value_heads": hf.num_key_value_heads if grouped else None,
+        # Grouped also where every head has its own keys: converters for one kind are enough.
+        "n_key_value_heads": hf.num_key_value_heads,
         "d_head": d_head,
         "d_mlp": hf.intermediate_size,
         "n_ctx": hf.max_position_embeddings,
@@ -224,6 +204,13 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
         "rotary_dim": d_head,
         "rotary_base": rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
     }
+    if getattr(hf, "sliding_window", None):
+        kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+        fields |= {
+            "use_local_attn": True,
+            "window_size": hf.sliding_window,
+            "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in kinds],
+        }
     if rope_type == "llama3":
         fields |= {
             "use_NTK_by_parts_rope": True,
@@ -236,7 +223,6 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
 
 
 def _gemma2_fields(hf: Any) -> dict[str, Any]:
-    local = {"sliding_attention": "local", "full_attention": "global"}
     return {
         "act_fn": "gelu_pytorch_tanh",
         "use_normalization_before_and_after": True,
@@ -244,9 +230,6 @@ def _gemma2_fields(hf: Any) -> dict[str, Any]:
         "attn_scale": hf.query_pre_attn_scalar**0.5,
         "attn_scores_soft_cap": hf.attn_logit_softcapping,
         "output_logits_soft_cap": hf.final_logit_softcapping,
-        "use_local_attn": True,
-        "window_size": hf.sliding_window,
-        "attn_types": [local[kind] for kind in hf.layer_types],
     }
 
 

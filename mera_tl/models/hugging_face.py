@@ -1,103 +1,202 @@
-"""A Hugging Face model as it is, with TransformerLens's hooks at `blocks.{layer}.hook_resid_post`.
+"""Any decoder-only causal language model of transformers, run as it is, with hooks on its stream.
 
-For speed: attention stays Hugging Face's own (sdpa), and decoding does not rotate the cached keys
-again at every token. Hooks, caches and tokens go in and come out as with `HookedTransformer`, so
-steering is the same functions and the same numbers; there are no hook points but these.
+The decoder layers are found by structure, not by a list of families, and everything around them
+(embedding, final norm, scaling, soft caps, head) is the model's own forward. So the numbers are the
+original's, attention stays Hugging Face's own, and the only hook points are `resid_post`.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.HookedRootModule import HookedRootModule
-from transformer_lens.utilities.activation_functions import apply_softcap
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from mera_tl.models.cache import KeyValueCache, LayerCache
+from mera_tl.models.hooks import FwdHooks, HookPoint, hooks_on, resid_post
 
 
-class _Block(torch.nn.Module):
-    """Where TransformerLens looks for a block's hook point."""
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model, by TransformerLens's names."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.hook_resid_post = HookPoint()
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    dtype: torch.dtype
 
 
-class Plain(HookedRootModule):
-    """What `mera_tl` uses of a `HookedTransformer`, done by the original model."""
+class HookedCausalLM:
+    """A Hugging Face model with hook points, called like a `HookedTransformer`."""
 
-    def __init__(self, original: Any, cfg: Any) -> None:
-        super().__init__()
-        body = original.base_model
-        self.cfg, self.original = cfg, original
-        self.blocks = torch.nn.ModuleList(_Block() for _ in range(cfg.n_layers))
-        self.embed, self.unembed = original.get_input_embeddings(), original.get_output_embeddings()
-        self.ln_final = body.ln_f if hasattr(body, "ln_f") else body.norm
-        self._wanted, self._resid = 0, torch.empty(0)
-        for number, layer in enumerate(body.h if hasattr(body, "h") else body.layers):
-            layer.register_forward_hook(self._through(number))
-        self.setup()
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.layers = decoder_layers(original)
+        self.embed = original.get_input_embeddings()
+        self.cfg = _shape_of(original, len(self.layers))
+        self.hook_dict = {
+            name: HookPoint(name) for name in map(resid_post, range(self.cfg.n_layers))
+        }
+        self._accepted = set(inspect.signature(original.forward).parameters)
+        for layer, point in zip(self.layers, self.hook_dict.values(), strict=True):
+            layer.register_forward_hook(partial(_pass_through, point))
 
-    def _through(self, number: int) -> Any:
-        block: Any = self.blocks[number]
-        point: HookPoint = block.hook_resid_post
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Return the weights, each once."""
+        return self.original.parameters()
 
-        def through(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
-            resid = point(output[0] if isinstance(output, tuple) else output)
-            if number == self._wanted:
-                self._resid = resid
-            return (resid, *output[1:]) if isinstance(output, tuple) else resid
+    @contextmanager
+    def hooks(self, fwd_hooks: FwdHooks) -> Iterator["HookedCausalLM"]:
+        """Put hooks on for the length of a `with` block."""
+        with hooks_on(self.hook_dict, fwd_hooks):
+            yield self
 
-        return through
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:  # noqa: N802  TransformerLens's name
-        """The embedding."""
-        return self.embed.weight
-
-    def forward(
+    def __call__(
         self,
         tokens: Int[Tensor, "batch pos"],
-        attention_mask: Int[Tensor, "batch pos"],
-        past_kv_cache: TransformerLensKeyValueCache | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        past_kv_cache: KeyValueCache | None = None,
         stop_at_layer: int | None = None,
-    ) -> Float[Tensor, "batch pos d"]:
-        """Return the residual stream before `stop_at_layer`, or the logits of all positions."""
-        mask = attention_mask
-        if past_kv_cache is not None:
-            mask = past_kv_cache.append_attention_mask(attention_mask)
-        self._wanted = (self.cfg.n_layers if stop_at_layer is None else stop_at_layer) - 1
-        past = None if past_kv_cache is None else _as_hugging_face(past_kv_cache)
-        self.original.base_model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
-            past_key_values=past,
-            use_cache=past is not None,
-        )
-        if past is not None and past_kv_cache is not None:
-            layers: list[Any] = past.layers
-            for entry, layer in zip(past_kv_cache.entries, layers, strict=True):
-                entry.past_keys = layer.keys.transpose(1, 2)
-                entry.past_values = layer.values.transpose(1, 2)
-        resid, self._resid = self._resid, torch.empty(0)
+        n_last: int = 0,
+    ) -> Float[Tensor, "batch some d"]:
+        """Return the logits of the last `n_last` positions (0: of all).
+
+        With `stop_at_layer`, return the residual stream before that layer instead.
+        """
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         if stop_at_layer is not None:
-            return resid
-        logits = self.unembed(self.ln_final(resid))
-        return apply_softcap(logits, self.cfg.output_logits_soft_cap)
+            return self._resid_before(stop_at_layer, tokens, mask)
+        past = None
+        if past_kv_cache is not None:
+            mask = past_kv_cache.append_attention_mask(mask)
+            past = _to_hugging_face(past_kv_cache)
+        logits = self._forward(tokens, mask, past, n_last)
+        if past_kv_cache is not None:
+            past_kv_cache.entries = _from_hugging_face(past)
+        return logits[:, -n_last:]
+
+    def _forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch all"],
+        past: Any,
+        n_last: int,
+    ) -> Float[Tensor, "batch some d_vocab"]:
+        arguments = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            # A position is the number of real tokens before it, whatever the padding.
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+            "past_key_values": past,
+            "use_cache": past is not None,
+            "logits_to_keep": n_last,
+        }
+        accepted = {name: value for name, value in arguments.items() if name in self._accepted}
+        return self.original(**accepted).logits
+
+    def _resid_before(
+        self, layer: int, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        def stop(resid: Tensor, hook: HookPoint) -> NoReturn:  # noqa: ARG001
+            raise _ReachedError(resid)
+
+        with self.hooks([(resid_post(layer - 1), stop)]):
+            try:
+                self._forward(tokens, mask, None, 1)
+            except _ReachedError as reached:
+                return reached.resid
+        raise AssertionError("every layer is passed")
 
 
-def _as_hugging_face(cache: TransformerLensKeyValueCache) -> DynamicCache:
-    """Hold the same tensors, heads before positions; nothing is copied."""
+class _ReachedError(Exception):
+    """Ends a forward pass at the layer that was asked for."""
+
+    def __init__(self, resid: Tensor) -> None:
+        self.resid = resid
+
+
+def decoder_layers(original: Any) -> list[torch.nn.Module]:
+    """Return the decoder layers of a causal language model, first to last.
+
+    They are the outermost list of modules that holds most of the weights, other than the lists
+    inside vision or audio towers: experts lie within a layer, embeddings in no list.
+
+    Raises:
+        ValueError: if there is no such list.
+    """
+    text = original.config.get_text_config()
+    n_layers = getattr(text, "num_hidden_layers", None)
+    lists = [
+        module
+        for name, module in original.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) == (n_layers or len(module)) > 0
+        and not any(part.isdigit() for part in name.split("."))
+        and not any(tower in name for tower in ("vision", "audio", "visual"))
+    ]
+    if not lists:
+        raise ValueError(
+            f"No list of decoder layers was found in {type(original).__name__}; "
+            "only decoder-only causal language models can be steered."
+        )
+    return list(max(lists, key=lambda found: sum(w.numel() for w in found.parameters())))
+
+
+def _pass_through(point: HookPoint, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+    if not point.functions:
+        return None
+    if isinstance(output, tuple):
+        return (point(output[0]), *output[1:])
+    return point(output)
+
+
+def _shape_of(original: Any, n_layers: int) -> Shape:
+    """Read the sizes that a config has, and take the usual for what it leaves out."""
+    text = original.config.get_text_config()
+    rows, width = original.get_input_embeddings().weight.shape
+    d_model = getattr(text, "hidden_size", None) or width
+    n_heads = getattr(text, "num_attention_heads", None) or 1
+    return Shape(
+        n_layers=n_layers,
+        d_model=d_model,
+        d_vocab=getattr(text, "vocab_size", None) or rows,
+        n_ctx=getattr(text, "max_position_embeddings", None) or 2**20,
+        n_heads=n_heads,
+        n_key_value_heads=getattr(text, "num_key_value_heads", None) or n_heads,
+        d_head=getattr(text, "head_dim", None) or d_model // n_heads,
+        d_mlp=getattr(text, "intermediate_size", None) or 4 * d_model,
+        dtype=original.dtype,
+    )
+
+
+def _to_hugging_face(cache: KeyValueCache) -> Any:
+    """Hold the same tensors, heads before positions; nothing is copied.
+
+    Layers with a sliding window keep everything too: the window is in the attention mask, and a
+    cache that has thrown tokens away could not take its last one back.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
     past = DynamicCache()
     for entry in cache.entries:
-        if entry.past_keys.shape[1]:
-            layer = DynamicLayer()
-            layer.lazy_initialization(entry.past_keys, entry.past_values)
-            layer.keys = entry.past_keys.transpose(1, 2)
-            layer.values = entry.past_values.transpose(1, 2)
-            past.layers.append(layer)
+        layer = DynamicLayer()
+        layer.lazy_initialization(entry.past_keys, entry.past_values)
+        layer.keys = entry.past_keys.transpose(1, 2)
+        layer.values = entry.past_values.transpose(1, 2)
+        past.layers.append(layer)
     return past
+
+
+def _from_hugging_face(past: Any) -> list[LayerCache]:
+    pairs = [(layer.keys, layer.values) for layer in past.layers]
+    return [LayerCache(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in pairs]

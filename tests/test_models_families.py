@@ -1,13 +1,13 @@
-"""A loaded model is the original model: same logits, same residual stream, whatever its folder."""
+"""The TransformerLens engine is the original model: same logits and stream, whatever its folder."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, SHARED, random_probe, talking_task
+from conftest import FAMILIES, random_probe, talking_task
 
 from mera_tl.inference import ReadSettings, collect, evaluate
-from mera_tl.models import lay_out_for_decoding, layout, load_folder, load_model, resid_post
+from mera_tl.models import lay_out_for_decoding, layout, load_model, resid_post
 from mera_tl.steering import Steering
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
@@ -63,7 +63,7 @@ def test_next_token_logits_are_the_last_row_of_the_full_logits(model):
 
 
 def test_layout_keeps_logits_bit_equal_and_copies_no_weights(checkpoints):
-    model = load_model(str(checkpoints["llama"]), device="cpu")
+    model = load_model(str(checkpoints["llama"]), device="cpu", engine="transformer_lens")
     mask = torch.ones_like(TOKENS)
     with torch.no_grad():
         laid_out = model.hooked(TOKENS, attention_mask=mask)
@@ -107,82 +107,12 @@ def test_dtype_is_an_argument(checkpoints, dtype):
     assert logits.dtype == getattr(torch, dtype)
 
 
-def test_fingerprint_tells_models_apart_and_knows_the_same_one(models, checkpoints):
-    again = load_model(str(checkpoints["llama"]), device="cpu")
-    assert again.fingerprint == models["llama"].fingerprint
-    assert len({model.fingerprint for model in models.values()}) == len(models)
-
-
-def test_official_name_loads_from_a_hub_cache_without_network(tmp_path, checkpoints):
-    """A Qwen2.5-3B snapshot (of tiny size) in the cache: by its official name, offline."""
-    import json
-    import os
-    import shutil
-    import subprocess
-    import sys
-
-    snapshot = tmp_path / "hub/models--Qwen--Qwen2.5-3B/snapshots/0123"
-    shutil.copytree(checkpoints["qwen2"], snapshot)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0123")
-    script = (
-        "import torch, json; from mera_tl.models import load_model;"
-        "m = load_model('Qwen/Qwen2.5-3B', device='cpu');"
-        f"t = torch.tensor({TOKENS.tolist()});"
-        "print(json.dumps(m.next_token_logits(t, torch.ones_like(t)).tolist()))"
-    )
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    env.pop("HF_HUB_CACHE", None)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    logits = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    with torch.no_grad():
-        wanted = original(checkpoints["qwen2"])(TOKENS).logits[:, -1]
-    assert (logits - wanted).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("google/gemma-2-2", "google/gemma-2-2b"),
-        ("no/such-model", "neither a folder nor a model"),
-        ("organsm", "organism"),
-    ],
-)
-def test_unknown_name_is_one_sentence_with_the_nearest(name, words):
-    with pytest.raises(ValueError, match=words):
-        load_model(name)
-
-
-def test_folders_that_hold_no_model_say_so(tmp_path, checkpoints):
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        load_model(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
-    with pytest.raises(ValueError, match="BertModel"):
-        load_model(str(tmp_path))
-    with pytest.raises(ValueError, match="chat template"):
-        load_model(str(checkpoints["llama"]), device="cpu", chat=True)
-
-
-@pytest.mark.skipif(not (SHARED / "models").exists(), reason="../shared/models is not there")
-def test_real_folders_equal_hugging_face():
-    for name in ("sms-llama", "stories260K"):
-        path = SHARED / "models" / name
-        model = load_model(str(path), device="cpu")
-        with torch.no_grad():
-            wanted = original(path)(TOKENS).logits[:, -1]
-        assert (
-            model.next_token_logits(TOKENS, torch.ones_like(TOKENS)) - wanted
-        ).abs().max() < 1e-4
-
-
 # --- several devices, none at all ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_without_weights_has_every_shape_of_the_real_one(family, models, checkpoints):
-    outline = load_model(str(checkpoints[family]), device="meta")
+    outline = load_model(str(checkpoints[family]), device="meta", engine="transformer_lens")
     shapes = [
         {name: (tuple(p.shape), p.dtype) for name, p in model.hooked.named_parameters()}
         for model in (outline, models[family])
@@ -201,8 +131,8 @@ def test_more_devices_than_there_are_is_one_sentence(n):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_part_lies_where_forward_passes_look_for_it(family, checkpoints, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    where = {"dtype": torch.float32, "device": "meta", "n_devices": 2}
-    hooked, _ = load_folder(checkpoints[family], where)
+    path = str(checkpoints[family])
+    hooked = load_model(path, device="meta", engine="transformer_lens", n_devices=2).hooked
     assert hooked.cfg.n_devices == 2
     hooked.cfg.device = "cuda"  # of this test's own model, which has no weights to move
     parts = layout(hooked)
@@ -246,7 +176,5 @@ def test_either_engine_gives_the_same_numbers(family, models, originals):
         assert runs[0].n_steered.sum() > 0 and moved > 1e-4  # positive control: steering shows
 
 
-def test_the_original_has_one_hook_point_a_layer_and_one_device(originals, checkpoints):
+def test_the_original_has_one_hook_point_a_layer(originals):
     assert list(originals["llama"].hooked.hook_dict) == [resid_post(i) for i in range(3)]
-    with pytest.raises(ValueError, match="organism is no Hugging Face checkpoint"):
-        load_model("organism", engine="hugging_face")
