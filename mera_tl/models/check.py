@@ -87,7 +87,7 @@ def _on_layers(original: Any, look: Callable[..., Any]) -> Iterator[None]:
 def _unlike(model: Model, rows: list[list[int]], wanted: list[tuple[Tensor, list[Tensor]]]) -> str:
     """Compare the stream and the logits, the prompts left-padded and the last token on a cache."""
     kept: dict[int, list[Tensor]] = {layer: [] for layer in range(model.n_layers)}
-    hooks = [
+    hooks: list[Any] = [
         (resid_post(layer), lambda resid, hook: kept[hook.layer()].append(resid)) for layer in kept
     ]
     with model.hooked.hooks(fwd_hooks=hooks):
@@ -126,7 +126,7 @@ def _deaf_to_hooks(model: Model, original: Any, row: list[int]) -> str:
         torch.randn(stream.shape[-1], generator=generator).to(stream) * stream.std() * 0.3
         for stream in streams
     ]
-    hooks = [
+    hooks: list[Any] = [
         (resid_post(layer), lambda resid, hook: resid + shifts[hook.layer()].to(resid.device))
         for layer in range(model.n_layers)
     ]

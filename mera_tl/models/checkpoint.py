@@ -81,7 +81,7 @@ class Source:
 
     def _cached_files(self) -> list[Path]:
         """Return the files that transformers has just loaded from the hub's cache."""
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         revision = self.revision or "main"
         for name in ("model.safetensors.index.json", "model.safetensors"):
@@ -162,7 +162,7 @@ def read_model(source: Source, dtype: torch.dtype | str) -> Any:
     if source.folder is not None:
         source.files()  # says what is wrong with them
     with _one_sentence(source, "does not load"), _quiet():
-        original, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.name,
             dtype=dtype,
             use_safetensors=None if source.gguf else True,
@@ -170,6 +170,7 @@ def read_model(source: Source, dtype: torch.dtype | str) -> Any:
             ignore_mismatched_sizes=True,
             **source.arguments,
         )
+    original, report = loaded
     _refuse_loose_ends(source, report)
     return original.eval().requires_grad_(False)
 
@@ -184,15 +185,13 @@ def outline(source: Source, dtype: torch.dtype | str) -> Any:
         if source.is_embedded:
             from mera_tl.models.embedded import EmbeddedForCausalLM
 
-            return EmbeddedForCausalLM(config).to(dtype)
+            embedded: Any = EmbeddedForCausalLM(config)
+            return embedded.to(dtype)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _read_embedded(source: Source, dtype: torch.dtype | str) -> Any:
-    from mera_tl.models.embedded import EmbeddedForCausalLM
-
     original = outline(source, torch.float32)
-    assert isinstance(original, EmbeddedForCausalLM)
     weights = storage.load_tensors(Path(source.name) / "model.safetensors")
     wanted = original.state_dict()
     _refuse_loose_ends(
@@ -214,14 +213,14 @@ def _read_embedded(source: Source, dtype: torch.dtype | str) -> Any:
 
 def _refuse_own_code(source: Source) -> None:
     """Refuse a folder whose architecture is in Python files of its own."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     path = source.folder / "config.json" if source.folder else None
     if path is None or source.gguf or not path.is_file():
         return
     config = storage.read_json(path)
     own = config.get("auto_map")
-    if own and config.get("model_type") not in CONFIG_MAPPING_NAMES:
+    if own and config.get("model_type") not in CONFIG_MAPPING:
         files = sorted({f"{str(name).split('--')[-1].split('.')[0]}.py" for name in own.values()})
         raise ValueError(
             f"{source.name} brings its own code ({_some(files)}), which is not run; only "
