@@ -6,7 +6,7 @@ rules out double BOS tokens and padding on the wrong side.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,6 @@ from mera_tl.models.hooks import FwdHooks, resid_post
 from mera_tl.models.hugging_face import HookedCausalLM
 from mera_tl.models.shared_prompt import can_share
 
-if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
-
 Engine = Literal["transformer_lens", "hugging_face"]
 """What runs the forward passes; the hooks and, to rounding, the numbers are the same."""
 
@@ -31,7 +28,8 @@ __all__ = ["Engine", "FwdHooks", "Model", "resid_post"]
 class Model:
     """A network with hook points, and the tokenizer that stays outside it."""
 
-    hooked: "HookedTransformer | HookedCausalLM"
+    hooked: Any
+    """A `HookedTransformer` or a `HookedCausalLM`, which are called alike."""
     tokenizer: Any
     name: str
     eos_ids: tuple[int, ...]
@@ -129,9 +127,8 @@ class Model:
         """Return the logits that a final residual stream gives; of an engine that `resumes`."""
         from transformer_lens.utilities.activation_functions import apply_softcap
 
-        hooked: Any = self.hooked
-        logits = hooked.unembed(hooked.ln_final(resid[:, None]))
-        return apply_softcap(logits, hooked.cfg.output_logits_soft_cap)[:, 0]
+        logits = self.hooked.unembed(self.hooked.ln_final(resid[:, None]))
+        return apply_softcap(logits, self.hooked.cfg.output_logits_soft_cap)[:, 0]
 
     @property
     def resumes(self) -> bool:
@@ -151,8 +148,7 @@ class Model:
         cache: Any = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """Run the layers above `layer`, from what that one left; `mask` is of all columns."""
-        hooked: Any = self.hooked
-        return hooked(
+        return self.hooked(
             resid,
             start_at_layer=layer + 1,
             stop_at_layer=self.n_layers,
