@@ -41,11 +41,11 @@ def _told(path: str | Path, verb: str) -> Iterator[None]:
     """Say in one sentence what is wrong with a file that cannot be read or written."""
     try:
         yield
-    except FileNotFoundError:
-        if verb == "written":
-            raise
-        raise ValueError(f"There is no file {path}; run the step that writes it first.") from None
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and verb == "read":
+            raise ValueError(
+                f"There is no file {path}; run the step that writes it first."
+            ) from None
         raise ValueError(
             f"{path} cannot be {verb} ({error.strerror or error}); check the path, its permissions "
             "and the space on the disk."

@@ -68,7 +68,7 @@ def test_a_split_is_its_seed() -> None:
     assert task.split(3) == task.split(3)
     assert rows(task.split(3).test) != rows(task.split(4).test)
     few = task.split(3, train=40, calibration=20, test=30)
-    many = task.split(3, train=100, calibration=50, test=30)
+    many = task.split(3, train=80, calibration=40, test=30)
     assert few.test == many.test
     assert rows(few.train) != sorted(rows(few.train))  # shuffled, so that a prefix is a sample
 
@@ -142,6 +142,45 @@ def test_roles_differ_for_a_type_checker(tmp_path: Path) -> None:
         pytest.skip("pyright does not run here")
     errors = json.loads(result.stdout)["generalDiagnostics"]
     assert [error["range"]["start"]["line"] for error in errors] == [6]
+
+
+def copies(n: int, k: int) -> Task:
+    """Each of n texts k times, in another case."""
+    return make_task(
+        [["text", "TEXT", "Text"][c % 3] + f" {i}" for i in range(n) for c in range(k)]
+    )
+
+
+@pytest.mark.parametrize("how", ["shares", "sizes", "ranges"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_evidence_rests_on_distinct_texts(how: str, k: int) -> None:
+    task = copies(100, k)
+    wanted = {
+        "shares": {},
+        "sizes": {"calibration": 20, "test": 30},
+        "ranges": {"train": f"0-{40 * k - 1}", "calibration": f"{40 * k}-{60 * k - 1}"}
+        | {"test": f"{60 * k}-{100 * k - 1}"},
+    }[how]
+    parts = task.split(1, **wanted)  # pyright: ignore[reportArgumentType]
+    for part in (parts.calibration, parts.test):
+        assert len({example.key for example in part.examples}) == len(part) >= 20
+        repeated = part.source["split"]["repeated"][part.role]
+        assert repeated == (k - 1) * len(part)  # told; positive control: none where texts differ
+        taken = {example.row % k for example in part.examples}
+        assert len(taken) == k  # by choice, not the first of each
+    assert len({example.key for example in parts.train.examples}) * k == len(parts.train)
+
+
+def test_a_subset_that_becomes_evidence_has_each_text_once() -> None:
+    task = copies(20, 3)
+    assert len(task.subset(range(30), role="train")) == 30
+    assert len(task.subset(range(30), role="calibration")) == 10
+    assert len(task.subset(range(30), role="test")) == 10
+
+
+def test_who_is_taken_of_equal_texts_is_its_seed() -> None:
+    chosen = [rows(copies(60, 3).split(seed, test=10).test) for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -1,8 +1,18 @@
-"""What one run is: model, task, splits, scope, certificate. Plain values, no heavy imports."""
+"""What one run is: model, task, splits, scope, certificate. Plain values, no heavy imports.
 
+`check` is the one place where the value of an option is judged, whoever made it: these dataclasses,
+the command line or a file. What depends on the model or the data is judged when they are loaded.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from mera_tl.tasks import splitting
 
 SpaceName = Literal["raw", "sae"]
 DEFAULT_METHODS = ("no_steering", "optimal_probe", "flip", "searched")
@@ -52,6 +62,13 @@ class RunOptions:
     """Greatest probability of steering with a gain below `min_gain`."""
     metric: Literal["correct", "error"] = "correct"
     """What must improve: accuracy, or the error 1 - P(true option)."""
+    thresholds: str = "default"
+    """Thresholds that MERA's rule may steer at: default (ten from .001 to .7), paper (ten from .001
+    to .99), or numbers (0.1,0.3). Each costs confidence."""
+    bound: Literal["unconditional", "mcnemar", "betting", "hoeffding"] | None = None
+    """Test behind the certificate. Default: unconditional for correct, betting for error."""
+    probe_penalty: float | None = None
+    """Penalty of the ridge probe, as a multiple of the mean feature variance. Default: 3."""
     strength: float = 0.1
     """Of fixed-strength methods, in units of the layer's typical residual norm."""
     pairs: int = 0
@@ -79,6 +96,9 @@ class RunOptions:
     """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
     chat: bool = False
     """Wrap prompts in the tokenizer's chat template."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +145,152 @@ class GridConfig(RunOptions):
         ]
 
 
+# --- checks -------------------------------------------------------------------------------------
+
+MOST_LAYERS = 1000
+"""No model has more; a range is checked before it is expanded."""
+
+
 def parse_layers(text: str) -> Any:
     """Turn "all", "best" or "0,2-4" into what `Steering` takes.
 
     Raises:
-        ValueError: if the text is none of these.
+        ValueError: if the text is none of these, or names a layer twice.
     """
     if text in ("all", "best"):
         return text
     layers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ValueError(f'layers={text!r} is not "all", "best" or numbers such as 0,2-4.')
-        layers.extend(range(int(first), int(last or first) + 1))
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip(), re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < MOST_LAYERS:
+            raise ValueError(
+                f'layers={text!r} is not "all", "best" or numbers below {MOST_LAYERS}, such as '
+                "0,2-4."
+            )
+        layers.extend(range(first, last + 1))
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers={text!r} names a layer twice; give each layer once.")
     return tuple(layers)
+
+
+def parse_thresholds(text: str) -> tuple[float, ...]:
+    """Turn "default", "paper" or "0.1,0.3" into thresholds.
+
+    Raises:
+        ValueError: if the text is none of these.
+    """
+    # Imported here: it needs scipy, which `mera --help` does not wait for.
+    from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, PAPER_THRESHOLDS
+
+    named = {"default": DEFAULT_THRESHOLDS, "paper": PAPER_THRESHOLDS}
+    if text in named:
+        return named[text]
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(0 < t < 1 for t in found):
+        raise ValueError(
+            f"thresholds={text!r} is not default, paper or different numbers between 0 and 1, "
+            "such as 0.1,0.3."
+        )
+    return found
+
+
+def _between(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: low < value < high
+
+
+def _from(low: int, most: float = 1e9) -> Callable[[Any], bool]:
+    return lambda value: low <= value <= most
+
+
+_COUNT, _COUNT_OR_0 = (_from(1), "1 or more"), (_from(0), "0 or more")
+_SHARE = (_between(0, 1), "a number between 0 and 1, such as 0.05")
+_SEED = (_from(0, 2**32 - 1), "a whole number from 0 to 4294967295")
+_TEXT = (lambda text: bool(str(text).strip()), "a name or a path, not blank")
+_POSITIVE = (_between(0, math.inf), "a finite number above 0")
+RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("model", "task", "data_dir", "template", "sae"), _TEXT),
+    **dict.fromkeys(("delta", "power"), _SHARE),
+    **dict.fromkeys(("min_gain", "floor"), (_between(-1, 1), "a gain between -1 and 1")),
+    "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1"),
+    "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
+    **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),
+    **dict.fromkeys(("pairs", "free_text", "row"), _COUNT_OR_0),
+    **dict.fromkeys(("batch_size", "batch_tokens", "max_new_tokens", "n_thresholds"), _COUNT),
+    **dict.fromkeys(("n_devices", "expansion", "k", "n_steps"), _COUNT),
+    **dict.fromkeys(("step_tokens", "max_tokens"), _COUNT),
+    "shards": (_from(1, 100_000), "from 1 to 100,000"),
+    "limit": (_from(10), "10 or more"),
+    "gpus": (lambda n: 0 <= n <= 1024, "0 or more"),
+    "seed": _SEED,
+    "device": (
+        lambda text: bool(re.fullmatch(r"cpu|mps|cuda(:\d+)?", text)),
+        "cpu, mps, cuda or cuda:N",
+    ),
+}
+"""For options of these names: what must hold, and how a message says it."""
+
+
+def check(options: Any) -> None:
+    """Judge every option of a dataclass by its type, its choices and the rule of its name.
+
+    Raises:
+        ValueError: naming the first option that means nothing, its value, and what it may be.
+    """
+    values = {option.name: getattr(options, option.name) for option in fields(options)}
+    for option in fields(options):
+        value, kinds = values[option.name], _kinds(option.type)
+        if value is None and type(None) in kinds:
+            continue
+        listed = isinstance(value, tuple)
+        for each in value if listed else (value,):
+            _check_one(option.name, each, [k for kind in kinds for k in _parts(kind, listed)])
+        if listed and (not value or len(set(value)) < len(value)) and option.name != "pilot":
+            fault = "names one twice" if value else "is empty"
+            raise ValueError(f"{option.name}={value!r} {fault}; give at least one, each once.")
+    if "layers" in values:
+        parse_layers(values["layers"])
+        parse_thresholds(values.get("thresholds", "default"))
+        splitting.read_wishes({role: values.get(role) for role in splitting.SHARES})
+        if values.get("metric") == "error" and values.get("bound") in ("unconditional", "mcnemar"):
+            raise ValueError(
+                f"bound={values['bound']!r} counts correct answers and the metric is 'error'; "
+                "pass betting or hoeffding."
+            )
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    is_union = get_origin(kind) is not None and type(None) in get_args(kind)
+    return get_args(kind) if is_union else (kind,)
+
+
+def _parts(kind: Any, listed: bool) -> tuple[Any, ...]:
+    """Return what a tuple may hold, or the type itself."""
+    return tuple(k for k in get_args(kind) if k is not ...) if listed else (kind,)
+
+
+def _check_one(name: str, value: Any, kinds: list[Any]) -> None:
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(map(str, choices))}.")
+    if not choices and not any(_is(value, kind) for kind in kinds):
+        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give {wanted}.")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{name}={value!r} is not a number; give one.")
+    name = {"seeds": "seed", "models": "model", "tasks": "task"}.get(name, name)
+    ruled = name in RULES and (RULES[name] is _TEXT or not isinstance(value, Path))
+    if ruled and not RULES[name][0](value):
+        raise ValueError(f"{name}={value!r} is not {RULES[name][1]}.")
+    if isinstance(value, str | Path) and "\0" in str(value):
+        raise ValueError(f"{name}={value!r} has a character that no name and no path may have.")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and type(value) is not bool
+    return not isinstance(kind, type) or isinstance(value, kind)

@@ -8,6 +8,7 @@ outcomes/<method>.jsonl, records.jsonl. A folder goes on with the options, the d
 it began with, or is refused.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mera_tl import storage
-from mera_tl.benchmark.config import RunConfig, parse_layers
+from mera_tl.benchmark.config import RunConfig, parse_layers, parse_thresholds
 from mera_tl.benchmark.records import decision_of, scores, versions
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
@@ -105,7 +106,7 @@ class Run(methods.Run):
     def terms(self) -> Terms:
         """The terms of this run's certificates."""
         config = self.config
-        return Terms(delta=config.delta, metric=config.metric, seed=config.seed)
+        return Terms(delta=config.delta, metric=config.metric, bound=config.bound, seed=config.seed)
 
     def check(self) -> None:
         """Load what was named; nothing is run yet.
@@ -113,8 +114,8 @@ class Run(methods.Run):
         Raises:
             ValueError: if a name, the data, the options or the layers do not fit together.
         """
-        layers = parse_layers(self.config.layers)
-        option_tokens(self.model, self.splits.train.options)
+        layers, options = parse_layers(self.config.layers), self.splits.train.options
+        option_tokens(self.model, options)
         if isinstance(layers, tuple) and max(layers) >= self.model.n_layers:
             raise ValueError(
                 f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "
@@ -186,6 +187,8 @@ class Run(methods.Run):
         if name == "contrastive" and self.config.pairs:
             where["penalty"] = float(self.config.pairs)
             folder += f"_{self.config.pairs}"
+        if name == "ridge" and self.config.probe_penalty is not None:
+            where["penalty"] = self.config.probe_penalty
 
         def make(place: Path) -> None:
             self.splits.train.require_classes()
@@ -205,7 +208,13 @@ class Run(methods.Run):
         return Steering(probe, space=self.space, layers=layers, positions=positions)
 
     def calibrate(self, name: str, candidates: Steering | Sequence[Steering]) -> Calibration:
-        """Calibrate candidates on the calibration split, once per name."""
+        """Calibrate candidates on the calibration split, once per name.
+
+        One steering without a threshold stands for the thresholds of the configuration.
+        """
+        if isinstance(candidates, Steering) and candidates.limit == math.inf:
+            thresholds = parse_thresholds(self.config.thresholds)
+            candidates = [candidates.at(threshold) for threshold in thresholds]
         certify = partial(
             calibrate,
             self.model,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from mera_tl.benchmark.config import check
 from mera_tl.cli import results, steps
 
 COMMANDS = (
@@ -51,9 +52,9 @@ GROUPS = {
     "required": "action model models task tasks",
     "data": "data_dir template train calibration test limit seed seeds truncate free_text",
     "model": "chat readout max_new_tokens dtype engine device n_devices",
-    "steering": "methods layers positions probe_position strength pairs space spaces sae "
-    "sae_sibling sae_correction",
-    "certificate": "min_gain delta metric",
+    "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
+    "sae sae_sibling sae_correction",
+    "certificate": "min_gain delta metric thresholds bound",
     "speed": "batch_size batch_tokens cache shards ray gpus",
     "output": "out config overwrite dry_run json verbose quiet",
 }
@@ -111,7 +112,9 @@ def parse(argv: Sequence[str]) -> Any:
         parsed = tyro.cli(
             _nested(kind, hide=helps), prog=prog, description=about, args=argv[1:], config=plain
         )
-        return kind(**_flat(parsed))
+        command = kind(**_flat(parsed))
+        check(command)
+        return command
     overview: Any = None
     for name, kind in by_name.items():
         first = (kind.__doc__ or "").partition("\n")[0]

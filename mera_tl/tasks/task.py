@@ -157,8 +157,17 @@ class Task(Generic[RoleT]):
     @overload
     def subset(self, indices: Iterable[int], *, role: NewRoleT) -> "Task[NewRoleT]": ...
     def subset(self, indices: Iterable[int], *, role: Role | None = None) -> "Task[Any]":
-        """Take the examples at these places (not row numbers), in this order."""
+        """Take the examples at these places (not row numbers), in this order.
+
+        With role calibration or test, of examples with the same text one is taken: a repeated text
+        is no new evidence.
+        """
         examples = tuple(self.examples[index] for index in indices)
+        if role in splits.EVIDENCE:
+            once = splits.distinct([example.key for example in examples], 0)
+            if len(once) < len(examples):
+                logger.info("%s: %d repeated texts left out", role, len(examples) - len(once))
+            examples = tuple(examples[index] for index in once)
         return Task(self.name, examples, role or self.role, self.source)
 
     def split(
@@ -175,9 +184,10 @@ class Task(Generic[RoleT]):
         all three or none). What is not given shares the rest, 3 : 1 : 1.
 
         By number, a seeded shuffle of groups of equal texts is dealt to test, then calibration,
-        then train, so the same seed and size give the same test split whatever the others are;
-        the part of a group that exceeds a size is left out. By ranges, rows keep their order, and
-        train leaves out the texts that recur in calibration or test, calibration those in test.
+        then train, so the same seed and size give the same test split whatever the others are. By
+        ranges, rows keep their order, and train leaves out the texts that recur in calibration or
+        test, calibration those in test. Calibration and test take one example of a group, by a
+        seeded choice, and the others go unused (`source["split"]` counts them); train may take all.
 
         Raises:
             ValueError: if the task is a split already, examples are too few, or ranges overlap.
