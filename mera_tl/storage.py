@@ -213,7 +213,7 @@ def _link(source: Path, folder: Path, last: str) -> None:
 
 def sweep(folder: Path, *, older_than: float = 0.0) -> None:
     """Remove what killed processes were writing; `older_than` seconds spares those at work."""
-    for stray in folder.rglob(".*.tmp"):
+    for stray in list(folder.rglob(".*.tmp")):
         if stray.exists() and time.time() - stray.stat().st_mtime >= older_than:
             shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
 

@@ -24,7 +24,16 @@ from .sample_sizes import power as power
 from .sample_sizes import sample_size as sample_size
 from .sample_sizes import sample_size_table as sample_size_table
 from .saving import load_steering as load_steering
+from .sharing import EarlierRun as EarlierRun
+from .sharing import remember_run as remember_run
+from .sharing import share_delta as share_delta
+from .sharing import step_down as step_down
 from .terms import DEFAULT_THRESHOLDS as DEFAULT_THRESHOLDS
 from .terms import PAPER_THRESHOLDS as PAPER_THRESHOLDS
 from .terms import Terms as Terms
 from .terms import favourite_weights as favourite_weights
+from .withholding import Withholding as Withholding
+from .withholding import certify_withholding as certify_withholding
+from .withholding import least_answered as least_answered
+from .withholding import least_withheld as least_withheld
+from .withholding import withholding_size as withholding_size

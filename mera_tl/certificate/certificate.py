@@ -278,23 +278,20 @@ class Calibration:
         """Ask for another gain, at no cost: the bounds hold for every `min_gain` at once.
 
         Raises:
-            ValueError: if the terms also limit regressions: then only the two limits that were
-                fixed beforehand are tested at level delta.
+            ValueError: if the terms limit regressions, or delta was handed over: then only what
+                was fixed beforehand is promised.
         """
         check_min_gain(min_gain)
-        if self.terms.max_regressions is not None:
+        if not self.terms.promises_bounds:
             raise ValueError(
-                "Gain and regressions were tested together against limits fixed beforehand; to "
-                "ask for another gain afterwards, calibrate without max_regressions."
+                "This certificate promises the min_gain that was fixed beforehand and no other; "
+                "to ask afterwards, calibrate without max_regressions and without stepping down."
             )
         return self._derived(self.terms, min_gain)
 
     def with_delta(self, delta: float) -> "Calibration":
-        """Decide on the same evidence with another share of delta.
-
-        Valid only where a procedure fixed beforehand hands the share over, as `step_down` does.
-        """
-        return self._derived(replace(self.terms, delta=delta), self.min_gain)
+        """Decide on the same evidence with the delta that `step_down` hands over."""
+        return self._derived(replace(self.terms, delta=delta, step_down=True), self.min_gain)
 
     def _derived(self, terms: Terms, min_gain: float) -> "Calibration":
         levels = terms.levels(len(self.evidence))
@@ -460,8 +457,7 @@ def _steer_sentence(calibration: Calibration) -> str:
     if base is not None:
         after = base + best.gain if correct else base - best.gain
         moved = f"{'' if correct else 'mean error '}{100 * base:.0f} % -> {100 * after:.0f} %"
-    # Gain and regressions are certified together only at the limits that were fixed beforehand.
-    certain = best.lower if limit is None else calibration.min_gain
+    certain = best.lower if calibration.terms.promises_bounds else calibration.min_gain
     kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
     fall = "" if correct else " less error"
     return f"STEER: {moved}, certified at least {_at_least(certain)} points{fall}{kept}"
@@ -469,6 +465,8 @@ def _steer_sentence(calibration: Calibration) -> str:
 
 def _abstain_sentence(calibration: Calibration) -> str:
     best, needed, terms = calibration.best, calibration.needed, calibration.terms
+    if terms.delta == 0:
+        return "ABSTAIN. The run left this method no share of delta: another one is primary."
     observed = (
         f"ABSTAIN. Best observed gain {_points(best.gain)} points at {best.candidate} "
         f"({_counts(best)}; lower bound {_at_least(best.lower)}); "

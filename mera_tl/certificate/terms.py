@@ -44,12 +44,18 @@ class Terms:
     """Greatest share of examples that steering may turn from right to wrong; None asks for none.
     Tested together with the gain, each at level delta (intersection-union)."""
     run_delta: float | None = None
-    """Probability that any certificate of the run is wrong, where `delta` is a share of it."""
+    """Probability that any certificate of the run is wrong, where `delta` is a share of it (which
+    may be nothing)."""
+    step_down: bool = False
+    """Whether `delta` includes what certified methods of the run handed over: then `min_gain` is
+    promised and no lower bound beyond it."""
 
     def __post_init__(self) -> None:
         for name in ("delta", "run_delta", "max_regressions"):
             value = getattr(self, name)
             if value is None and name != "delta":
+                continue
+            if name == "delta" and value == 0 and self.run_delta is not None:
                 continue
             if value is None or not 0 < value < 1:
                 raise ValueError(
@@ -77,6 +83,11 @@ class Terms:
                 f"`weights={self.weights}` do not share delta among candidates; pass one number "
                 "of 0 or more for each, with a sum of 1."
             )
+
+    @property
+    def promises_bounds(self) -> bool:
+        """Whether lower bounds hold at once, so that `min_gain` may be asked for afterwards."""
+        return self.max_regressions is None and not self.step_down
 
     @property
     def test(self) -> str:

@@ -1,0 +1,125 @@
+"""Several certificates on one calibration split: they share delta, or do not add up.
+
+Each certificate of a run is wrong with probability at most its share; shares sum to the run's
+delta, so that all hold at once with probability 1 - delta (Bonferroni over methods). Where a run
+promises `min_gain` only, and no lower bounds, what a certified method no longer needs goes to the
+others (Holm 1979): `step_down`.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mera_tl import storage
+from mera_tl.certificate.certificate import Calibration
+
+FAVOURITE = "searched"
+"""The method that gets half of delta where it is among others."""
+
+
+def share_delta(
+    methods: Sequence[str], delta: float = 0.05, *, primary: str | None = None
+) -> dict[str, float]:
+    """Divide delta among the methods of a run, before any outcome is seen.
+
+    `primary`, named in advance, gets all of it and the others nothing; else `searched` gets half
+    and the others equal parts of the rest; else all get equal parts.
+
+    Raises:
+        ValueError: if there is no method, or the primary one is not among them.
+    """
+    names = list(dict.fromkeys(methods))
+    if not names or (primary is not None and primary not in names):
+        raise ValueError(
+            f"primary={primary!r} is none of the methods that ask for a certificate "
+            f"({', '.join(names) or 'none'}); name one of them."
+        )
+    if primary is None and FAVOURITE in names and len(names) > 1:
+        rest = delta / 2 / (len(names) - 1)
+        return {name: delta / 2 if name == FAVOURITE else rest for name in names}
+    if primary is None:
+        return dict.fromkeys(names, delta / len(names))
+    return {name: delta if name == primary else 0.0 for name in names}
+
+
+def step_down(decisions: Mapping[str, Calibration]) -> dict[str, Calibration]:
+    """Hand the shares of certified methods to the others, until nothing more is certified.
+
+    To be announced before outcomes are seen. With probability 1 - `run_delta` no certified method
+    gains less than `min_gain`; lower bounds beyond it are no longer promised.
+
+    Raises:
+        ValueError: if the certificates do not share one `run_delta`.
+    """
+    totals = {decision.terms.run_delta for decision in decisions.values()}
+    shares = {name: decision.terms.delta for name, decision in decisions.items()}
+    total = totals.pop() if len(totals) == 1 else None
+    if total is None or sum(shares.values()) > total * (1 + 1e-9):
+        raise ValueError(
+            f"Shares of delta that sum to {sum(shares.values()):g} are not those of one run; "
+            "calibrate with Terms(delta=share, run_delta=...) for the shares of `share_delta`."
+        )
+    certified: dict[str, Calibration] = {}
+    while True:
+        waiting = [name for name in decisions if name not in certified]
+        left = sum(shares[name] for name in waiting)
+        again = {
+            name: decisions[name].with_delta(
+                total * (shares[name] / left if left else 1 / len(waiting))
+            )
+            for name in waiting
+        }
+        found = {name: decision for name, decision in again.items() if not decision.abstained}
+        if not found:
+            return {name: certified.get(name) or again[name] for name in decisions}
+        certified |= found
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that was certified on some of the same texts, for the same model."""
+
+    run: str
+    methods: tuple[str, ...]
+    delta: float
+    shared: int
+    """Number of texts in common."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.run} was certified on {self.shared} of the same calibration texts "
+            f"({', '.join(self.methods)}; delta {self.delta:g}): the promises of both runs hold "
+            "together only with the sum of their deltas. Trust one of them, chosen beforehand, or "
+            "take another calibration split."
+        )
+
+
+def remember_run(
+    folder: Path,
+    run: str,
+    texts: Sequence[str],
+    *,
+    methods: Sequence[str],
+    delta: float,
+    model: str,
+    signature: str,
+) -> list[EarlierRun]:
+    """Note in `folder` which texts a run is certified on; return earlier runs that share some.
+
+    `model` is a fingerprint: promises about another model are another matter. Runs of the same
+    `signature`, all that decides their numbers, make the same promise and do not count.
+    """
+    hashes = {hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts}
+    earlier = []
+    for path in sorted(folder.glob("*.json")):
+        known = storage.read_json(path)
+        shared = len(hashes & set(known["texts"]))
+        other = known["signature"] != signature and known["run"] != run
+        if shared and other and known["model"] == model:
+            told = known["run"], tuple(known["methods"]), known["delta"], shared
+            earlier.append(EarlierRun(*told))
+    note = {"run": run, "methods": list(methods), "delta": delta, "model": model}
+    note |= {"signature": signature, "texts": sorted(hashes)}
+    storage.write_json(folder / f"{storage.fingerprint(run)}.json", note)
+    return earlier

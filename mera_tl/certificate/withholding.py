@@ -1,0 +1,178 @@
+"""Which answers to trust: answer only where the predicted error is low, and certify the rest.
+
+Where errors cannot be corrected they can be withheld. Thresholds t are tested from the strictest
+on: at each, the wrong among the answered are binomial, and an exact test decides whether
+P(wrong | answered) <= alpha. The first that cannot be certified ends the sequence, which therefore
+costs no share of delta (fixed sequence). Thresholds must not depend on the calibration outcomes:
+take quantiles of the predicted error on training examples. Imports neither torch nor pandas.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import special
+
+from mera_tl.certificate.bounds import upper_share
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the calibration examples say about one threshold."""
+
+    threshold: float
+    answered: int
+    """Examples with a predicted error of at most the threshold."""
+    wrong: int
+    """Incorrect answers among them."""
+    wrong_at_most: float
+    """Exact upper confidence bound of P(wrong | answered)."""
+
+
+@dataclass(frozen=True)
+class Withholding:
+    """Up to which predicted error answers may be given, with what is promised of them."""
+
+    alpha: float
+    """Greatest share of wrong answers among those given."""
+    delta: float
+    n: int
+    base: float
+    """Share of incorrect answers where nothing is withheld."""
+    rows: tuple[Answered, ...]
+    """The thresholds that were tested, in order; all but perhaps the last are certified."""
+
+    @property
+    def chosen(self) -> Answered | None:
+        """The most lenient certified threshold; None where there is none."""
+        certified = [row for row in self.rows if row.wrong_at_most <= self.alpha]
+        return certified[-1] if certified else None
+
+    @property
+    def threshold(self) -> float | None:
+        """Answer where the predicted error is at most this; None: withhold everything."""
+        return None if self.chosen is None else self.chosen.threshold
+
+    def __str__(self) -> str:
+        row = self.chosen
+        terms = (
+            f"Confidence {1 - self.delta:.4g} over the draw of {self.n} calibration examples; "
+            "exact binomial test, thresholds in a fixed order; wrong where nothing is withheld: "
+            f"{100 * self.base:.1f} %."
+        )
+        if row is None:
+            first = self.rows[0]
+            return (
+                f"NO ANSWER CAN BE TRUSTED. At the strictest threshold {first.threshold:.3g}, "
+                f"{first.wrong} of {first.answered} answers are wrong, so up to "
+                f"{100 * first.wrong_at_most:.1f} %; allowed {100 * self.alpha:.1f} %; at least "
+                f"{least_answered(self.alpha, self.delta):,} answers must be tested.\n{terms}"
+            )
+        return (
+            f"WITHHOLD above a predicted error of {row.threshold:.3g}: "
+            f"{100 * row.answered / self.n:.0f} % answered, certified at most "
+            f"{100 * self.alpha:.1f} % of them wrong (observed {row.wrong} of {row.answered}).\n"
+            f"{terms}"
+        )
+
+
+def certify_withholding(
+    predicted_error: Float[np.ndarray, " example"],
+    correct: Bool[np.ndarray, " example"],
+    *,
+    alpha: float,
+    thresholds: Sequence[float],
+    delta: float = 0.05,
+) -> Withholding:
+    """Find up to which predicted error answers may be given with at most `alpha` of them wrong.
+
+    The promise: with probability 1 - `delta` over the draw of the examples,
+    P(wrong | predicted error <= threshold) <= alpha, or everything is withheld. Examples must be
+    distinct texts that had no part in fitting the probe or choosing the thresholds.
+
+    Raises:
+        ValueError: if shapes or probabilities do not fit, or thresholds do not rise.
+    """
+    _check_probability("alpha", alpha)
+    _check_probability("delta", delta)
+    if len(predicted_error) != len(correct) or not len(correct):
+        raise ValueError(
+            f"{len(predicted_error)} predicted errors came with {len(correct)} outcomes; pass one "
+            "of each for every example, and at least one example."
+        )
+    if not np.isfinite(predicted_error).all():
+        raise ValueError("Some predicted errors are not finite numbers; find out why.")
+    if not len(thresholds) or (np.diff(thresholds) <= 0).any():
+        raise ValueError(
+            f"`thresholds={tuple(thresholds)}` do not rise from the strictest to the most lenient; "
+            "pass each once, in order, as quantiles of the predicted error in training."
+        )
+    rows = []
+    for threshold in thresholds:
+        given = predicted_error <= threshold
+        answered, wrong = int(given.sum()), int((given & ~correct).sum())
+        bound = upper_share(wrong, answered, delta)
+        rows.append(Answered(float(threshold), answered, wrong, bound))
+        if bound > alpha:
+            break
+    base = float(1 - correct.mean())
+    return Withholding(alpha, delta, len(correct), base, tuple(rows))
+
+
+def least_withheld(base: float, alpha: float) -> float:
+    """Return the least share to withhold so that at most `alpha` of the answers are wrong.
+
+    `(base - alpha) / (1 - alpha)` for a model that is wrong in a share `base` of its answers: what
+    a probe withholds that knows every error. A real one withholds more.
+    """
+    if not 0 <= base <= 1:
+        raise ValueError(f"`base={base:g}` is not a share between 0 and 1; pass one, as 0.2.")
+    _check_probability("alpha", alpha)
+    return max(0.0, (base - alpha) / (1 - alpha))
+
+
+def least_answered(alpha: float, delta: float = 0.05) -> int:
+    """Return the fewest answers that can certify `alpha`, if none of them is wrong."""
+    _check_probability("alpha", alpha)
+    _check_probability("delta", delta)
+    return math.ceil(math.log(delta) / math.log1p(-alpha))
+
+
+def withholding_size(
+    share: float, risk: float, alpha: float, *, delta: float = 0.05, target: float = 0.8
+) -> int | None:
+    """Return about how many examples certify `alpha` with probability `target`.
+
+    If a `share` of them is answered and a `risk` of the answered is wrong. None where the risk is
+    not below alpha, or more than a million answers would be needed.
+    """
+    for name, value in (("share", share), ("alpha", alpha), ("delta", delta), ("target", target)):
+        _check_probability(name, value, one=name == "share")
+    if not 0 <= risk < alpha:
+        return None
+
+    def reached(answered: int) -> float:
+        # Most wrong answers at which the exact test still rejects, by bisection over its quantile.
+        counts = np.arange(answered + 1)
+        most = int(np.searchsorted(special.bdtr(counts, answered, alpha), delta, side="right")) - 1
+        return float(special.bdtr(most, answered, risk)) if most >= 0 else 0.0
+
+    high = least_answered(alpha, delta)
+    while reached(high) < target:
+        high *= 2
+        if high > 1_000_000:
+            return None
+    low = high // 2
+    while high - low > max(1, low // 200):
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) >= target else (middle, high)
+    return math.ceil(high / share)
+
+
+def _check_probability(name: str, value: float, *, one: bool = False) -> None:
+    if not (0 < value < 1 or (one and value == 1)):
+        raise ValueError(
+            f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
+        )
