@@ -24,7 +24,7 @@ from mera_tl.methods import (
     search_flip,
 )
 from mera_tl.methods.race import candidates, race
-from mera_tl.probes import metrics as scoring
+from mera_tl.probes import metrics
 from mera_tl.steering import fit_directions
 from mera_tl.tasks import Splits, Task
 
@@ -109,7 +109,7 @@ class Trial:
         return {
             **of_choice(chosen),
             **of_gains(decision, tested, base),
-            "auroc": float(scoring.auroc(score, ~base.correct)),
+            "auroc": float(metrics.auroc(score, ~base.correct)),
             "r2": float(1 - (score.sigmoid() - base.error).square().mean() / base.error.var()),
             **self._geometry(fitted, chosen, score),
         }
@@ -146,7 +146,7 @@ class Trial:
         read = evaluate(self.model, self.splits.test, hooks, settings=self.read)
         outcomes = flipped(read, read.peak, found.chosen.threshold)
         base = self.test.outcomes
-        measured = {"auroc": float(scoring.auroc(read.peak, ~base.correct))}
+        measured = {"auroc": float(metrics.auroc(read.peak, ~base.correct))}
         return {
             "arm": "flip",
             **of_choice(found.chosen),

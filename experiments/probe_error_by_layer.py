@@ -29,8 +29,15 @@ from einops import rearrange
 import mera_tl
 from mera_tl.inference import Activations, left_pad
 from mera_tl.models import resid_post
-from mera_tl.probes import Examples, fit_error_probe, fit_grid, probe_path, selectivity, transfer
-from mera_tl.probes import metrics as scoring
+from mera_tl.probes import (
+    Examples,
+    fit_error_probe,
+    fit_grid,
+    metrics,
+    probe_path,
+    selectivity,
+    transfer,
+)
 from mera_tl.sae import MIN_FIRING, load_saes
 from mera_tl.storage import fingerprint, write_records
 
@@ -118,7 +125,7 @@ def by_token(config: Config, model: mera_tl.Model, each: Read) -> pd.DataFrame:
         parts.append(Examples(flat, kept.error, ~kept.correct))
     fits = fit_grid(parts[0], {"ridge": (1.0,)}, clip=0.01, seed=config.seed)
     score = fits.score(parts[1].resid.double(), -1)[:, 0]
-    auroc = scoring.auroc(score, parts[1].incorrect).view(len(train), -1)
+    auroc = metrics.auroc(score, parts[1].incorrect).view(len(train), -1)
     places = [(i, pos) for i in range(len(auroc)) for pos in range(auroc.shape[1])]
     rows = [{"layer": i, "position": p + 1 - auroc.shape[1], "auroc": auroc[i, p].item()}
             for i, p in places]  # fmt: skip

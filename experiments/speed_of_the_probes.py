@@ -23,8 +23,7 @@ from threadpoolctl import threadpool_limits
 
 import mera_tl
 from mera_tl.inference import Activations, Outcomes
-from mera_tl.probes import cross_validation as folds
-from mera_tl.probes import probe_path
+from mera_tl.probes import cross_validation, probe_path
 from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "speed_of_the_probes"
@@ -77,15 +76,13 @@ def loop(activations: Activations, position: str, n_folds: int) -> tuple[float, 
     """Fit the same grid one model at a time; return seconds and how many ran out of iterations."""
     resid, target = activations.resid(position).double(), torch.logit(activations.error, eps=0.01)
     incorrect, failed, start = ~activations.correct, 0, process_time()
-    block = folds.blocks(incorrect, 0)
     for x in (resid - resid.mean(1, keepdim=True)) / resid.std(1, keepdim=True):
-        for use in folds.folds()[:n_folds]:
-            rows = use[block]
+        for rows in cross_validation.folds(incorrect, 0)[:n_folds]:
             features, errors = x[rows].numpy(), target[rows].numpy()
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 LinearRegression().fit(features, errors)
-                for penalty in folds.LASSO:
+                for penalty in cross_validation.LASSO:
                     Lasso(alpha=penalty).fit(features, errors)
                 logistic = LogisticRegression(l1_ratio=1.0, solver="liblinear")
                 logistic.fit(features, incorrect[rows].numpy())
@@ -98,19 +95,19 @@ def compare(name: str, activations: Activations, repeats: int, n_folds: int) -> 
     times = []
     for _ in range(repeats):
         start = process_time()
-        probe_path(activations, grid=folds.PUBLISHED, positions=positions)
+        probe_path(activations, grid=cross_validation.PUBLISHED, positions=positions)
         times.append(process_time() - start)
     with threadpool_limits(1):
         loops = [loop(activations, position, n_folds) for position in positions]
     ours = sorted(times)[len(times) // 2]
-    theirs = sum(seconds for seconds, _ in loops) * folds.N_FOLDS / n_folds
+    theirs = sum(seconds for seconds, _ in loops) * cross_validation.N_FOLDS / n_folds
     n, layers, width = activations.by_position[positions[0]].shape
     return {
         "workload": name,
         "layers": layers * len(positions),
         "n": n,
         "width": width,
-        "fits": layers * len(positions) * folds.N_FOLDS * 8,
+        "fits": layers * len(positions) * cross_validation.N_FOLDS * 8,
         "seconds": round(ours, 3),
         "seconds_loop": round(theirs, 1),
         "ratio": round(theirs / ours, 1),
@@ -131,13 +128,13 @@ def fit_whole(config: Config, decay: float) -> dict[str, object]:
     activations, n_threads = drawn((n, layers, width), ("last",), decay), torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     wall, start = perf_counter(), process_time()
-    probe_path(activations, grid=folds.PUBLISHED)
+    probe_path(activations, grid=cross_validation.PUBLISHED)
     found = {
         "workload": f"whole Gemma-2-2B-sized model, variance as i**-{decay}",
         "layers": layers,
         "n": n,
         "width": width,
-        "fits": layers * folds.N_FOLDS * 8,
+        "fits": layers * cross_validation.N_FOLDS * 8,
         "threads": torch.get_num_threads(),
         "wall_s": round(perf_counter() - wall, 1),
         "seconds": round(process_time() - start, 1),
@@ -149,7 +146,7 @@ def fit_whole(config: Config, decay: float) -> dict[str, object]:
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    records = [compare("published", collected(config), config.repeats, folds.N_FOLDS)]
+    records = [compare("published", collected(config), config.repeats, cross_validation.N_FOLDS)]
     print(records[-1])
     for decay in config.decays if config.large_layers else ():
         shape = (config.large_n, config.large_layers, config.large_width)

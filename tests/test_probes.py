@@ -13,14 +13,14 @@ from mera_tl.inference import Activations, Outcomes
 from mera_tl.probes import (
     LinearProbe,
     choose,
+    cross_validation,
     fit_error_probe,
     fit_ranked_probe,
+    metrics,
     probe_path,
     selectivity,
     transfer,
 )
-from mera_tl.probes import cross_validation as folds
-from mera_tl.probes import metrics as scoring
 
 KINDS = ("ridge", "least_squares", "lasso", "logistic", "logistic_l2", "contrastive")
 MANIFEST = {"model": "planted", "model_fingerprint": "f00d", "task": "toy", "data_hash": "1"}
@@ -81,9 +81,11 @@ def test_scores_are_log_odds_of_error_however_strong_the_penalty(kind, penalty):
 def test_what_cannot_be_read_is_predicted_no_worse_than_by_the_mean():
     """An in-sample slope would make noise look like signal: see the second half."""
     noise = planted(n=60, layer=1)
-    examples = folds.Examples(noise.resid("last")[[0, 2]], noise.error, ~noise.correct)
-    fits = folds.fit_grid(examples, {"ridge": (3.0,), "least_squares": (0.0,)}, clip=0.01, seed=0)
-    table = folds.held_out_table(examples, fits, clip=0.01, seed=0)
+    examples = cross_validation.Examples(noise.resid("last")[[0, 2]], noise.error, ~noise.correct)
+    fits = cross_validation.fit_grid(
+        examples, {"ridge": (3.0,), "least_squares": (0.0,)}, clip=0.01, seed=0
+    )
+    table = cross_validation.held_out_table(examples, fits, clip=0.01, seed=0)
     r2 = table.set_index(["kind", "layer"])["score_r2"]
     assert r2["ridge"].min() > -0.2
     assert r2["least_squares"].max() < -0.2  # control: capacity enough to overfit
@@ -123,12 +125,10 @@ def test_contrastive_is_the_difference_of_means():
 
 def test_folds_hold_out_thirty_percent_and_balance_the_classes():
     incorrect = torch.arange(200) % 5 == 0
-    block, use = folds.blocks(incorrect, seed=3), folds.folds()
-    assert (use.sum(1) == 7).all() and (~use).any(0).all()
-    for fold in use:
-        rows = fold[block]
-        assert rows.sum() == 140 and incorrect[rows].sum() == 28
-    assert not torch.equal(block, folds.blocks(incorrect, seed=4))
+    use = cross_validation.folds(incorrect, seed=3)
+    assert (use.sum(1) == 140).all() and (~use).any(0).all()
+    assert (use & incorrect).sum(1).eq(28).all()
+    assert not torch.equal(use, cross_validation.folds(incorrect, seed=4))
 
 
 def test_metrics_agree_with_scikit_learn():
@@ -136,7 +136,7 @@ def test_metrics_agree_with_scikit_learn():
     error = torch.rand(200, generator=generator).double()
     score = torch.randn(3, 200, generator=generator).double().round(decimals=1)  # with ties
     incorrect = torch.rand(200, generator=generator) < error
-    got = scoring.measure(score, error, incorrect, clip=0.01)
+    got = metrics.measure(score, error, incorrect, clip=0.01)
     for i in range(3):
         predicted = torch.sigmoid(score[i])
         assert got["auroc"][i] == pytest.approx(roc_auc_score(incorrect, score[i]))
@@ -147,7 +147,7 @@ def test_metrics_agree_with_scikit_learn():
         expected = balanced_accuracy_score(incorrect, predicted > 0.5)
         assert got["balanced_accuracy"][i] == pytest.approx(expected)
     score += 0.013  # off the edges of bins
-    ece = scoring.calibration_error(torch.sigmoid(score), incorrect.double())
+    ece = metrics.calibration_error(torch.sigmoid(score), incorrect.double())
     share = torch.histc(torch.sigmoid(score[0]), 10, 0, 1) / 200
     observed, predicted = calibration_curve(incorrect, torch.sigmoid(score[0]), n_bins=10)
     bins = abs(torch.from_numpy(observed - predicted))
@@ -157,8 +157,8 @@ def test_metrics_agree_with_scikit_learn():
 def test_a_perfect_and_a_constant_score_have_the_metrics_they_must_have():
     error = torch.linspace(0.02, 0.98, 50).double()
     perfect, constant = torch.logit(error), torch.zeros(50).double()
-    best = scoring.measure(perfect, error, error > 0.5, clip=0.01)
-    none = scoring.measure(constant, error, error > 0.5, clip=0.01)
+    best = metrics.measure(perfect, error, error > 0.5, clip=0.01)
+    none = metrics.measure(constant, error, error > 0.5, clip=0.01)
     assert best["rmse"] < 1e-9 and best["auroc"] == 1 and best["ece"] < 1e-9 and best["r2"] == 1
     assert none["auroc"] == 0.5 and none["balanced_accuracy"] == 0.5 and abs(none["r2"]) < 1e-9
 
@@ -166,7 +166,9 @@ def test_a_perfect_and_a_constant_score_have_the_metrics_they_must_have():
 def test_choosing_and_reporting_do_not_share_examples():
     """With no signal the best of many held-out fits looks good by luck; untouched ones do not."""
     noise = planted(n=60, layer=1, noise=0.0)
-    shuffled = folds.Examples(noise.resid("last"), noise.error, ~noise.correct).shuffled(0)
+    shuffled = cross_validation.Examples(noise.resid("last"), noise.error, ~noise.correct).shuffled(
+        0
+    )
     data = answers(noise.by_position["last"], shuffled.error)
     fresh = planted(n=2000, seed=5)
     fresh = answers(fresh.by_position["last"], fresh.error[torch.randperm(2000)])
@@ -181,7 +183,7 @@ def test_choosing_and_reporting_do_not_share_examples():
 
 def test_best_median_and_worst_are_ranked_by_the_score():
     data = planted()
-    table = probe_path(data, grid=folds.REGRESSIONS)
+    table = probe_path(data, grid=cross_validation.REGRESSIONS)
     probes = {rank: fit_ranked_probe(data, rank) for rank in ("best", "median", "worst")}
     rmse = {rank: [row["rmse"] for row in probe.metrics] for rank, probe in probes.items()}
     for layer in range(3):
@@ -282,7 +284,7 @@ def test_constant_features_get_weight_zero():
 
 def test_layers_in_chunks_are_the_layers_at_once(monkeypatch):
     whole = fit_error_probe(planted(), kind="lasso")
-    monkeypatch.setattr(folds, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_validation, "CHUNK_BYTES", 1)
     assert torch.allclose(fit_error_probe(planted(), kind="lasso").weights, whole.weights)
 
 

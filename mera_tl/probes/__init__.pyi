@@ -3,12 +3,11 @@ from .comparisons import selectivity as selectivity
 from .comparisons import transfer as transfer
 from .cross_validation import Examples as Examples
 from .cross_validation import fit_grid as fit_grid
+from .lasso import lasso_path as lasso_path
+from .least_squares import Problems as Problems
+from .least_squares import ridge_path as ridge_path
 from .logistic import logistic_path as logistic_path
 from .probe import LinearProbe as LinearProbe
 from .probe import choose as choose
 from .probe import fit_error_probe as fit_error_probe
 from .probe import fit_ranked_probe as fit_ranked_probe
-from .solvers import Moments as Moments
-from .solvers import Quadratic as Quadratic
-from .solvers import lasso_path as lasso_path
-from .solvers import ridge_path as ridge_path

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from mera_tl.probes import metrics as scoring
+from mera_tl.probes import metrics
 from mera_tl.probes.cross_validation import FULL, Examples, Fits, Grid, fit_grid, held_out_table
 from mera_tl.probes.probe import LinearProbe, Position, Tasks, read_examples
 
@@ -64,8 +64,8 @@ def _untouched(fits: Fits, fresh: Sequence[Examples], clip: float) -> pd.DataFra
     n_layers, measured = len(fresh[0].resid), []
     for i, each in enumerate(fresh):
         score = fits.layers(i * n_layers, (i + 1) * n_layers).score(each.resid.double(), -1)
-        measured.append(scoring.measure(score, each.error.double(), each.incorrect, clip=clip))
-    columns = {name: torch.cat([part[name] for part in measured]) for name in scoring.METRICS}
+        measured.append(metrics.measure(score, each.error.double(), each.incorrect, clip=clip))
+    columns = {name: torch.cat([part[name] for part in measured]) for name in metrics.METRICS}
     return pd.DataFrame({f"untouched_{name}": v.flatten().tolist() for name, v in columns.items()})
 
 

@@ -9,19 +9,18 @@ look at the targets, and the scale is folded back: a probe acts on raw `h`.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import pandas as pd
 import torch
-from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int
+from einops import einsum
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mera_tl.probes import metrics as scoring
-from mera_tl.probes.least_squares import lasso_from_rows, least_squares_from_rows
+from mera_tl.probes import metrics
+from mera_tl.probes.lasso import lasso_path
+from mera_tl.probes.least_squares import Problems, Solution, ridge_path
 from mera_tl.probes.logistic import logistic_path
-from mera_tl.probes.solvers import Moments, Quadratic, lasso_path, least_squares, ridge_path
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +83,10 @@ class Fits:
         return score + self.bias[:, fold, :, None].to(resid)
 
 
-def folds() -> Bool[Tensor, "fold block"]:
-    """Return which blocks each fold fits on: seven of ten, the held-out three moving round."""
-    start = torch.arange(N_FOLDS)[:, None] * HELD_OUT_BLOCKS
-    held_out = (start + torch.arange(HELD_OUT_BLOCKS)) % N_BLOCKS
-    return torch.ones(N_FOLDS, N_BLOCKS, dtype=torch.bool).scatter(1, held_out, False)
+def folds(incorrect: Bool[Tensor, " example"], seed: int) -> Bool[Tensor, "fold example"]:
+    """Return which examples each fold fits on: seven tenths, the held-out three moving round.
 
-
-def blocks(incorrect: Bool[Tensor, " example"], seed: int) -> Int[Tensor, " example"]:
-    """Deal examples into ten blocks at random, errors and correct ones evenly.
+    Examples are assigned to ten blocks at random, errors and correct ones evenly.
 
     Raises:
         ValueError: if there are fewer examples than blocks.
@@ -104,10 +98,11 @@ def blocks(incorrect: Bool[Tensor, " example"], seed: int) -> Int[Tensor, " exam
             "collect more."
         )
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    dealt = shuffled[incorrect.cpu()[shuffled].long().argsort(stable=True)]
+    by_class = shuffled[incorrect.cpu()[shuffled].long().argsort(stable=True)]
     block = torch.empty(n, dtype=torch.long)
-    block[dealt] = torch.arange(n) % N_BLOCKS
-    return block.to(incorrect.device)
+    block[by_class] = torch.arange(n) % N_BLOCKS
+    first = torch.arange(N_FOLDS)[:, None] * HELD_OUT_BLOCKS
+    return ((block - first) % N_BLOCKS >= HELD_OUT_BLOCKS).to(incorrect.device)
 
 
 def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: bool = True) -> Fits:
@@ -119,13 +114,14 @@ def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: b
         ValueError: if examples are too few, or a logistic probe has only one class to learn.
     """
     _require_targets(examples, grid)
-    block = blocks(examples.incorrect, seed)
+    use = folds(examples.incorrect, seed)
+    use = torch.cat([use, torch.ones_like(use[: int(refit)])])
     n_layers, _, width = examples.resid.shape
     per_chunk = max(1, CHUNK_BYTES // (8 * width * width * (N_BLOCKS + 2 * N_FOLDS)))
     parts = []
     for start in range(0, n_layers, per_chunk):
         some = replace(examples, resid=examples.resid[start : start + per_chunk])
-        layers = _Layers.of(some, block, clip, refit)
+        layers = _Layers.of(some, use, clip)
         parts.append([layers.fit(kind, tuple(penalties)) for kind, penalties in grid.items()])
     kinds, penalties = zip(*((k, p) for k, many in grid.items() for p in many), strict=True)
     weights = torch.cat([torch.cat([w for w, _ in part], dim=2) for part in parts])
@@ -153,116 +149,80 @@ def _require_targets(examples: Examples, grid: Grid) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Layers:
-    """A few layers' examples, standardised, with their targets and blocks."""
+    """The problems of a few layers, on standardised features."""
 
-    x: Float[Tensor, "layer example d_model"]
+    problems: Problems
     mean: Float[Tensor, "layer d_model"]
     scale: Float[Tensor, "layer d_model"]
-    target: Float[Tensor, " example"]
     error: Float[Tensor, " example"]
     incorrect: Bool[Tensor, " example"]
-    block: Int[Tensor, " example"]
-    use: Bool[Tensor, "fold block"]
 
     @staticmethod
-    def of(
-        examples: Examples, block: Int[Tensor, " example"], clip: float, refit: bool
-    ) -> "_Layers":
-        use = torch.cat([folds(), torch.ones(int(refit), N_BLOCKS, dtype=torch.bool)])
-        # Blocks that the same folds use are one; its examples lie together.
-        patterns, block = use.to(block.device)[:, block].T.unique(dim=0, return_inverse=True)
-        order = block.argsort(stable=True)
-        x = examples.resid[:, order].double()
+    def of(examples: Examples, use: Bool[Tensor, "fold example"], clip: float) -> "_Layers":
+        x = examples.resid.double()
         deviation, mean = torch.std_mean(x, dim=1, correction=0)
         # Below the resolution of float32 a feature is constant, and gets weight zero.
         varies = deviation > 1e-6 * examples.resid.abs().amax(1)
         scale = torch.where(varies, deviation, torch.inf)
-        x.sub_(mean[:, None]).div_(scale[:, None])
-        error, incorrect = examples.error[order], examples.incorrect[order]
-        target = scoring.logit_error(error, clip)
-        return _Layers(x, mean, scale, target, error, incorrect, block[order], patterns.T)
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether some fold has no more examples than features."""
-        return int(self.use[:, self.block].sum(-1).min()) <= self.x.shape[-1]
-
-    @cached_property
-    def moments(self) -> Moments:
-        moments = Moments(torch.zeros_like(self.mean), n_blocks=self.use.shape[1])
-        moments.add(self.x, self.target, self.block)
-        return moments
-
-    @cached_property
-    def problems(self) -> Quadratic:
-        return self.moments.pool(self.use)
+        x = x.sub(mean[:, None]).div_(scale[:, None])
+        problems = Problems(x, metrics.logit_error(examples.error, clip), use)
+        return _Layers(problems, mean, scale, examples.error, examples.incorrect)
 
     def fit(
         self, kind: str, penalties: tuple[float, ...]
     ) -> tuple[Float[Tensor, "layer fold fit d_model"], Float[Tensor, "layer fold fit"]]:
-        """Return raw weights and biases."""
-        path, fold = torch.tensor(penalties).to(self.x), self.use[:, self.block]
-        if kind.startswith("logistic"):
-            share = 0.0 if kind == "logistic_l2" else 1.0
-            solution = logistic_path(self.x, self.incorrect, fold, path, l1_share=share)
-            coef, intercept = solution.coef, solution.intercept
-        elif self.is_wide and kind in ("least_squares", "lasso"):
-            data = (self.x, self.target, fold)
-            fit = (
-                lasso_from_rows(*data, path) if kind == "lasso" else least_squares_from_rows(*data)
-            )
-            coef, intercept = fit.coef, fit.intercept
-        else:
-            coef = self._regression(kind, path)
-            intercept = self.problems.intercept(coef)
-        n_layers = len(self.x)
-        weights = rearrange(coef, "(l f) p d -> l f p d", l=n_layers) / self.scale[:, None, None]
+        """Return weights and biases on raw activations."""
+        match kind:
+            case "least_squares":
+                solution = ridge_path(self.problems, (0.0,))
+            case "lasso":
+                solution = lasso_path(self.problems, penalties)
+            case "ridge":
+                solution = self._rescaled(ridge_path(self.problems, penalties).coef)
+            case "contrastive":
+                differences = [self._contrast(int(n_pairs)) for n_pairs in penalties]
+                solution = self._rescaled(torch.stack(differences, 2))
+            case _:
+                classes = replace(self.problems, target=self.incorrect.to(self.mean))
+                solution = logistic_path(classes, penalties, l1=kind == "logistic")
+        weights = solution.coef / self.scale[:, None, None]
         offset = einsum(weights, self.mean, "layer fold fit d, layer d -> layer fold fit")
-        return weights, rearrange(intercept, "(l f) p -> l f p", l=n_layers) - offset
+        return weights, solution.intercept - offset
 
-    def _regression(
-        self, kind: str, path: Float[Tensor, " penalty"]
-    ) -> Float[Tensor, "problem penalty d_model"]:
-        if kind == "least_squares":
-            return least_squares(self.problems).coef
-        if kind == "lasso":
-            return lasso_path(self.problems, path).coef
-        if kind == "ridge":
-            coef = ridge_path(self.problems, path).coef
-        else:
-            coef = torch.stack([self._contrast(int(pairs)) for pairs in path.tolist()], 1)
-        return coef * self._held_out_slope(coef)
-
-    def _contrast(self, pairs: int) -> Float[Tensor, "problem d_model"]:
+    def _contrast(self, n_pairs: int) -> Float[Tensor, "layer fold d_model"]:
         """Return mean(h | most error) - mean(h | least error) of each fold, on raw features."""
         differences = []
-        for used in self.use[:, self.block]:
+        for used in self.problems.use:
             rows = used.nonzero()[:, 0]
             rows = rows[self.error[rows].argsort(stable=True)]
-            k = min(pairs or len(rows) // 2, len(rows) // 2)
-            differences.append(self.x[:, rows[-k:]].mean(1) - self.x[:, rows[:k]].mean(1))
+            k = min(n_pairs or len(rows) // 2, len(rows) // 2)
+            high, low = (self.problems.x[:, part].mean(1) for part in (rows[-k:], rows[:k]))
+            differences.append(high - low)
+        # The difference of raw features, as a weight on standardised ones.
         variance = torch.where(self.scale.isfinite(), self.scale.square(), 0.0)
-        return rearrange(torch.stack(differences, 1) * variance[:, None], "l f d -> (l f) d")
+        return torch.stack(differences, 1) * variance[:, None]
 
-    def _held_out_slope(
-        self, coef: Float[Tensor, "problem penalty d_model"]
-    ) -> Float[Tensor, "problem penalty 1"]:
-        """Return the factor that turns a direction's projection into log-odds of error.
+    def _rescaled(self, coef: Float[Tensor, "layer fold fit d_model"]) -> Solution:
+        """Scale directions so that their projections are log-odds of error.
 
-        Regresses target on projection in one dimension, on examples that the direction was not
-        fitted to: in-sample slopes are as overconfident as the fit. A fold takes the slope of the
-        other folds, the last fit that of all. Where nothing can be read the slope is not positive,
-        and the weights become zero.
+        The scale is the slope of the target on the projection, on examples that the direction was
+        not fitted to: in-sample slopes are as overconfident as the fit. A fold takes the slope of
+        the other folds, the last fit that of all. Where nothing can be read the slope is not
+        positive, and the weights become zero.
         """
-        fits = rearrange(coef, "(l f) p d -> l f p d", f=len(self.use))[:, :N_FOLDS]
-        held_out = self.moments.pool(~self.use[:N_FOLDS])
-        slopes = held_out.spread(rearrange(fits, "l f p d -> (l f) p d"))
+        held_out = replace(self.problems, use=~self.problems.use[:N_FOLDS])
+        fits = coef[:, :N_FOLDS]
+        score = einsum(fits, held_out.x, "layer fold fit d, layer n d -> layer fold fit n")
+        weight, centred = held_out.weight[:, None], held_out.centred[:, None]
+        covariance = (score * weight * centred).sum(-1)
+        variance = (score.square() * weight).sum(-1) - (score * weight).sum(-1).square()
         covariance, variance = (
-            torch.cat([part.sum(1, keepdim=True) - part, part.sum(1, keepdim=True)], dim=1)
-            for part in (rearrange(slope, "(l f) p -> l f p", f=N_FOLDS) for slope in slopes)
+            torch.cat([part.sum(1, keepdim=True) - part, part.sum(1, keepdim=True)], 1)
+            for part in (covariance, variance)
         )
         slope = torch.where(variance > 0, covariance / variance, 0.0).clamp(min=0)
-        return rearrange(slope[:, : len(self.use)], "l f p -> (l f) p 1")
+        coef = coef * slope[:, : coef.shape[1], :, None]
+        return Solution(coef, self.problems.intercept(coef), torch.zeros_like(coef[..., 0]))
 
 
 def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) -> pd.DataFrame:
@@ -271,15 +231,15 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
     Each metric has three columns: its mean over the folds, its spread `*_sd`, and `*_dummy`, the
     same for the constant prediction "the mean error of the fold". `nonzero` counts the weights.
     """
-    held_out = ~folds()[:, blocks(examples.incorrect, seed)]
+    held_out = ~folds(examples.incorrect, seed)
     error, incorrect = examples.error.double(), examples.incorrect
     measured, dummies = [], []
     for fold, rows in enumerate(held_out):
         there = (error[rows], incorrect[rows])
         score = fits.score(examples.resid[:, rows].double(), fold)
-        measured.append(scoring.measure(score, *there, clip=clip))
+        measured.append(metrics.measure(score, *there, clip=clip))
         constant = torch.logit(error[~rows].mean(), eps=clip).expand(1, int(rows.sum()))
-        dummies.append(scoring.measure(constant, *there, clip=clip))
+        dummies.append(metrics.measure(constant, *there, clip=clip))
     n_layers, _, n_fits = fits.bias.shape
     columns = {
         "layer": torch.arange(n_layers).repeat_interleave(n_fits).tolist(),
@@ -287,7 +247,7 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
         "penalty": list(fits.penalties) * n_layers,
         "nonzero": (fits.weights[:, :N_FOLDS] != 0).sum(-1).double().mean(1).flatten().tolist(),
     }
-    for name in scoring.METRICS:
+    for name in metrics.METRICS:
         values = torch.stack([fold[name] for fold in measured])
         columns[name] = values.mean(0).flatten().tolist()
         columns[f"{name}_sd"] = values.std(0).flatten().tolist()

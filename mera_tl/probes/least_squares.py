@@ -1,171 +1,225 @@
-"""Linear fits of folds that have no more examples than features: from the rows themselves.
+"""Least squares and ridge regression for all layers, folds and penalties; what all solvers share.
 
-Least squares then needs only the products of examples with each other, which the folds of a layer
-share; a lasso needs the products of those few features that could enter. The Gram matrix of all
-features, which `solvers` works from, is never formed.
+`Problems` holds the data of every layer and fold. Where folds have more examples than features, a
+regression needs no examples once it has their products: these are summed once per block of
+examples that the same folds use, and a fold only adds matrices. Where folds have fewer, the
+products of the examples with each other are enough, and the features' Gram matrix is never formed.
 """
 
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
-from jaxtyping import Bool, Float, Int
+from einops import einsum
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mera_tl.probes.lasso import active_newton
-from mera_tl.probes.solvers import (
-    Moments,
-    Solution,
-    duality_gap,
-    lower_products,
-    relative,
-    reported,
-    tolerance_for,
-)
+logger = logging.getLogger(__name__)
 
 
-def least_squares_from_rows(
-    resid: Float[Tensor, "layer example d_model"],
-    target: Float[Tensor, " example"],
-    use: Bool[Tensor, "fold example"],
-) -> Solution:
-    """Fit by least squares; of all fits that are equally good, the one of least norm.
+@dataclass(frozen=True, eq=False)
+class Problems:
+    """One regression for every layer and fold, with a free intercept."""
 
-    Examples of a fold should lie together: their products are then copied in few pieces.
+    x: Float[Tensor, "layer example d_model"]
+    """Features, about zero on average: sums of squares lose no digits then."""
+    target: Float[Tensor, " example"]
+    use: Bool[Tensor, "fold example"]
+    """The examples that each fold fits on."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether some fold has no more examples than features."""
+        return int(self.use.sum(-1).min()) <= self.x.shape[-1]
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "fold example"]:
+        """1/n for the n examples of a fold, else zero: weighted sums are the fold's means."""
+        use = self.use.to(self.x)
+        return use / use.sum(-1, keepdim=True)
+
+    @cached_property
+    def mean(self) -> Float[Tensor, "layer fold d_model"]:
+        """The features' means."""
+        return self.weight @ self.x
+
+    @cached_property
+    def target_mean(self) -> Float[Tensor, " fold"]:
+        """The target's mean."""
+        # About one of its values: a constant target is then constant to the last digit.
+        return self.target[0] + self.weight @ (self.target - self.target[0])
+
+    @cached_property
+    def centred(self) -> Float[Tensor, "fold example"]:
+        """The target about its mean; zero for examples that the fold does not use."""
+        return (self.target - self.target_mean[:, None]) * self.use
+
+    @cached_property
+    def variance(self) -> Float[Tensor, " fold"]:
+        """The target's variance."""
+        return (self.weight * self.centred.square()).sum(-1)
+
+    @cached_property
+    def cross(self) -> Float[Tensor, "layer fold d_model"]:
+        """The features' covariance with the target."""
+        # The centred target sums to zero, so the features need no centring.
+        return (self.weight * self.centred) @ self.x
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "layer fold d_model d_model"]:
+        """The features' covariance matrix."""
+        patterns, block = self.use.T.unique(dim=0, return_inverse=True)
+        n_layers, _, width = self.x.shape
+        square = self.x.new_zeros(n_layers, len(patterns), width, width)
+        for b in range(len(patterns)):
+            rows = self.x[:, block == b]
+            square[:, b].baddbmm_(rows.mT, rows)
+        # One product and one update in place: at this size, fresh memory costs more than sums.
+        share = patterns.T.to(self.x) / self.use.sum(-1, keepdim=True)
+        gram = (share @ square.flatten(2)).view(-1, width, width)
+        mean = self.mean.flatten(0, 1)
+        return gram.baddbmm_(mean[:, :, None], mean[:, None], alpha=-1).unflatten(0, (n_layers, -1))
+
+    def intercept(
+        self, coef: Float[Tensor, "layer fold penalty d_model"]
+    ) -> Float[Tensor, "layer fold penalty"]:
+        """Return the best intercepts, given the coefficients."""
+        return self.target_mean[:, None] - (coef * self.mean[:, :, None]).sum(-1)
+
+    def correlation(
+        self, coef: Float[Tensor, "layer fold penalty d_model"]
+    ) -> Float[Tensor, "layer fold penalty d_model"]:
+        """Return the covariance of residuals and features: minus the gradient of half the MSE."""
+        score = einsum(coef, self.x, "layer fold penalty d, layer n d -> layer fold penalty n")
+        residual = self.target - score - self.intercept(coef)[..., None]
+        residual = residual * self.weight[:, None]
+        return einsum(residual, self.x, "layer fold penalty n, layer n d -> layer fold penalty d")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The minimisers of a batch of problems, and how far from optimal each was left."""
+
+    coef: Float[Tensor, "layer fold penalty d_model"]
+    intercept: Float[Tensor, "layer fold penalty"]
+    gap: Float[Tensor, "layer fold penalty"]
+    """Lasso: duality gap relative to the objective at zero; ridge: the gradient's norm relative to
+    that at zero. No fit at all is 1, an exact one 0."""
+
+    @property
+    def tolerance(self) -> float:
+        """The gap up to which a fit in this precision counts as converged."""
+        return 1e-6 if self.coef.dtype == torch.float64 else 1e-3
+
+    @property
+    def converged(self) -> Bool[Tensor, "layer fold penalty"]:
+        """Whether each fit ended within the tolerance."""
+        return self.gap <= self.tolerance
+
+    def warn(self) -> "Solution":
+        """Log how many fits stopped short of the tolerance, and return the solution."""
+        short = ~self.converged
+        if short.any():
+            logger.warning(
+                "%d of %d fits stopped at a gap of up to %.1e, above the tolerance %.0e.",
+                int(short.sum()),
+                short.numel(),
+                float(self.gap[short].max()),
+                self.tolerance,
+            )
+        return self
+
+
+def ridge_path(problems: Problems, penalties: Sequence[float]) -> Solution:
+    """Minimise mean squared error + penalty * |w|^2 for every penalty.
+
+    As scikit-learn's `Ridge(alpha=n * penalty)` for n examples. At penalty 0 as its
+    `LinearRegression()`: of all fits that are equally good, the one of least norm; directions with
+    less than 1e-12 of the largest variance (1e-5 in float32) count as absent.
     """
-    weight = use.to(resid) / use.sum(-1, keepdim=True).to(resid)
-    target_mean = weight @ target
-    centred = (target - target_mean[:, None]) * use
-    solutions = []
-    for x in resid:
-        products, dual = lower_products(x), torch.zeros_like(centred)
-        room = torch.empty_like(products)  # at this size, fresh memory costs as much as sums
-        for fold, used in enumerate(use):
-            dual[fold] = _dual(x, _kernel(products, used, room), used, centred[fold])
-        # Whole products with the examples, all folds at once, instead of a copy of each fold's.
-        mean = weight @ x
-        coef = dual @ x - dual.sum(-1, keepdim=True) * mean
-        intercept = target_mean - (coef * mean).sum(-1)
-        residual = (coef @ x.T + intercept[:, None] - target) * use
-        gradient = residual @ x - residual.sum(-1, keepdim=True) * mean
-        gap = relative(gradient.norm(dim=-1), (centred @ x).norm(dim=-1))
-        solutions.append((coef, intercept, gap))
-    coefs, intercepts, gaps = (torch.cat(part)[:, None] for part in zip(*solutions, strict=True))
-    return reported(Solution(coefs, intercepts, gaps, tolerance_for(resid)))
+    coef = (_dual_path if problems.is_wide else _primal_path)(problems, penalties)
+    penalty = torch.tensor(penalties).to(coef)[:, None]
+    gradient = problems.correlation(coef) - penalty * coef
+    gap = relative(gradient.norm(dim=-1), problems.cross.norm(dim=-1)[..., None])
+    return Solution(coef, problems.intercept(coef), gap).warn()
 
 
-def _kernel(
-    products: Float[Tensor, "example example"],
-    used: Bool[Tensor, " example"],
-    room: Float[Tensor, "example example"],
-) -> Float[Tensor, "used used"]:
-    """Copy the lower triangle of the products of a fold's examples into `room`."""
-    n_used, row = int(used.sum()), 0
-    kernel = room.view(-1)[: n_used * n_used].view(n_used, n_used)
-    runs = _runs(used)
-    for i, a in enumerate(runs):
-        column, stop = 0, row + a.stop - a.start
-        for b in runs[: i + 1]:
-            kernel[row:stop, column : column + b.stop - b.start] = products[a, b]
-            column += b.stop - b.start
-        row = stop
-    return kernel
+def relative(value: Tensor, scale: Tensor) -> Tensor:
+    """Divide; nothing to fit (scale zero) leaves nothing to be desired."""
+    return torch.where(scale > 0, value / scale, 0.0)
 
 
-def _dual(
-    x: Float[Tensor, "example d_model"],
-    kernel: Float[Tensor, "used used"],
-    used: Bool[Tensor, " example"],
-    target: Float[Tensor, " example"],
-) -> Float[Tensor, " example"]:
-    """Return the weights, of sum zero, with which a fold's examples add up to the coefficients."""
-    floor = 1e-12 if kernel.dtype == torch.float64 else 1e-5
-    # What is added along the constant vector meets a dual of sum zero, and keeps the rank.
-    lift = kernel.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(kernel.add_(lift))
+def _primal_path(
+    problems: Problems, penalties: Sequence[float]
+) -> Float[Tensor, "layer fold penalty d_model"]:
+    """Solve `(G + penalty I) w = c`, with the features' Gram matrix G."""
+    pairs = list(zip(problems.gram.flatten(0, 1), problems.cross.flatten(0, 1), strict=True))
+    # One Cholesky a penalty is cheaper than one eigendecomposition up to about a dozen of them.
+    coef = torch.stack([_inverse(gram, p)(c) for gram, c in pairs for p in penalties])
+    return coef.view(*problems.cross.shape[:2], len(penalties), -1)
+
+
+def _dual_path(
+    problems: Problems, penalties: Sequence[float]
+) -> Float[Tensor, "layer fold penalty d_model"]:
+    """Solve for weights of the examples, `w = X'v` with `(K + n penalty I) v = y`, K = XX'."""
+    coef = problems.x.new_zeros(*problems.cross.shape[:2], len(penalties), problems.x.shape[-1])
+    for layer, x in enumerate(problems.x):
+        products = _lower_products(x)  # of all examples; every fold takes its part
+        for fold, used in enumerate(problems.use):
+            rows = used.nonzero()[:, 0]
+            own, mean = x[rows], problems.mean[layer, fold]
+            target = problems.centred[fold, rows]
+            # Centring moves every product by those with the mean. A centred kernel has no
+            # variance along the constant vector: what is added there meets a target of sum zero,
+            # so it changes no solution and keeps the rank full.
+            kernel, shift = products[rows][:, rows], own @ mean
+            kernel -= shift[:, None] + shift - mean @ mean
+            kernel += kernel.diagonal().mean()
+            for i, penalty in enumerate(penalties):
+                solve = _inverse(kernel, penalty * len(rows))
+                dual = solve(target)
+                # One step of refinement: nearly dependent examples cost half of the digits.
+                image = own @ (dual @ own - dual.sum() * mean)
+                image = image - image.mean() + penalty * len(rows) * dual
+                dual = dual + solve(target - image)
+                coef[layer, fold, i] = (dual - dual.mean()) @ own
+    return coef
+
+
+def _inverse(
+    lower: Float[Tensor, "n n"], penalty: float
+) -> Callable[[Float[Tensor, " n"]], Float[Tensor, " n"]]:
+    """Return the function that solves `(A + penalty I) v = wanted`, A semidefinite.
+
+    Only the lower triangle of A is read. Where A is singular, directions below the floor count as
+    absent, so that v has the least norm.
+    """
+    shifted = lower.clone()
+    shifted.diagonal().add_(penalty)
+    floor = 1e-12 if lower.dtype == torch.float64 else 1e-5
+    factor, failed = torch.linalg.cholesky_ex(shifted)
     pivots = factor.diagonal().square()
-    dual = torch.zeros(len(used), 2).to(target)
-    if failed or not pivots.min() > 10 * floor * pivots.max():
-        dual[used, 0] = _dual_of_dependent(kernel.sub_(lift), target[used], floor)
-        return dual[:, 0]
-    wanted = torch.stack([target, used.to(target)], dim=1)
-    dual[used] = _solve(factor, wanted[used])
-    # One step of refinement: nearly dependent examples cost half of the digits.
-    left = wanted - x @ (x.T @ dual) - lift * dual.sum(0)
-    dual[used] += _solve(factor, left[used])
-    fit, constant = dual.unbind(1)
-    return fit - constant * (fit.sum() / constant.sum())
+    if not failed and pivots.min() > 10 * floor * pivots.max():
+        # Two triangular solves, since `cholesky_solve` copies the factor.
+        def solve(wanted: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+            half = torch.linalg.solve_triangular(factor, wanted[:, None], upper=False)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
+
+        return solve
+    # Cholesky cannot tell small from absent: the eigenvalues can, at ten times the price.
+    variances, axes = torch.linalg.eigh(lower)
+    present = variances > floor * variances[-1].clamp(min=0)
+    inverse = torch.where(present, 1 / (variances + penalty), 0.0)
+    return lambda wanted: axes @ (inverse * (axes.T @ wanted))
 
 
-def _solve(factor: Float[Tensor, "n n"], wanted: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """Solve from a lower Cholesky factor; unlike `cholesky_solve`, without copying it."""
-    half = torch.linalg.solve_triangular(factor, wanted, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
-
-
-def _runs(used: Bool[Tensor, " example"]) -> list[slice]:
-    """Return the stretches of examples that are used."""
-    edges = torch.nn.functional.pad(used.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
-    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _dual_of_dependent(
-    lower: Float[Tensor, "example example"], target: Float[Tensor, " example"], floor: float
-) -> Float[Tensor, " example"]:
-    """Solve where examples depend on each other, ignoring directions below the floor."""
-    kernel = lower.tril() + lower.tril(-1).T
-    column = kernel.mean(0)
-    kernel -= column[:, None] + column - column.mean()
-    variances, axes = torch.linalg.eigh(kernel)
-    kept = variances > floor * variances[-1].clamp(min=0)
-    return axes @ torch.where(kept, (axes.T @ target) / variances, 0.0)
-
-
-def lasso_from_rows(
-    resid: Float[Tensor, "layer example d_model"],
-    target: Float[Tensor, " example"],
-    use: Bool[Tensor, "fold example"],
-    penalties: Float[Tensor, " penalty"],
-) -> Solution:
-    """Minimise mean squared error / 2 + penalty * |w|_1 for every penalty (> 0).
-
-    All fits of a layer are solved on one working set of features; those outside it that violate
-    optimality are taken in, until none does.
-    """
-    patterns, block = use.T.unique(dim=0, return_inverse=True)
-    l1 = penalties.to(resid).expand(len(use), -1)
-    parts = [_on_working_set(x, target, block, patterns.T, l1) for x in resid]
-    coef, intercept, gap = (torch.cat(part) for part in zip(*parts, strict=True))
-    return reported(Solution(coef, intercept, gap, tolerance_for(resid)))
-
-
-def _on_working_set(
-    x: Float[Tensor, "example d_model"],
-    target: Float[Tensor, " example"],
-    block: Int[Tensor, " example"],
-    use: Bool[Tensor, "fold block"],
-    l1: Float[Tensor, "fold penalty"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one layer's coefficients, intercepts and gaps."""
-    weight = use[:, block].to(x)
-    weight /= weight.sum(-1, keepdim=True)
-    centred = target - (weight @ target)[:, None]
-    variance, cross = (weight * centred.square()).sum(-1), (weight * centred) @ x
-    inside = cross.abs().topk(min(32, x.shape[1])).indices.unique()
-    coef = x.new_zeros(*l1.shape, len(inside))
-    while True:
-        columns = x[:, inside]
-        moments = Moments(columns.new_zeros(1, len(inside)), n_blocks=use.shape[1])
-        moments.add(columns[None], target, block)
-        problems = moments.pool(use)
-        coef = active_newton(problems.gram, problems.cross, l1, coef)
-        intercept = problems.intercept(coef)
-        residual = target - coef @ columns.T - intercept[..., None]
-        correlation = (residual * weight[:, None]) @ x
-        excess = (correlation.abs() - l1[..., None]).index_fill(-1, inside, 0.0)
-        size = max(32, int((coef != 0).sum(-1).max()))
-        worst, feature = excess.topk(min(size, x.shape[1]))
-        entering = feature[worst > 1e-9 * l1[..., None]].unique()
-        if not len(entering):
-            break
-        inside = torch.cat([inside, entering])
-        coef = torch.nn.functional.pad(coef, (0, len(entering)))
-    whole = x.new_zeros(*l1.shape, x.shape[1]).index_copy(-1, inside, coef)
-    return whole, intercept, duality_gap(correlation, whole, cross, variance, l1)
+def _lower_products(x: Float[Tensor, "row column"], size: int = 256) -> Float[Tensor, "row row"]:
+    """Return the lower triangle of `x x'`; what lies above it is not set."""
+    products = x.new_empty(len(x), len(x))
+    for start in range(0, len(x), size):
+        stop = min(start + size, len(x))
+        torch.mm(x[start:stop], x[:stop].T, out=products[start:stop, :stop])
+    return products

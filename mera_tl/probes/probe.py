@@ -23,7 +23,7 @@ from torch import Tensor
 from mera_tl import storage
 from mera_tl.inference.activations import Activations
 from mera_tl.models.model import Model
-from mera_tl.probes import metrics as scoring
+from mera_tl.probes import metrics
 from mera_tl.probes.cross_validation import LASSO as LASSO_PENALTIES
 from mera_tl.probes.cross_validation import (
     REGRESSIONS,
@@ -151,7 +151,7 @@ class LinearProbe:
         score = self.score(examples.resid).double()
         truth = (examples.error.double(), examples.incorrect)
         return pd.DataFrame(
-            {"layer": range(len(score))} | scoring.measure(score, *truth, clip=self.clip)
+            {"layer": range(len(score))} | metrics.measure(score, *truth, clip=self.clip)
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -240,7 +240,7 @@ def fit_ranked_probe(
 def choose(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -> pd.DataFrame:
     """Return, per layer, the row of a `probe_path` table that ranks so by a held-out metric."""
     ordered = table.dropna(subset=by).sort_values(
-        by, ascending=by in scoring.LOWER_IS_BETTER, kind="stable"
+        by, ascending=by in metrics.LOWER_IS_BETTER, kind="stable"
     )
     share = {"best": 0.0, "median": 0.5, "worst": 1.0}[rank]
     groups = [group for _, group in ordered.groupby("layer")]

@@ -19,7 +19,7 @@ from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
-from mera_tl.probes import metrics as scoring
+from mera_tl.probes import metrics
 from mera_tl.probes.cross_validation import Kind
 from mera_tl.probes.probe import LinearProbe, Position, fit_error_probe
 from mera_tl.sae.loading import starts_with_bos
@@ -84,7 +84,7 @@ def measure_latents(probe: LinearProbe, space: SAESpace, activations: Activation
     rows = []
     for layer in space.layers:
         score = space.read(resid[layer], layer) @ probe.weights[layer] + probe.bias[layer]
-        measured = scoring.measure(score.double(), *truth, clip=probe.clip)
+        measured = metrics.measure(score.double(), *truth, clip=probe.clip)
         rows.append({"layer": layer, **{name: float(v) for name, v in measured.items()}})
     return pd.DataFrame(rows)
 
