@@ -44,6 +44,6 @@ def _fit(
     if n_positive in (0, n):
         odds = (n_positive + 0.5) / (n - n_positive + 0.5)
         return x.new_zeros(x.shape[1]), float(torch.tensor(odds).log())
-    model = LogisticRegression(C=1 / penalty, max_iter=1000, **settings)
+    model: Any = LogisticRegression(C=1 / penalty, max_iter=1000, **settings)
     model.fit(x.cpu().numpy(), positive.cpu().numpy())
     return torch.from_numpy(model.coef_[0]), float(model.intercept_[0])
