@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_probe, talking_task
+from conftest import make_task, random_probe, talking_task
 
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.models import load_model
@@ -59,7 +59,7 @@ def hooks_of(steering):
     return steering.reading_hooks() if steering.limit == float("inf") else steering.fwd_hooks()
 
 
-@pytest.mark.parametrize("readout", ["last", "exact"])
+@pytest.mark.parametrize("readout", ["options", "last", "exact"])
 def test_each_of_many_equals_itself_alone(model, readout):
     check_each(model, readout)
 
@@ -69,7 +69,8 @@ def test_each_equals_itself_under_the_other_engine(checkpoints):
 
 
 def check_each(model, readout):
-    task = talking_task(model, 14)
+    words = ("very good film", "blue bird")
+    task = make_task(14, options=words) if readout == "options" else talking_task(model, 14)
     settings = replace(QUIET, readout=readout, batch_tokens=140)
     steerings = many(model)
     roomy = replace(settings, batch_tokens=2048)

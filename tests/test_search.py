@@ -13,6 +13,7 @@ from mera_tl.inference import (
     Decoding,
     Outcomes,
     ReadSettings,
+    about_to_answer,
     collect,
     evaluate,
     hooked_pass,
@@ -73,15 +74,15 @@ def steerings(model):
     }
 
 
-@pytest.mark.parametrize("readout", ["last", "exact"])
+@pytest.mark.parametrize("readout", ["options", "last", "exact"])
 def test_going_on_from_a_prompt_that_was_run_equals_running_it_again(model, readout):
     task = talking_task(model, 16)
-    options = option_tokens(model, task.options)
     prompts = model.tokenize([example.prompt for example in task.examples])
     settings = replace(QUIET, readout=readout)
+    options = option_tokens(model, task, settings)
     with torch.inference_mode(), hooked_pass(model, ()):
         decoding = Decoding(model, prompts, ())
-        answers = options.class_logits(decoding.prompt()).argmax(-1)
+        answers = about_to_answer(decoding, decoding.prompt(), options, settings)
     plain = read_batch(model, prompts, options, settings)
     for rows in (torch.arange(16), torch.tensor([3, 4, 9])):
         for name, steering in steerings(model).items():

@@ -244,8 +244,8 @@ def test_plain_transformer_lens_hooks_work_without_a_window(model):
 def test_one_direction_per_answer_runs_the_last_token_twice(model):
     """Both directions zero but one: only rows whose unsteered answer is that option move."""
     task = make_task(16, options=mixed_options(model))
-    options, prompts = option_tokens(model, task.options), prompts_of(model, task)
     settings = ReadSettings(progress=False, readout="last")
+    options, prompts = option_tokens(model, task, settings), prompts_of(model, task)
     probe = random_probe(model)
     direction = torch.stack([torch.zeros_like(probe.weights), probe.weights])
     steering = Steering(probe, direction, Adaptive(-5.0), positions="last")

@@ -74,8 +74,9 @@ class RunOptions:
     pairs: int = 0
     """Examples with most and with least error that a contrastive probe compares (the paper: 50, 100
     or 200). Default: half of the examples each."""
-    readout: Literal["exact", "last"] = "exact"
-    """Read the decoded answer token, or the final prompt token alone."""
+    readout: Literal["options", "last", "exact", "exact_anywhere"] = "options"
+    """How answers are read: score every option whole (options), read the final prompt token (last),
+    or decode a reply that begins with an option (exact) or contains one (exact_anywhere)."""
     max_new_tokens: int = 8
     """Tokens decoded at most before an example counts as unanswered."""
     truncate: bool = False

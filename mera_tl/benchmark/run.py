@@ -114,8 +114,8 @@ class Run(methods.Run):
         Raises:
             ValueError: if a name, the data, the options or the layers do not fit together.
         """
-        layers, options = parse_layers(self.config.layers), self.splits.train.options
-        option_tokens(self.model, options)
+        layers, train = parse_layers(self.config.layers), self.splits.train
+        option_tokens(self.model, train, self.read)
         if isinstance(layers, tuple) and max(layers) >= self.model.n_layers:
             raise ValueError(
                 f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "

@@ -1,6 +1,7 @@
 from .activations import Activations as Activations
 from .activations import collect as collect
 from .answers import ReadSettings as ReadSettings
+from .answers import about_to_answer as about_to_answer
 from .answers import by_length as by_length
 from .answers import option_tokens as option_tokens
 from .answers import read_again as read_again
@@ -18,3 +19,5 @@ from .outcomes import accuracy_interval as accuracy_interval
 from .outcomes import paired_p_value as paired_p_value
 from .outcomes import spi as spi
 from .outcomes import spi_interval as spi_interval
+from .replies import answered_option as answered_option
+from .replies import is_over as is_over

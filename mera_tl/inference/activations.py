@@ -1,8 +1,8 @@
 """Collect `resid_post` of all layers and the model's errors, in the pass that produces the answer.
 
 Rows are gathered inside the hooks: per layer one vector an example at the final prompt token
-(`last`) and one at the answer token (`exact`). They go to a file as they come, so memory grows
-with the batch and not with the number of examples.
+(`last`) and, where a readout decodes, one at the answer token (`exact`). They go to a file as they
+come, so memory grows with the batch and not with the number of examples.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,7 @@ class Activations:
         if position not in self.by_position:
             raise ValueError(
                 f"Position {position!r} was not collected, only {', '.join(self.by_position)}; "
-                "`exact` needs readout='exact'."
+                "`exact` needs a readout that decodes: exact or exact_anywhere."
             )
         resid = self.by_position[position].transpose(0, 1)
         if not torch.isfinite(resid).all():
@@ -108,7 +108,7 @@ def collect(
     settings: ReadSettings | None = None,
     out: str | Path | None = None,
 ) -> Activations:
-    """Answer a task unsteered, gathering `resid_post` at `last` and, with readout exact, `exact`.
+    """Answer a task unsteered, gathering `resid_post` at `last` and, for replies, at `exact`.
 
     With a folder `out`, activations are written there as they come and read back lazily by the
     operating system; without, they are kept in memory.
@@ -117,7 +117,7 @@ def collect(
         ValueError: as `evaluate`.
     """
     settings = settings or ReadSettings()
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
     kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
@@ -133,7 +133,7 @@ def collect(
 
         def run(batch: list[int]) -> Reading:
             capture = _Capture(model, batch, write_row)
-            return read_batch(
+            reading = read_batch(
                 model,
                 [prompts[i] for i in batch],
                 options,
@@ -142,6 +142,12 @@ def collect(
                 on_prompt=lambda rows: capture.write("last", rows),
                 on_answer=lambda rows: capture.write("exact", rows),
             )
+            if settings.decodes:
+                # A reply's first word was taken for its answer until the reply had been read.
+                nothing = np.zeros((model.n_layers, model.d_model), dtype=np.float32)
+                for place in (reading.predictions < 0).nonzero()[:, 0].tolist():
+                    write_row("exact", batch[place], nothing)
+            return reading
 
         outcomes = gather(task, options, run_batches(prompts, run, settings, "collect"))
     manifest = {
@@ -153,6 +159,7 @@ def collect(
         "source": dict(task.source),
         "hook": "blocks.{layer}.hook_resid_post",
         "readout": settings.readout,
+        "answer_prefix": settings.prefix(model),
         "n": len(task),
     }
     if out is None:
@@ -163,7 +170,7 @@ def collect(
 
 def positions_of(settings: ReadSettings) -> tuple[Position, ...]:
     """Return the positions that are collected under a readout."""
-    return ("last", "exact") if settings.readout == "exact" else ("last",)
+    return ("last", "exact") if settings.decodes else ("last",)
 
 
 def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) -> None:

@@ -1,33 +1,56 @@
-"""How an answer is read off a model: options as tokens, probabilities, the answer token.
+"""How an answer is read off a model: by named readouts, from a batch of prompts that have been run.
 
-Class logit = the maximum over an option's variant tokens; `P(option)` = softmax over the class
-logits. `last` reads them at the final prompt token. `exact` decodes greedily; the first generated
-token that is a variant of any option is the *answer token*, and P is read from the logits that
-emitted it. A row stops there. No such token within `max_new_tokens`: unanswered, error 1.
+- `options`, the default: every option's whole continuation is scored (see `multiple_choice`), and
+  `P(option)` is the softmax over options. Every example has an answer.
+- `last`, the paper's: the options' single tokens at the final prompt token. An option's logit is
+  the maximum over its variants.
+- `exact`: greedy decoding. A reply is an answer only if it *begins* with an option (see `replies`).
+  P is read from the logits that emitted the *answer token*, the first of that word.
+- `exact_anywhere`, the paper's rule: the answer token is the first generated token that is a
+  variant of an option, whatever stands before it.
+
+A reply without an answer within `max_new_tokens` is unanswered: error 1.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.inference.decoding import Decoding, hooked_pass
+from mera_tl.inference.multiple_choice import option_log_probs
+from mera_tl.inference.replies import answered_option, has_begun, is_over
+from mera_tl.inference.variants import (
+    OptionTokens,
+    common_ending,
+    single_tokens,
+    whole_options,
+)
 from mera_tl.models.model import FwdHooks, Model
+from mera_tl.tasks.task import Task
 
-Readout = Literal["last", "exact"]
+Readout = Literal["options", "last", "exact", "exact_anywhere"]
 Observer = Callable[[Int[Tensor, " column_rows"]], None]
 """Called after a pass with the batch row of each of its rows, -1 where that is of no interest."""
 
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """How prompts are run and answers read."""
+    """How prompts are run and answers read.
 
-    readout: Readout = "exact"
-    """Read at the final prompt token (last) or at the decoded answer token (exact)."""
+    Raises:
+        ValueError: if the readout is unknown.
+    """
+
+    readout: Readout = "options"
+    """How an answer is read: score each option whole (options), read the final prompt token (last),
+    or decode a reply that begins with an option (exact) or contains one (exact_anywhere)."""
+    answer_prefix: str | None = None
+    """Text that begins the assistant's turn of a chat. Default: "Answer:" for readout options, none
+    for the others. A prompt without a chat template ends as the task's template does."""
     batch_size: int | None = None
     """Prompts per batch. Default: as many as `batch_tokens` holds."""
     batch_tokens: int = 2048
@@ -41,74 +64,43 @@ class ReadSettings:
     progress: bool = True
     """Show a progress bar where a person is watching."""
 
+    def __post_init__(self) -> None:
+        if self.readout not in get_args(Readout):
+            wanted = ", ".join(get_args(Readout))
+            raise ValueError(f"readout={self.readout!r} is none of {wanted}; choose one of them.")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a reply is generated."""
+        return self.readout in ("exact", "exact_anywhere")
+
+    def prefix(self, model: Model) -> str:
+        """Return what begins the assistant's turn of a model with a chat template."""
+        if not model.chat:
+            return ""
+        default = "Answer:" if self.readout == "options" else ""
+        return default if self.answer_prefix is None else self.answer_prefix
+
     def wider(self, factor: int) -> "ReadSettings":
         """Return these settings with batches `factor` times as large."""
         size = self.batch_size and factor * self.batch_size
         return replace(self, batch_size=size, batch_tokens=factor * self.batch_tokens)
 
 
-# --- options as tokens --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class OptionTokens:
-    """The tokens through which each option is read."""
-
-    options: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    """Variant tokens per option, all different."""
-
-    def class_logits(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch option"]:
-        """Return the maximum over each option's variants, in float32."""
-        columns = [logits[:, list(ids)].float().amax(-1) for ids in self.tokens]
-        return torch.stack(columns, dim=-1)
-
-    def option_of(self, tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """Return the option each token is a variant of, or -1."""
-        answer = torch.full_like(tokens, -1)
-        for option, ids in enumerate(self.tokens):
-            answer[torch.isin(tokens, torch.tensor(ids, device=tokens.device))] = option
-        return answer
-
-
-def option_tokens(model: Model, options: Sequence[str]) -> OptionTokens:
-    """Resolve options to tokens under a model's tokenizer.
-
-    An option's variants are its lower, UPPER and Capitalised form, with and without a leading
-    space. It is read through those that are one token; if none is, through the first tokens of its
-    variants that no other option shares.
+def option_tokens(model: Model, task: Task[Any], settings: ReadSettings) -> OptionTokens:
+    """Resolve a task's options to the tokens through which a readout reads them.
 
     Raises:
-        ValueError: if two options cannot be told apart, naming them and their tokens.
+        ValueError: if an option is not in the vocabulary, or two options cannot be told apart,
+            naming them and their tokens.
     """
-    encoded = {option: _encode_variants(model.tokenizer, option) for option in options}
-    single = {option: {ids[0] for ids in encoded[option] if len(ids) == 1} for option in options}
-    first = {option: {ids[0] for ids in encoded[option]} for option in options}
-    chosen = {}
-    for option in options:
-        others = set().union(*(single[o] or first[o] for o in options if o != option))
-        chosen[option] = single[option] or first[option] - others
-        if not encoded[option]:
-            raise ValueError(
-                f"Option {option!r} is not in the vocabulary of {model.name}; "
-                "rename it in the task."
-            )
-        if not chosen[option] or single[option] & others:
-            shared = sorted((single[option] or first[option]) & others)
-            names = model.tokenizer.convert_ids_to_tokens(shared)
-            raise ValueError(
-                f"Option {option!r} cannot be told apart from the others under the tokenizer of "
-                f"{model.name}: they share the tokens {names}; rename the options in the task."
-            )
-    return OptionTokens(tuple(options), tuple(tuple(sorted(chosen[o])) for o in options))
-
-
-def _encode_variants(tokenizer: Any, option: str) -> list[list[int]]:
-    forms = dict.fromkeys((option, option.lower(), option.upper(), option.capitalize()))
-    texts = [space + form for form in forms for space in ("", " ")]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    # A form outside the vocabulary says nothing about the option.
-    return [ids for ids in encoded if ids and tokenizer.unk_token_id not in ids]
+    if settings.readout == "options":
+        # A chat template ends in a line break where there is no prefix.
+        cue = (settings.prefix(model) or "\n") if model.chat else common_ending(task)
+        whole = whole_options(model, task.options, cue or "\n")
+        return OptionTokens(task.options, model.tokenizer, continuations=whole)
+    tokens = single_tokens(model, task.options, first=settings.readout == "exact")
+    return OptionTokens(task.options, model.tokenizer, tokens)
 
 
 # --- reading a batch ----------------------------------------------------------------------------
@@ -123,6 +115,8 @@ class Reading:
 
     predictions: Int[Tensor, " batch"]
     probs: Float[Tensor, "batch option"]
+    tokens: Int[Tensor, "batch new"]
+    """What was decoded, -1 after its end; no columns where nothing is."""
     n_steered: Int[Tensor, " batch"]
     n_steerable: Int[Tensor, " batch"]
     n_tokens: Int[Tensor, " batch"]
@@ -133,7 +127,7 @@ class Reading:
     def with_rows(self, rows: Int[Tensor, " kept"], other: "Reading") -> "Reading":
         """Return these answers with some rows taken from another reading."""
         changed = {}
-        for name in ("predictions", "probs", *COUNTS):
+        for name in ("predictions", "probs", "tokens", *COUNTS):
             changed[name] = getattr(self, name).clone()
             changed[name][rows] = getattr(other, name)
         return Reading(**changed)
@@ -161,7 +155,7 @@ def read_batch(
             on_prompt(decoding.rows)
         per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
         if per_answer:
-            answers = options.class_logits(logits).argmax(-1)
+            answers = about_to_answer(decoding, logits, options, settings)
             everywhere = any(hook.positions == "all" for hook in per_answer)
             again = decoding.prompt_again if everywhere else decoding.last_token_again
             logits = again(answers)
@@ -188,6 +182,33 @@ def read_again(
         return _read(fork, logits, options, settings, None)
 
 
+def about_to_answer(
+    decoding: Decoding,
+    logits: Float[Tensor, "batch d_vocab"],
+    options: OptionTokens,
+    settings: ReadSettings,
+) -> Int[Tensor, " batch"]:
+    """Return the option that each row leans to where its prompt ends.
+
+    Under `options` and `last` that is the answer; a reply may turn out otherwise.
+    """
+    return _scores(decoding, logits, options, settings).argmax(-1)
+
+
+def _scores(
+    decoding: Decoding,
+    logits: Float[Tensor, "batch d_vocab"],
+    options: OptionTokens,
+    settings: ReadSettings,
+) -> Float[Tensor, "batch option"]:
+    """Return what P(option) is the softmax of, at the end of the prompt."""
+    if settings.readout != "options":
+        return options.class_logits(logits)
+    # Copies of the cache for branches may take as much again as the batch, twice.
+    room = 2 * settings.batch_tokens
+    return option_log_probs(decoding, logits, options.continuations, batch_tokens=room)
+
+
 def _read(
     decoding: Decoding,
     logits: Float[Tensor, "batch d_vocab"],
@@ -195,33 +216,37 @@ def _read(
     settings: ReadSettings,
     on_answer: Observer | None,
 ) -> Reading:
-    """Read the answers of a batch whose prompts have been run."""
-    probs = options.class_logits(logits).softmax(-1)
-    predictions = probs.argmax(-1)
-    if settings.readout == "exact":
-        n_new = settings.max_new_tokens
-        predictions, probs = _decode(decoding, logits, options, n_new, on_answer)
+    """Read the answers of a batch whose prompts have been run.
+
+    `decoding` may be at any end of its prompts: of a first run, of a second, or a fork in which
+    rows repeat.
+    """
+    if settings.decodes:
+        kind = _Beginning if settings.readout == "exact" else _Anywhere
+        found = kind(options, len(logits), logits.device)
+        tokens = _decode(decoding, logits, found, settings.max_new_tokens, on_answer)
+        predictions, probs = found.result()
+    else:
+        probs = _scores(decoding, logits, options, settings).softmax(-1)
+        predictions, tokens = probs.argmax(-1), logits.new_zeros(len(logits), 0, dtype=torch.long)
     counts = {name: getattr(decoding, name).cpu() for name in COUNTS}
-    return Reading(predictions.cpu(), probs.cpu(), **counts)
+    return Reading(predictions.cpu(), probs.cpu(), tokens.cpu(), **counts)
 
 
 def _decode(
     decoding: Decoding,
     logits: Float[Tensor, "batch d_vocab"],
-    options: OptionTokens,
+    found: "_Anywhere | _Beginning",
     max_new_tokens: int,
     on_answer: Observer | None,
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch option"]]:
-    """Decode greedily until every row has answered, ended, or run out of tokens."""
-    predictions = torch.full_like(decoding.rows, -1)
-    probs = torch.zeros(len(predictions), len(options.options), device=logits.device)
+) -> Int[Tensor, "batch new"]:
+    """Decode greedily until every row's reply is over, has ended, or has run out of tokens."""
+    tokens = decoding.rows.new_full((len(logits), max_new_tokens), -1)
     for step in range(max_new_tokens):
-        rows, emitted = decoding.rows, logits.argmax(-1)
-        answer = options.option_of(emitted)
-        hit = answer >= 0
-        predictions[rows[hit]] = answer[hit]
-        probs[rows[hit]] = options.class_logits(logits[hit]).softmax(-1)
-        going = ~hit & ~decoding.is_end(emitted)
+        emitted = logits.argmax(-1)
+        tokens[decoding.rows, step] = emitted
+        hit, over = found.add(decoding.rows, emitted, logits)
+        going = ~over & ~decoding.is_end(emitted)
         if step + 1 == max_new_tokens:
             going = torch.zeros_like(going)
         fed = going | hit if on_answer is not None else going
@@ -235,7 +260,87 @@ def _decode(
             logits = logits[going[fed]]
             if not len(logits):
                 break
-    return predictions, probs
+    return tokens
+
+
+_Found = tuple[Int[Tensor, " batch"], Float[Tensor, "batch option"]]
+"""Predictions and probabilities."""
+
+
+class _Anywhere:
+    """Takes the first generated token that is a variant of an option, and stops there."""
+
+    def __init__(self, options: OptionTokens, n: int, device: torch.device) -> None:
+        self._options = options
+        self._predictions = torch.full((n,), -1, device=device)
+        self._probs = torch.zeros(n, len(options.options), device=device)
+
+    def add(
+        self,
+        rows: Int[Tensor, " row"],
+        emitted: Int[Tensor, " row"],
+        logits: Float[Tensor, "row d_vocab"],
+    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+        """Take a token of every row; return where it is the answer's, and where replies end."""
+        answer = self._options.option_of(emitted)
+        hit = answer >= 0
+        self._predictions[rows[hit]] = answer[hit]
+        self._probs[rows[hit]] = self._options.class_logits(logits[hit]).softmax(-1)
+        return hit, hit
+
+    def result(self) -> _Found:
+        """Return what has been found."""
+        return self._predictions, self._probs
+
+
+class _Beginning:
+    """Takes a reply's first word for its answer if that is an option and nothing denies it."""
+
+    def __init__(self, options: OptionTokens, n: int, device: torch.device) -> None:
+        self._options = options
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
+        self._texts = [""] * n
+        self._first = torch.full((n,), -torch.inf, device=device)
+        """The logit of the token that began the first word."""
+        self._classes = torch.full((n, len(options.options)), -torch.inf, device=device)
+        """The options' logits beside it."""
+
+    def add(
+        self,
+        rows: Int[Tensor, " row"],
+        emitted: Int[Tensor, " row"],
+        logits: Float[Tensor, "row d_vocab"],
+    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+        """Take a token of every row; return where it begins a word, and where replies end."""
+        places = rows.tolist()
+        for row, token in zip(places, emitted.tolist(), strict=True):
+            self._tokens[row].append(token)
+        tokens = [self._tokens[row] for row in places]
+        texts = self._options.texts(tokens)
+        begun = []
+        for row, text in zip(places, texts, strict=True):
+            before, self._texts[row] = self._texts[row], text
+            words = [has_begun(each, self._options.options) for each in (before, text)]
+            begun.append(words == [False, True])
+        hit = torch.tensor(begun, device=rows.device)
+        here = rows[hit]
+        self._first[here] = logits[hit].gather(1, emitted[hit, None])[:, 0].float()
+        self._classes[here] = self._options.class_logits(logits[hit])
+        return hit, torch.tensor([is_over(text) for text in texts], device=rows.device)
+
+    def result(self) -> _Found:
+        """Return what the replies say, and P(option) at the token that began the answer."""
+        said = [answered_option(text, self._options.options) for text in self._texts]
+        predictions = torch.tensor(said, device=self._first.device)
+        answered = (predictions >= 0).nonzero()[:, 0]
+        own = predictions[answered]
+        # The emitted token is one more variant of the option that it began, e.g. '"Sp' of spam.
+        classes = self._classes[answered]
+        best = classes.gather(1, own[:, None])[:, 0].maximum(self._first[answered])
+        classes = classes.scatter(1, own[:, None], best[:, None])
+        probs = torch.zeros_like(self._classes)
+        probs[answered] = classes.softmax(-1)
+        return predictions, probs
 
 
 # --- batches ------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ class Window:
     """A number of the caller's for each row, which stays with it as rows come and go."""
     ends: Int[Tensor, " batch"] | None = None
     """`n_prompt` row by row, where prompts are padded on the right."""
+    scores: bool = False
+    """Whether the columns are options that are scored, not a prompt or a reply."""
 
 
 @contextmanager
@@ -80,6 +82,7 @@ class Decoding:
         self._eos = torch.tensor(model.eos_ids, dtype=torch.long, device=model.device)
         self._answers: Int[Tensor, " batch"] | None = None
         self._labels = labels
+        self._scores = False
         # Rows of the cache are picked when they are next needed: many never are.
         self._picked: Int[Tensor, " batch"] | None = None
         self._own: dict[int, KeysAndValues] = {}
@@ -193,6 +196,21 @@ class Decoding:
         other._start()
         return other
 
+    def branch(self, rows: Int[Tensor, " kept"]) -> "Decoding":
+        """Return remaining rows, each as often as named, to try several tokens after them.
+
+        This one stays as it is. What hooks do in a branch counts for the row that it comes from.
+        """
+        other = copy(self)
+        other._select(rows)
+        other.rows, other._scores = self.rows[rows], True
+        return other
+
+    @property
+    def n_columns(self) -> int:
+        """How many columns the cache holds."""
+        return self._cache.previous_attention_mask.shape[1]
+
     def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Feed one token to every remaining row; return the logits that follow it."""
         columns = tokens[:, None]
@@ -248,24 +266,24 @@ class Decoding:
 
     def _describe(self, mask: Int[Tensor, "batch pos"], n_prompt: int) -> None:
         """Tell the hooks about the columns of the coming pass."""
-        window = Window(mask.bool(), n_prompt, self._answers, self._labels)
+        window = Window(mask.bool(), n_prompt, self._answers, self._labels, scores=self._scores)
         for point in self._points:
             point.ctx["window"] = window
 
     def _count(self, mask: Int[Tensor, "batch pos"]) -> None:
         """Add up what steering hooks left of the pass that they have just seen."""
-        here, rows = self.rows.device, self.rows
+        here, rows = self.rows.device, self.rows  # a row may be there several times, in branches
         moved = torch.zeros(mask.shape, dtype=torch.bool, device=here)
         for layer, point in enumerate(self._points):
             if "moved" in (left := point.ctx):
                 by_layer = left.pop("moved").to(here)
                 moved |= by_layer
-                self._moved[rows, layer] |= by_layer.any(-1)
-                self.n_steered[rows] += by_layer.sum(-1)
-                self.n_steerable[rows] += left.pop("steerable").to(here)
-                self.shift[rows] += left.pop("shift").to(here)
-                self.peak[rows] = self.peak[rows].maximum(left.pop("peak").to(here))
-        self.n_tokens[rows] += moved.sum(-1)
+                self._moved[rows[by_layer.any(-1)], layer] = True
+                self.n_steered.index_add_(0, rows, by_layer.sum(-1))
+                self.n_steerable.index_add_(0, rows, left.pop("steerable").to(here))
+                self.shift.index_add_(0, rows, left.pop("shift").to(here))
+                self.peak.scatter_reduce_(0, rows, left.pop("peak").to(here), "amax")
+        self.n_tokens.index_add_(0, rows, moved.sum(-1))
 
 
 def left_pad(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mera_tl.inference.answers import (
@@ -45,7 +47,7 @@ def evaluate(
             nothing.
     """
     settings = settings or ReadSettings()
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
 
     def run(batch: list[int]) -> Reading:
@@ -103,7 +105,7 @@ def gather(
     """Put the readings of batches back into the order of the task."""
     order = torch.tensor([i for batch, _ in results for i in batch]).argsort()
 
-    def column(name: str) -> torch.Tensor:
+    def column(name: str) -> Tensor:
         return torch.cat([getattr(reading, name) for _, reading in results])[order]
 
     return Outcomes(
@@ -112,8 +114,15 @@ def gather(
         labels=torch.tensor(task.labels),
         predictions=column("predictions"),
         probs=column("probs").float(),
+        replies=_texts(options, column("tokens")),
         **{name: column(name) for name in COUNTS},
     )
+
+
+def _texts(options: OptionTokens, tokens: Int[Tensor, "example new"]) -> tuple[str | None, ...]:
+    if not tokens.shape[1]:
+        return (None,) * len(tokens)
+    return tuple(options.texts([row[row >= 0].tolist() for row in tokens]))
 
 
 def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list[list[int]]:
@@ -122,8 +131,9 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     Raises:
         ValueError: naming the rows whose prompts are too long and cannot, or may not, be shortened.
     """
-    prompts = model.tokenize([example.prompt for example in task.examples])
-    room = model.n_ctx - (settings.max_new_tokens if settings.readout == "exact" else 0)
+    prefix = settings.prefix(model)
+    prompts = model.tokenize([example.prompt for example in task.examples], prefix=prefix)
+    room = model.n_ctx - _n_after(model, task, settings)
     long = [i for i, tokens in enumerate(prompts) if len(tokens) > room]
     if not settings.truncate and long:
         raise ValueError(
@@ -132,7 +142,7 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
             "pass truncate (--truncate) to shorten their text, or leave them out."
         )
     for i in long:
-        prompts[i] = _shorten(model, task.examples[i], room)
+        prompts[i] = _shorten(model, task.examples[i], room, prefix)
     fixed = [i for i in long if len(prompts[i]) > room]
     if fixed:
         raise ValueError(
@@ -142,17 +152,25 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     return prompts
 
 
+def _n_after(model: Model, task: Task[Any], settings: ReadSettings) -> int:
+    """Return how many tokens may be fed after a prompt."""
+    if settings.readout != "options":
+        return settings.max_new_tokens if settings.decodes else 0
+    variants = option_tokens(model, task, settings).continuations
+    return max(len(ids) for option in variants for ids in option) - 1
+
+
 def _rows(task: Task[Any], indices: list[int]) -> str:
     rows = ", ".join(str(task.examples[i].row) for i in indices[:8])
     return f"{len(indices)} prompts (rows {rows}{', ...' if len(indices) > 8 else ''})"
 
 
-def _shorten(model: Model, example: Example, room: int) -> list[int]:
+def _shorten(model: Model, example: Example, room: int, prefix: str) -> list[int]:
     """Cut the end of an example's text, token by token as needed, until its prompt fits."""
     text = model.tokenizer(example.text, add_special_tokens=False)["input_ids"]
-    tokens = model.tokenize([example.prompt])[0]
+    tokens = model.tokenize([example.prompt], prefix=prefix)[0]
     while len(tokens) > room and text:
         text = text[: len(text) - (len(tokens) - room)] if len(tokens) - room < len(text) else []
         shorter = model.tokenizer.decode(text, clean_up_tokenization_spaces=False)
-        tokens = model.tokenize([example.with_text(shorter).prompt])[0]
+        tokens = model.tokenize([example.with_text(shorter).prompt], prefix=prefix)[0]
     return tokens

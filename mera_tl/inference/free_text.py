@@ -48,7 +48,7 @@ def free_text(
         ValueError: as `evaluate`; prompt and continuation must fit the context.
     """
     settings = settings or ReadSettings()
-    prompts = tokenize_task(model, task, ReadSettings(max_new_tokens=n_new))
+    prompts = tokenize_task(model, task, ReadSettings("exact", max_new_tokens=n_new))
     texts: list[list[int]] = []
     logs: list[float] = []
     for batch in by_length(prompts, settings):

@@ -27,10 +27,11 @@ class Outcomes:
     rows: Int[Tensor, " example"]
     """Row numbers in the task's source."""
     labels: Int[Tensor, " example"]
+    """Index of the true option."""
     predictions: Int[Tensor, " example"]
     """Index of the answered option; -1 where no option was answered."""
     probs: Float[Tensor, "example option"]
-    """P(option) at the logits that emitted the answer; all zero where there was none."""
+    """P(option), summing to one; all zero where no option was answered."""
     n_steered: Int[Tensor, " example"]
     """Steered (layer, token) pairs."""
     n_steerable: Int[Tensor, " example"]
@@ -44,6 +45,11 @@ class Outcomes:
     peak: Float[Tensor, " example"]
     """Highest probe score in that scope, before any shift; -inf without hooks. An example whose
     unsteered peak does not exceed a limit cannot be steered at it."""
+    replies: tuple[str | None, ...] = ()
+    """What was decoded; None where the readout decodes nothing (the default)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replies", self.replies or (None,) * len(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,7 +92,8 @@ class Outcomes:
     def subset(self, indices: Int[Tensor, " kept"]) -> "Outcomes":
         """Return the outcomes of some examples."""
         kept = {name: getattr(self, name)[indices] for name in _PER_EXAMPLE}
-        return replace(self, **kept)
+        places = torch.arange(len(self))[indices].tolist()
+        return replace(self, replies=tuple(self.replies[i] for i in places), **kept)
 
     def with_rows(self, indices: Int[Tensor, " kept"], other: "Outcomes") -> "Outcomes":
         """Return these outcomes with some examples taken from another run."""
@@ -94,7 +101,10 @@ class Outcomes:
         for name in _PER_EXAMPLE:
             changed[name] = getattr(self, name).clone()
             changed[name][indices] = getattr(other, name)
-        return replace(self, **changed)
+        replies = list(self.replies)
+        for place, reply in zip(indices.tolist(), other.replies, strict=True):
+            replies[place] = reply
+        return replace(self, replies=tuple(replies), **changed)
 
     def gain(self, base: "Outcomes", metric: Metric = "correct") -> Float[Tensor, " example"]:
         """Return the paired gain per example: steered minus unsteered, positive is better.
@@ -137,6 +147,7 @@ class Outcomes:
             "correct": self.correct.tolist(),
             "error": self.error.tolist(),
             "probs": self.probs.tolist(),
+            "reply": self.replies,
             **{name: getattr(self, name).tolist() for name in _STEERED},
             "peak": [value if value > -torch.inf else None for value in self.peak.tolist()],
         }
@@ -162,6 +173,7 @@ class Outcomes:
             **{name: column(name) for name in _STEERED[:-1]},
             shift=column("shift").float(),
             peak=torch.tensor([-torch.inf if r["peak"] is None else r["peak"] for r in records]),
+            replies=tuple(record.get("reply") for record in records),
         )
 
     def _repr_html_(self) -> str:

@@ -15,7 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl.inference.activations import Activations
-from mera_tl.inference.answers import OptionTokens, Reading, ReadSettings, option_tokens, read_again
+from mera_tl.inference.answers import (
+    OptionTokens,
+    Reading,
+    ReadSettings,
+    about_to_answer,
+    option_tokens,
+    read_again,
+)
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import evaluate, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Metric, Outcomes
@@ -239,7 +246,7 @@ class Bench:
     def _from_last_token(
         self, names: Sequence[Candidate], places: Sequence[int], title: str
     ) -> Float[Tensor, "candidate example"]:
-        options = option_tokens(self.model, self.task.options)
+        options = option_tokens(self.model, self.task, self.settings)
         prompts = tokenize_task(self.model, self.task, self.settings)
         hooks = [self.steering(name).fwd_hooks() for name in names]
         gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
@@ -248,7 +255,8 @@ class Bench:
             where = torch.tensor([places[i] for i in batch])
             with torch.inference_mode(), hooked_pass(self.model, ()):
                 decoding = Decoding(self.model, [prompts[i] for i in where], ())
-                answers = options.class_logits(decoding.prompt()).argmax(-1)
+                logits = decoding.prompt()
+                answers = about_to_answer(decoding, logits, options, self.settings)
             peaks = self._peaks(names, decoding, options, answers)
             for row, (name, candidate) in enumerate(zip(names, hooks, strict=True)):
                 gains[row, where] = 0.0
@@ -302,4 +310,6 @@ def _read_nothing(answers: Int[Tensor, " batch"], options: OptionTokens) -> Read
     """Return an empty reading: what was read has gone into the gains."""
     probs = torch.zeros(len(answers), len(options.options))
     counts = torch.zeros_like(answers, device="cpu")
-    return Reading(answers.cpu(), probs, *[counts] * 4, *[probs[:, 0]] * 2)
+    return Reading(
+        answers.cpu(), probs, answers.cpu()[:, None][:, :0], *[counts] * 4, *[probs[:, 0]] * 2
+    )

@@ -25,6 +25,7 @@ from mera_tl.inference.answers import (
     Reading,
     ReadSettings,
     _read,  # pyright: ignore[reportPrivateUsage]
+    about_to_answer,
     option_tokens,
 )
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
@@ -57,7 +58,7 @@ def evaluate_many(
         ValueError: as `evaluate`.
     """
     settings = settings or ReadSettings()
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     outcomes: dict[int, Outcomes] = {}
     # One hook a layer reads and writes one space.
@@ -353,9 +354,11 @@ class _Batch:
         with torch.inference_mode(), hooked_pass(self.model, record.hooks):
             decoding = Decoding(self.model, prompts, record.hooks, labels)
             logits = decoding.prompt()
-            answers = self.options.class_logits(logits).argmax(-1)
             unsteered = decoding.fork(labels, record.hooks)
             base = _read(unsteered, logits, self.options, self.settings, None)
+            answers = base.predictions.to(labels)
+            if self.settings.decodes:  # a reply may turn out otherwise than it began
+                answers = about_to_answer(decoding, logits, self.options, self.settings)
         readings, rows = self._foreseen(base, record, answers)
         for chunk in self._chunks(rows, max(map(len, prompts))):
             some = rows.pick(chunk)
@@ -400,7 +403,7 @@ class _Batch:
             size = CACHED * budget // n_columns
             if number > self.model.n_layers:
                 size = budget // n_columns
-            elif self.settings.readout != "exact" and self.model.shares_prompts:
+            elif not self.settings.decodes and self.model.shares_prompts:
                 size = budget
             yield from chosen.split(max(1, size))
 

@@ -40,7 +40,9 @@ def around(readers: Sequence[SteerHook], fwd_hooks: FwdHooks, seen: Seen) -> Fwd
 
     def after(reader: SteerHook) -> Any:
         def look(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-            seen(reader, into.pop(hook.layer()), resid, hook.ctx["window"])
+            came, window = into.pop(hook.layer()), hook.ctx["window"]
+            if not window.scores:  # an option that is tried is no token of the reply
+                seen(reader, came, resid, window)
 
         return look
 
@@ -114,7 +116,7 @@ def evaluate_reach(
     readers = [hook for _, hook in fwd_hooks if isinstance(hook, SteerHook)]
     if not readers:
         raise ValueError("There is no steering hook to look at; pass those of a Steering.")
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     looks: dict[int, _Look] = {}  # by the first example of a batch: a batch may be run again
 

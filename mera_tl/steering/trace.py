@@ -25,7 +25,7 @@ from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.reach import around
 from mera_tl.steering.spaces import ResidualSpace
 from mera_tl.steering.steering import SteerHook, Steering
-from mera_tl.tasks.task import Example
+from mera_tl.tasks.task import Example, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +150,7 @@ def explain(
             "There is nothing to read; pass a steering, its hooks, or a probe of the residual "
             "stream."
         )
-    tokens = model.tokenize([example.prompt])
+    tokens = model.tokenize([example.prompt], prefix=settings.prefix(model))
     room = model.n_ctx - settings.max_new_tokens
     if len(tokens[0]) > room:
         raise ValueError(
@@ -217,7 +217,7 @@ class _Run:
         self._out: dict[int, Tensor] = {}
         self._fed: Tensor = torch.empty(0)
         self.generated: list[int] = []
-        options = option_tokens(model, example.options)
+        options = option_tokens(model, Task("one", (example,), "all"), settings)
         hooks = around(readers, fwd_hooks, self._keep)
         handle = model.hooked.embed.register_forward_pre_hook(self._feed)
         try:

@@ -1,0 +1,332 @@
+"""Readouts: each checked by slow and plain code, prompt by prompt, without a cache."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, SHARED, make_task, random_probe, talking_task
+from jaxtyping import TypeCheckError
+
+from mera_tl.inference import (
+    Activations,
+    Decoding,
+    ReadSettings,
+    about_to_answer,
+    answered_option,
+    collect,
+    evaluate,
+    hooked_pass,
+    is_over,
+    option_tokens,
+    read_again,
+    tokenize_task,
+)
+from mera_tl.models import Model, load_model, resid_post
+from mera_tl.steering import Steering
+from mera_tl.tasks import Example, Task
+
+QUIET = ReadSettings(progress=False)
+EXACT = replace(QUIET, readout="exact")
+cached_task = cache(talking_task)
+
+
+@pytest.fixture(scope="module")
+def originals(checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    torch.set_grad_enabled(False)
+    yield {f: AutoModelForCausalLM.from_pretrained(path) for f, path in checkpoints.items()}
+    torch.set_grad_enabled(True)
+
+
+# --- options: whole continuations -------------------------------------------------------------
+
+PAIRS = {
+    "single tokens": ("yes", "no"),
+    "a shared first token": ("good film", "good bird"),
+    "unequal lengths": ("red film", "very good film", "blue bird"),
+}
+
+
+def summed_by_hand(original, tokenizer, prompt: list[int], option: str) -> float:
+    """Sum P(variant | prompt) over an option's variants with the original model, no cache."""
+    forms = {option, option.lower(), option.upper(), option.capitalize()}
+    texts = [space + form for form in forms for space in ("", " ")]
+    total = 0.0
+    for ids in {tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts}:
+        if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
+            logits = original(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            logs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+            total += logs.sum().exp().item()
+    return total
+
+
+@pytest.mark.parametrize("options", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_are_scored_as_hugging_face_scores_them(family, options, models, originals):
+    model, task = models[family], make_task(10, options=options)
+    together = evaluate(model, task, settings=QUIET)
+    alone = evaluate(model, task, settings=replace(QUIET, batch_size=1))
+    assert (together.probs - alone.probs).abs().max() < 1e-5
+    for i, example in enumerate(task.examples):
+        prompt = model.tokenize([example.prompt])[0]
+        sums = [summed_by_hand(originals[family], model.tokenizer, prompt, o) for o in options]
+        assert (together.probs[i] - torch.tensor(sums) / sum(sums)).abs().max() < 1e-5
+        assert together.predictions[i] == max(range(len(sums)), key=sums.__getitem__)
+    assert together.answered.all() and together.probs.std(0).max() > 1e-3  # control: they differ
+
+
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="sms-llama is not at hand")
+def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
+    from transformers import AutoModelForCausalLM
+
+    path = SHARED / "models" / "sms-llama"
+    model, original = load_model(str(path)), AutoModelForCausalLM.from_pretrained(path)
+    for ending in ("Answer:", "Answer:\n "):
+        texts = [
+            f'This SMS: "{t}" is spam or ham? {ending}' for t in ("Win a prize!", "see u", "ok")
+        ]
+        examples = [Example(i, text, ("spam", "ham"), 0) for i, text in enumerate(texts)]
+        task = Task("sms", tuple(examples), "all")
+        lengths = {len(ids) for o in option_tokens(model, task, QUIET).continuations for ids in o}
+        assert lengths == {1, 2, 3}
+        run = evaluate(model, task, settings=QUIET)
+        for i, text in enumerate(texts):
+            prompt = model.tokenize([text])[0]
+            with torch.inference_mode():
+                sums = [summed_by_hand(original, model.tokenizer, prompt, o) for o in task.options]
+            assert (run.probs[i] - torch.tensor(sums) / sum(sums)).abs().max() < 2e-5
+
+
+def n_passes(model: Model, task) -> int:
+    calls = []
+    evaluate(model, task, [(resid_post(0), lambda x, hook: calls.append(x.shape))], settings=QUIET)
+    return len(calls)
+
+
+def test_options_of_one_token_cost_no_further_pass_and_each_prefix_is_fed_once(models):
+    model = models["llama"]
+    passes = {name: n_passes(model, make_task(4, options=o)) for name, o in PAIRS.items()}
+    assert passes == {"single tokens": 1, "a shared first token": 2, "unequal lengths": 3}
+
+
+def test_a_fork_may_name_rows_several_times(model):
+    """Rows of one batch may be examples times candidates: each reads as it does alone."""
+    task = make_task(6, options=PAIRS["unequal lengths"])
+    options, prompts = option_tokens(model, task, QUIET), tokenize_task(model, task, QUIET)
+    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.01)
+    rows = torch.tensor([3, 0, 0, 5, 3, 3])
+    with torch.inference_mode(), hooked_pass(model, ()):
+        decoding = Decoding(model, prompts, ())
+        answers = about_to_answer(decoding, decoding.prompt(), options, QUIET)
+    hooks = steering.fwd_hooks()
+    forked = read_again(decoding, rows, options, QUIET, hooks, answers=answers[rows])
+    whole = evaluate(model, task, hooks, settings=QUIET)
+    for name in (
+        "probs",
+        "predictions",
+        "n_steered",
+        "n_steerable",
+        "n_tokens",
+        "n_layers",
+        "peak",
+    ):
+        assert torch.allclose(getattr(forked, name), getattr(whole, name)[rows], atol=1e-5), name
+    assert (forked.probs - evaluate(model, task, settings=QUIET).probs[rows]).abs().max() > 1e-4
+    assert torch.equal(answers.cpu(), evaluate(model, task, settings=QUIET).predictions)
+
+
+def test_what_hooks_do_to_option_tokens_counts_for_their_prompt(models):
+    model, task = models["llama"], make_task(6, options=PAIRS["unequal lengths"])
+    steering = Steering(random_probe(model), positions="generated").at(0.4)
+    run = evaluate(model, task, steering.fwd_hooks(), settings=QUIET)
+    plain = evaluate(model, task, settings=QUIET)
+    assert run.n_steered.sum() > 0 and (run.probs - plain.probs).abs().max() > 1e-3
+    # Three prefixes of one token and one of two, in every layer.
+    assert (run.n_steerable == 4 * model.n_layers).all()
+    unreached = run.peak <= 0
+    assert torch.allclose(run.probs[unreached], plain.probs[unreached], atol=1e-6)
+
+
+def test_options_that_share_a_variant_keep_their_own_spelling(models):
+    model = models["gpt2"]
+    task = make_task(4, options=("a", "A"))
+    with pytest.raises(ValueError, match="'A' is not in the vocabulary"):
+        option_tokens(model, task, QUIET)
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        option_tokens(model, make_task(4, options=("red bird", "red  bird")), QUIET)
+
+
+# --- replies ------------------------------------------------------------------------------------
+
+REPLIES = [
+    json.loads(line) for line in (Path(__file__).parent / "replies.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("case", REPLIES, ids=lambda case: repr(case["reply"]))
+def test_a_reply_is_an_answer_only_if_it_begins_with_the_option(case):
+    said = answered_option(case["reply"], case["options"])
+    assert (case["options"][said] if said >= 0 else None) == case["answer"], case["why"]
+
+
+def test_a_reply_that_is_over_says_the_same_when_it_goes_on():
+    stopped = 0
+    for case in REPLIES:
+        starts = [
+            case["reply"][:n] for n in range(len(case["reply"])) if is_over(case["reply"][:n])
+        ]
+        for start in starts[:1]:
+            stopped += 1
+            said = answered_option(start, case["options"])
+            assert (case["options"][said] if said >= 0 else None) == case["answer"]
+    assert stopped >= 5  # control: some do stop before their end
+
+
+@cache
+def slow_replies(model: Model, task, n_new: int = 8):
+    """Greedy decoding by hand, one prompt at a time, no cache, full logits every step."""
+    replies = []
+    for example in task.examples:
+        prompt = model.tokenize([example.prompt])[0]
+        tokens, logits = list(prompt), []
+        while len(tokens) < len(prompt) + n_new and tokens[-1] not in model.eos_ids:
+            ids = torch.tensor([tokens])
+            logits.append(model.hooked(ids, attention_mask=torch.ones_like(ids))[0, -1])
+            tokens.append(int(logits[-1].argmax()))
+        replies.append((prompt, tokens, logits))
+    return replies
+
+
+def slow_answers(model: Model, task, readout: str):
+    """Return, per example, answer, probabilities, tokens, and where the answer token is."""
+    options = option_tokens(model, task, replace(QUIET, readout=readout))
+    answers = []
+    for prompt, tokens, logits in slow_replies(model, task):
+        reply = tokens[len(prompt) :]
+        if readout == "exact":
+            text = model.tokenizer.decode(reply, skip_special_tokens=True)
+            answer = answered_option(text, task.options)
+            words = [model.tokenizer.decode([token]) for token in reply]
+            step = words.index(task.options[answer]) if answer >= 0 else None
+        else:
+            said = [options.option_of(torch.tensor([t])).item() for t in reply]
+            step = next((k for k, option in enumerate(said) if option >= 0), None)
+            answer = -1 if step is None else said[step]
+        if step is None:
+            answers.append((-1, None, tokens, None))
+            continue
+        classes = torch.stack([logits[step][list(ids)].max() for ids in options.tokens])
+        answers.append((answer, classes.softmax(0), tokens, len(prompt) + step))
+    return answers
+
+
+@pytest.mark.parametrize("readout", ["exact", "exact_anywhere"])
+def test_replies_equal_decoding_by_hand(model, readout):
+    task = cached_task(model)
+    run = evaluate(model, task, settings=replace(QUIET, readout=readout))
+    for i, (answer, probs, _, _) in enumerate(slow_answers(model, task, readout)):
+        assert run.predictions[i] == answer
+        assert run.replies[i] is not None
+        if answer >= 0:
+            assert (run.probs[i] - probs).abs().max() < 1e-4
+            assert run.error[i].item() == pytest.approx(1 - probs[run.labels[i]].item(), abs=1e-4)
+        else:
+            assert run.error[i] == 1
+            assert not run.correct[i]
+
+
+@pytest.mark.parametrize("readout", ["exact", "exact_anywhere"])
+def test_activations_are_the_residual_stream_at_last_and_at_the_answer(model, readout):
+    task, settings = cached_task(model), replace(QUIET, readout=readout)
+    activations = collect(model, task, settings=settings)
+    plain = evaluate(model, task, settings=settings)
+    assert torch.equal(activations.outcomes.predictions, plain.predictions)
+    for i, (answer, _, tokens, where) in enumerate(slow_answers(model, task, readout)):
+        ids = torch.tensor([tokens])
+        _, cache = model.hooked.run_with_cache(ids, attention_mask=torch.ones_like(ids))
+        n_prompt = len(model.tokenize([task.examples[i].prompt])[0])
+        for layer in range(model.n_layers):
+            stream = cache["resid_post", layer][0]
+            last = activations.resid("last")[layer, i]
+            assert (last - stream[n_prompt - 1]).abs().max() < 1e-4
+            exact = activations.resid("exact")[layer, i]
+            wanted = stream[where] if answer >= 0 else torch.zeros_like(exact)
+            assert (exact - wanted).abs().max() < 1e-4
+
+
+def test_the_answers_above_are_not_all_alike(models):
+    """Positive control: over the four families rows answer at once, later, and never."""
+    steps = set()
+    for model in models.values():
+        task = cached_task(model)
+        lengths = [len(tokens) for tokens in model.tokenize([e.prompt for e in task.examples])]
+        answers = slow_answers(model, task, "exact_anywhere")
+        steps |= {w and min(w - n, 1) for (_, _, _, w), n in zip(answers, lengths, strict=True)}
+    assert steps == {None, 0, 1}
+
+
+def test_last_readout_needs_no_decoding(model, task):
+    run = evaluate(model, task, settings=replace(QUIET, readout="last"))
+    options = option_tokens(model, task, replace(QUIET, readout="last"))
+    for i, example in enumerate(task.examples):
+        ids = torch.tensor([model.tokenize([example.prompt])[0]])
+        logits = model.hooked(ids, attention_mask=torch.ones_like(ids))[0, -1]
+        classes = torch.stack([logits[list(ids)].max() for ids in options.tokens])
+        assert (run.probs[i] - classes.softmax(0)).abs().max() < 1e-4
+        assert run.predictions[i] == classes.argmax()
+    assert run.answered.all()
+
+
+def test_collect_to_a_folder_equals_collect_in_memory(model, task, tmp_path):
+    in_memory = collect(model, task, settings=EXACT)
+    on_disk = collect(model, task, settings=EXACT, out=tmp_path)
+    for position in ("last", "exact"):
+        assert torch.equal(on_disk.resid(position), in_memory.resid(position))
+    assert torch.equal(on_disk.outcomes.probs, in_memory.outcomes.probs)
+    again = Activations.load(tmp_path)
+    assert torch.equal(again.outcomes.predictions, in_memory.outcomes.predictions)
+    assert again.manifest["model_fingerprint"] == model.fingerprint
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "activations.safetensors",
+        "manifest.json",
+        "outcomes.jsonl",
+    ]
+
+
+def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkeypatch):
+    import mera_tl.inference.activations
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(mera_tl.inference.activations, "read_batch", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        collect(model, task, settings=QUIET, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- one token per option -----------------------------------------------------------------------
+
+LAST = replace(QUIET, readout="last")
+
+
+def test_option_that_shares_its_tokens_is_refused(models):
+    with pytest.raises(ValueError, match=r"cannot be told apart"):
+        option_tokens(models["llama"], make_task(2, options=("yes", "Yes")), LAST)
+
+
+def test_option_without_a_single_token_falls_back_to_its_first(models):
+    tokens = option_tokens(models["llama"], make_task(2, options=("very good", "bad")), LAST).tokens
+    encode = models["llama"].tokenizer.convert_tokens_to_ids
+    assert tokens == ((encode("very"),), (encode("bad"),))
+    with pytest.raises(ValueError, match="very"):
+        option_tokens(models["llama"], make_task(2, options=("very good", "very bad")), LAST)
+
+
+def test_an_unknown_readout_is_refused():
+    with pytest.raises((ValueError, TypeCheckError), match="first"):
+        ReadSettings(readout="first")
