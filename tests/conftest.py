@@ -90,12 +90,12 @@ def _config(family: str):
     )
 
 
-def write_checkpoint(family: str, folder: Path) -> Path:
+def save_random_checkpoint(config, folder: Path) -> Path:
     """Write a random checkpoint whose norms and biases are not trivial."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config(family))
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.add_(torch.randn_like(weight) * (0.2 if weight.ndim == 1 else 0.15))
@@ -110,7 +110,10 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     # The folders carry misleading names on purpose: only config.json may count.
     names = {"llama": "gpt2", "qwen2": "Llama-3.2-1B", "gemma2": "qwen", "gpt2": "gemma-2-2b"}
     base = tmp_path_factory.mktemp("checkpoints")
-    return {family: write_checkpoint(family, base / name) for family, name in names.items()}
+    return {
+        family: save_random_checkpoint(_config(family), base / name)
+        for family, name in names.items()
+    }
 
 
 @pytest.fixture(scope="session")

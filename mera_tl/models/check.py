@@ -32,8 +32,8 @@ def difference(model: Model, original: Any) -> str:
         wanted = [_alone(original, row) for row in rows]
         return (
             _unlike(model, rows, wanted)
-            or _deaf_to_hooks(model, original, rows[1])
             or _hooks_that_stay(model, rows[1])
+            or _deaf_to_hooks(model, original, rows[1])
         )
 
 

@@ -135,8 +135,9 @@ def read_config(source: Source) -> Any:
     _refuse_own_code(source)
     with _one_sentence(source, "is no checkpoint"):
         config = AutoConfig.from_pretrained(source.name, **source.arguments)
-    architecture = (config.architectures or ["model without a name"])[0]
-    if architecture not in CAUSAL.values() and config.model_type not in CAUSAL:
+    # A config without a name of its own is read as the causal model of its type.
+    architecture = (config.architectures or [CAUSAL.get(config.model_type, config.model_type)])[0]
+    if architecture not in CAUSAL.values():
         raise ValueError(
             f"{source.name} is a {architecture}, which is no decoder-only causal language model "
             "that transformers knows; no other can be steered."

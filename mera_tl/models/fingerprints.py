@@ -30,7 +30,7 @@ def recall(kind: str, key: storage.Json, make: Callable[[], str]) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(storage.read_json(path)["text"])
     text = make()
-    with contextlib.suppress(OSError):  # a read-only home only costs the time again
+    with contextlib.suppress(OSError, ValueError):  # a read-only home costs the time again
         storage.write_json(path, {"text": text, "of": key})
     return text
 
