@@ -1,5 +1,7 @@
 __version__: str
 
+from .benchmark.config import RunConfig as RunConfig
+from .benchmark.run import open_run as open_run
 from .certificate.calibration import calibrate as calibrate
 from .certificate.calibration import certify as certify
 from .certificate.certificate import Calibration as Calibration
@@ -8,14 +10,24 @@ from .certificate.saving import load_steering as load_steering
 from .certificate.terms import Terms as Terms
 from .inference.activations import Activations as Activations
 from .inference.activations import collect as collect
+from .inference.answers import ReadSettings as ReadSettings
 from .inference.evaluation import evaluate as evaluate
 from .inference.outcomes import Outcomes as Outcomes
+from .methods.methods import method as method
+from .methods.race import Search as Search
+from .methods.race import search as search
 from .models.loading import load_model as load_model
 from .models.model import Model as Model
 from .probes.probe import LinearProbe as LinearProbe
 from .probes.probe import fit_error_probe as fit_error_probe
+from .sae.loading import load_saes as load_saes
+from .steering.directions import fit_direction as fit_direction
+from .steering.many import evaluate_many as evaluate_many
 from .steering.rules import Adaptive as Adaptive
 from .steering.rules import Additive as Additive
+from .steering.rules import Gated as Gated
+from .steering.spaces import ResidualSpace as ResidualSpace
+from .steering.spaces import SAESpace as SAESpace
 from .steering.steering import Steering as Steering
 from .steering.trace import explain as explain
 from .tasks.task import Task as Task

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mera_tl import storage
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
-from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
+from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
 from mera_tl.tasks.task import Task
@@ -28,7 +28,7 @@ WriteRow = Callable[[str, int, np.ndarray], None]
 """Keeps "layer d_model" of one example at one position."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Activations:
     """`resid_post` of every layer, at the positions that were collected, with the outcomes."""
 
@@ -95,6 +95,11 @@ class Activations:
         tensors = storage.map_tensors(Path(folder) / "activations.safetensors")
         return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
+    def __repr__(self) -> str:
+        model, task = self.manifest.get("model"), self.manifest.get("task")
+        shapes = ", ".join(f"{p} {tuple(t.shape)}" for p, t in self.by_position.items())
+        return f"Activations({model} on {task}, example x layer x d_model: {shapes})"
+
     def _repr_html_(self) -> str:
         shapes = ", ".join(f"{p}: {tuple(t.shape)}" for p, t in self.by_position.items())
         model, task = self.manifest.get("model"), self.manifest.get("task")
@@ -116,6 +121,7 @@ def collect(
     Raises:
         ValueError: as `evaluate`.
     """
+    check_call(model, task)
     settings = settings or ReadSettings()
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)

@@ -25,7 +25,7 @@ from mera_tl.inference.answers import (
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.progress import is_watched
 from mera_tl.models.model import FwdHooks, Model
-from mera_tl.tasks.task import Example, Task
+from mera_tl.tasks.task import Example, Splits, Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def evaluate(
         ValueError: if a prompt exceeds the context, options share tokens, or a hook matches
             nothing.
     """
+    check_call(model, task, fwd_hooks)
     settings = settings or ReadSettings()
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
@@ -54,6 +55,43 @@ def evaluate(
         return read_batch(model, [prompts[i] for i in batch], options, settings, fwd_hooks)
 
     return gather(task, options, run_batches(prompts, run, settings, title))
+
+
+def check_call(model: Any, task: Any, fwd_hooks: Any = ()) -> None:
+    """Refuse what callers pass by mistake: a method that was not called, a value of another kind.
+
+    Raises:
+        ValueError: saying what was got and what is wanted.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"{_kind(model)} is no model; pass what mera_tl.load_model(...) returns, as "
+            'load_model("organism").'
+        )
+    if not isinstance(task, Task):
+        advice = "one of its splits, as splits.train" if isinstance(task, Splits) else "a split"
+        raise ValueError(
+            f"{_kind(task)} is no task; pass {advice} of mera_tl.load_task(...).split()."
+        )
+    if hasattr(fwd_hooks, "fwd_hooks"):
+        raise ValueError(
+            f"{_kind(fwd_hooks)} is no list of hooks; pass its hooks, as steering.fwd_hooks()."
+        )
+    if callable(fwd_hooks):
+        raise ValueError(
+            f"{_kind(fwd_hooks)} was not called; pass the hooks that it returns, as "
+            "steering.fwd_hooks()."
+        )
+    if not isinstance(fwd_hooks, Sequence):
+        raise ValueError(
+            f"{_kind(fwd_hooks)} is no list of hooks; pass pairs of a hook name and a function."
+        )
+
+
+def _kind(value: Any) -> str:
+    """Show a value, shortly."""
+    name = getattr(value, "__qualname__", "") if callable(value) else ""
+    return f"The method {name}" if name else f"{value!r:.60}"
 
 
 def run_batches(

@@ -57,6 +57,12 @@ def load_model(
             finite, it is quantised, pickled or brings its own code, the engine does not compute
             what the original does, or there are fewer devices.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(
+            f'{name!r:.60} is no name of a model; pass one, as load_model("organism"), or the '
+            "path of a folder."
+        )
+    name = str(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _require_devices(device, n_devices)
     source = locate(str(ORGANISM_FOLDER) if name == "organism" else name, revision)

@@ -6,6 +6,7 @@ rules out double BOS tokens and padding on the wrong side.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ Engine = Literal["transformer_lens", "hugging_face"]
 __all__ = ["Engine", "FwdHooks", "Model", "resid_post"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A network with hook points, and the tokenizer that stays outside it."""
 
@@ -45,6 +46,18 @@ class Model:
     def engine(self) -> Engine:
         """What runs the forward passes."""
         return "hugging_face" if isinstance(self.hooked, HookedCausalLM) else "transformer_lens"
+
+    def __repr__(self) -> str:
+        return (
+            f"Model({self.name}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"{self.device.type}{', chat' if self.chat else ''})"
+        )
+
+    def _repr_html_(self) -> str:
+        return (
+            f"<b>{escape(repr(self))}</b><br>residual stream at blocks.0.hook_resid_post to "
+            f"blocks.{self.n_layers - 1}.hook_resid_post, context of {self.n_ctx} tokens"
+        )
 
     @property
     def n_layers(self) -> int:

@@ -29,7 +29,7 @@ from mera_tl.inference.answers import (
     option_tokens,
 )
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
-from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
+from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
 from mera_tl.steering.rules import Rule
@@ -57,6 +57,7 @@ def evaluate_many(
     Raises:
         ValueError: as `evaluate`.
     """
+    check_call(model, task)
     settings = settings or ReadSettings()
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)

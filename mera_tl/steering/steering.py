@@ -8,6 +8,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +28,7 @@ from mera_tl.steering.spaces import ResidualSpace, Space
 Positions = Literal["all", "last", "final", "generated"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steering:
     """What to steer, which way, how far and where; steers nothing until it is given a limit."""
 
@@ -45,6 +46,10 @@ class Steering:
     """What is promised of this very steering, if anything; `replace` and `at` drop it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.probe, LinearProbe):
+            raise ValueError(
+                f"{self.probe!r:.60} is no probe; pass one, as Steering(fit_error_probe(...))."
+            )
         n_layers = self.probe.n_layers
         if isinstance(self.layers, tuple):
             wrong = [layer for layer in self.layers if not 0 <= layer < n_layers]
@@ -72,6 +77,19 @@ class Steering:
                 f"A direction of shape {tuple(self.direction.shape)} does not fit a probe of shape "
                 f"{tuple(shape)}; derive both from the same activations."
             )
+
+    def __repr__(self) -> str:
+        which = "along w" if self.direction is None else "along its own direction"
+        if self.probe.per_answer or (self.direction is not None and self.direction.ndim == 3):
+            which += " per answer"
+        layers = self.layers if isinstance(self.layers, str) else ",".join(map(str, self.layers))
+        return (
+            f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {self.rule}, "
+            f"{self.space.name} space, layers {layers}, positions {self.positions})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<b>{escape(repr(self))}</b>"
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:

@@ -137,6 +137,8 @@ def explain(
     Raises:
         ValueError: if the prompt exceeds the context, or there is nothing to read.
     """
+    if not isinstance(example, Example):
+        raise ValueError(f"{example!r:.60} is not one example; pass one, as task.examples[0].")
     settings = replace(settings or ReadSettings(), progress=False)
     hooks = steering.fwd_hooks() if isinstance(steering, Steering) else list(steering)
     readers = [hook for _, hook in hooks if isinstance(hook, SteerHook)]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
@@ -82,7 +83,7 @@ class Example:
         return replace(self, prompt=prompt)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task(Generic[RoleT]):
     """Examples that share their options, and what they may be used for.
 
@@ -111,6 +112,20 @@ class Task(Generic[RoleT]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __repr__(self) -> str:
+        return (
+            f"Task({self.name}, {self.role}, {len(self)} examples, "
+            f"options {'/'.join(self.options)})"
+        )
+
+    def _repr_html_(self) -> str:
+        first, counts = self.examples[0], [self.labels.count(i) for i in range(len(self.options))]
+        shares = ", ".join(f"{o} {n}" for o, n in zip(self.options, counts, strict=True))
+        return (
+            f"<b>{escape(repr(self))}</b><br>labels: {escape(shares)}"
+            f"<pre>{escape(first.prompt)}</pre>true: {escape(first.options[first.label])}"
+        )
 
     @property
     def _title(self) -> str:
@@ -214,8 +229,18 @@ class Splits(NamedTuple):
     """Three tasks that share no row and no text."""
 
     train: Task[Train]
+    """To fit probes and directions, and to search."""
     calibration: Task[Calibration]
+    """To certify, once."""
     test: Task[Test]
+    """To look at afterwards."""
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(split)} {split.role}" for split in self)
+        return f"Splits({self.train.name}: {sizes})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{escape(repr(self))}</b>"
 
 
 def load_task(

@@ -1,0 +1,138 @@
+"""What users import, what they see, and what they are told when they slip."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {path.name for path in (ROOT / "mera_tl").iterdir() if path.is_dir()} | {"storage"}
+DEEP = {
+    "test_layering.py",  # is about modules
+}
+"""Files that may import from modules: each says why."""
+
+MISTAKES = """
+import warnings
+import mera_tl
+from mera_tl.inference import ReadSettings
+
+warnings.simplefilter("ignore")
+model = mera_tl.load_model("organism")
+splits = mera_tl.load_task("yesno_bias").split(train=60, calibration=20, test=20)
+quiet = ReadSettings(progress=False)
+activations = mera_tl.collect(model, splits.train, settings=quiet)
+probe = mera_tl.fit_error_probe(activations)
+steering = mera_tl.Steering(probe, layers=(1,), positions="last").at(0.3)
+decision = mera_tl.calibrate(model, splits.calibration, steering, settings=quiet)
+slips = [
+    lambda: mera_tl.evaluate(model, splits.test, steering),
+    lambda: mera_tl.evaluate(model, splits.test, steering.fwd_hooks),
+    lambda: mera_tl.evaluate(model, splits.test, None),
+    lambda: mera_tl.evaluate(model, splits),
+    lambda: mera_tl.evaluate("organism", splits.test),
+    lambda: mera_tl.collect(model, ["hello"]),
+    lambda: mera_tl.collect(None, splits.train),
+    lambda: mera_tl.load_model(None),
+    lambda: mera_tl.fit_error_probe(splits.train),
+    lambda: mera_tl.calibrate(model, splits.test, steering),
+    lambda: mera_tl.evaluate_many(model, "spam_cue", [steering]),
+    lambda: mera_tl.Steering(activations),
+    lambda: mera_tl.explain(model, splits.test, steering),
+]
+for slip in slips:
+    try:
+        slip()
+        print("nothing was said")
+    except ValueError as error:
+        print(str(error).splitlines()[0])
+    except Exception as error:
+        print("not ours:", type(error).__name__, str(error)[:90])
+print("---")
+for value in (splits.train, splits, model, steering, decision, probe, activations,
+              activations.outcomes):
+    assert "<" in value._repr_html_()
+    print(repr(value))
+"""
+WORDS = (
+    "no list of hooks; pass its hooks, as steering.fwd_hooks()",
+    "was not called",
+    "None is no list of hooks",
+    "one of its splits, as splits.train",
+    "is no model; pass what mera_tl.load_model",
+    "is no task",
+    "None is no model",
+    "None is no name of a model",
+    "collect(model",
+    "needs the calibration split",
+    "is no task",
+    "is no probe",
+    "is not one example",
+)
+
+
+@pytest.fixture(scope="module")
+def told():
+    # In a process of its own: there no type checker stands in front of the messages.
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKES], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, shown = done.stdout.split("---\n")
+    return said.splitlines(), shown.splitlines()
+
+
+def test_a_slip_gets_a_sentence(told):
+    for said, words in zip(told[0], WORDS, strict=True):
+        assert words in said, said
+
+
+def test_values_say_what_they_are_in_one_line(told):
+    for shown in told[1]:
+        assert len(shown) <= 300, shown
+    assert told[1][0] == "Task(yesno_bias, train, 60 examples, options yes/no)"
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, time; t = time.perf_counter(); import mera_tl; "
+        "print(time.perf_counter() - t, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, has_torch = done.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 1  # 0.01 s here; a loose bound, since machines are busy
+
+
+def imported_from(path: Path) -> set[str]:
+    """Modules of mera_tl that a file names in `from ... import`."""
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    else:
+        source = path.read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return {node.module for node in nodes if (node.module or "").startswith("mera_tl.")}
+
+
+FILES = [
+    path
+    for folder in ("tests", "experiments", "figures")
+    for path in sorted((ROOT / folder).glob("*"))
+    if path.suffix in (".py", ".ipynb") and path.name not in DEEP
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_users_import_from_the_package_or_a_room(path):
+    for module in imported_from(path):
+        assert module.count(".") == 1 and module.split(".")[1] in ROOMS, module
+
+
+def test_the_finder_sees_deep_imports(tmp_path):
+    path = tmp_path / "deep.py"
+    path.write_text("from mera_tl.inference.answers import read_batch\nimport mera_tl\n")
+    assert imported_from(path) == {"mera_tl.inference.answers"}
