@@ -199,11 +199,11 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
     return found
 
 
-def _between(low: float, high: float) -> Callable[[Any], bool]:
+def _between(low: float | int, high: float | int) -> Callable[[Any], bool]:
     return lambda value: low < value < high
 
 
-def _from(low: int, most: float = 1e9) -> Callable[[Any], bool]:
+def _from(low: int, most: float | int = 1e9) -> Callable[[Any], bool]:
     return lambda value: low <= value <= most
 
 
