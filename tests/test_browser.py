@@ -11,7 +11,7 @@ import pytest
 from test_plots import FIGURES, evidence
 
 from mera_tl import plots
-from mera_tl.report import figure_block, write_page
+from mera_tl.report import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -70,8 +70,8 @@ def root(text: str, name: str) -> str | None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("browser") / "page.html"
-    body = "".join(figure_block(name, figure) for name, figure in FIGURES.items())
-    path.write_text(write_page("All figures", body + PROBE, FIGURES), encoding="utf-8")
+    text = render("All figures", FIGURES).replace("</body>", PROBE + "</body>")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -104,7 +104,7 @@ def test_a_narrow_page_has_no_sideways_scroll(page):
 def test_a_broken_figure_is_noticed(page):
     """The control: the tests above would see a figure that fails."""
     figure = plots.steering_curve(evidence())
-    text = write_page("Broken", figure_block("curve", figure), {"curve": figure})
+    text = render("Broken", {"curve": figure})
     broken = page.with_name("broken.html")
     broken.write_text(text.replace("figures[place.id]", "figures[place.id].nothing"))
     found = dump(broken)

@@ -160,7 +160,7 @@ FIGURES = every_figure()
 def test_every_figure_has_the_template_a_title_and_units(name):
     figure = FIGURES[name]
     assert isinstance(figure, go.Figure)
-    assert figure.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)"
+    assert figure.layout.template.layout.paper_bgcolor == "#fff"
     assert figure.layout.title.text
     assert len(figure.data) > 0
     axes = [axis.title.text for axis in figure.select_yaxes()]
@@ -276,10 +276,39 @@ def test_geometry_moves_examples_to_where_they_land_and_leaves_the_others_alone(
 
 def test_predicted_errors_are_counted_before_and_after():
     figure = FIGURES["predicted"]
-    counts = [len(trace.x) for trace in figure.data]
+    counts = [int(sum(trace.y)) for trace in figure.data]
     assert counts == [1, 2, 2, 1]  # before: correct, incorrect; after: correct, incorrect
     assert "2 above the threshold before, 0 after" in figure.layout.title.subtitle.text
     assert sum(bool(shape.showlegend) for shape in figure.layout.shapes) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.01, 0.05, 0.35, 0.5, 0.7, 0.99])
+def test_no_bar_straddles_the_threshold(threshold):
+    """The bars on its right hold exactly what the caption counts as above it."""
+    rng = np.random.default_rng(0)
+    before = rng.uniform(size=400)
+    df = pd.DataFrame({"before": before, "after": np.minimum(before, threshold)})
+    df = df.assign(correct_before=rng.random(400) < 0.5, correct_after=True)
+    figure = plots.predicted_error(df, method="m", layer=1, threshold=threshold)
+    above = {"before": 0, "after": 0}
+    for trace in figure.data:
+        left, right = np.array(trace.x) - trace.width / 2, np.array(trace.x) + trace.width / 2
+        assert ((right <= threshold + 1e-9) | (left >= threshold - 1e-9)).all()
+        stage = "before" if trace.yaxis in (None, "y") else "after"
+        above[stage] += int(np.array(trace.y)[left >= threshold - 1e-9].sum())
+    n_above = int((before > threshold + 1e-3).sum())
+    assert above == {"before": n_above, "after": 0} and n_above > 0 or threshold > 0.98
+    caption = figure.layout.title.subtitle.text
+    assert f"{n_above:,} above the threshold before, 0 after" in caption
+
+
+def test_a_shift_of_fixed_length_is_told_from_the_rule_that_lowers_the_prediction():
+    for draw in (
+        lambda fixed: plots.predicted_error(predicted(), method="m", layer=1, fixed=fixed),
+        lambda fixed: plots.geometry(cloud(), method="m", layer=1, fixed=fixed),
+    ):
+        assert "fixed length" in draw(True).layout.title.subtitle.text
+        assert "fixed length" not in draw(False).layout.title.subtitle.text
 
 
 def test_spaces_are_told_apart_on_one_scale_and_so_is_abstaining_from_no_effect():

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
-from mera_tl.report import RunFolder, find_runs, records_frame, report, write_page
+from mera_tl.report import RunFolder, find_runs, records_frame, render, report
 from mera_tl.report.report import _Figures, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -61,10 +61,11 @@ def test_every_figure_has_its_place_and_its_files(page):
     text, figures = page.read_text(encoding="utf-8"), specs(page)
     wanted = {"curve_optimal_probe", "probe_rmse", "spi", "transitions"}
     assert wanted | {"predicted", "share", "geometry"} <= set(figures)
+    assert text.count('role="img" aria-label="') == len(figures)
     for name in figures:
         assert text.count(f'id="{name}"') == 1
-        json.loads((page.with_suffix("") / f"{name}.json").read_text())
-        assert len(pd.read_csv(page.with_suffix("") / f"{name}.csv"))
+        json.loads((page.with_name("report_files") / f"{name}.json").read_text())
+        assert len(pd.read_csv(page.with_name("report_files") / f"{name}.csv"))
 
 
 def test_it_says_what_was_asked_decided_and_found(page, folder):
@@ -84,17 +85,36 @@ def test_the_command_makes_the_same_configuration(folder):
     assert "--dtype" not in command  # what is default is left out
 
 
-def test_examples_are_drawn_by_seed_and_of_both_kinds(page, folder):
+def explorer(page) -> dict:
+    text = page.read_text(encoding="utf-8")
+    (data,) = re.findall(r'<script type="application/json" id="explorer-rows">(.*?)</script>', text)
+    return json.loads(data)
+
+
+def test_the_explorer_holds_the_test_examples_as_they_were_answered(page, folder):
+    run, told = RunFolder.open(folder), explorer(page)
+    assert run.main_method is not None
+    changes = run.changes(run.main_method).set_index("row")
+    assert len(told["rows"]) == len(changes) == 120
+    prompts = {example.row: example.prompt for example in run.test_task().examples}
+    for row in told["rows"]:
+        there = changes.loc[row["row"]]
+        assert (row["change"], row["prompt"]) == (there["change"], prompts[row["row"]])
+        assert row["p_after"] == pytest.approx(there["probs_after"], abs=1e-4)
+        assert row["p_before"][told["options"].index(row["label"])] == pytest.approx(
+            1 - row["error_before"], abs=2e-4
+        )
+
+
+def test_of_many_examples_those_that_changed_are_kept_and_it_is_said(folder, monkeypatch):
+    monkeypatch.setattr(report, "MOST_EXAMPLES", 20)
     run = RunFolder.open(folder)
-    method = run.main_method
-    assert method is not None
-    changes = run.changes(method)
+    changes = run.changes(str(run.main_method))
+    told = report._examples(run)["explorer"]
     changed = set(changes[changes["change"].isin(["0->1", "1->0"])]["row"])
-    shown = {int(row) for row in re.findall(r"</b>, row (\d+):", page.read_text("utf-8"))}
-    assert shown <= changed
-    assert len(shown) == min(10, len(changed)) > 0
-    again = write_report(folder, page.with_name("again.html"))
-    assert again.read_text("utf-8").count("</b>, row") == len(shown)
+    assert 0 < len(changed) < 20 == len(told["rows"])
+    assert changed <= {row["row"] for row in told["rows"]}
+    assert "of 120" in told["drawn"]
 
 
 def test_changes_agree_with_the_record(folder):
@@ -130,8 +150,7 @@ def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
         record["hashes"]["data"]["test"] = "0" * 16
     storage.write_records(tmp_path / "run" / "records.jsonl", records)
     text = write_report(tmp_path / "run").read_text("utf-8")
-    assert "prompts cannot be shown" in text
-    assert "</b>, row" not in text
+    assert "prompts cannot be shown" in text and "explorer-rows" not in text
 
 
 def test_records_from_before_intervals_and_free_text_still_open(folder, tmp_path):
@@ -230,6 +249,53 @@ def test_what_was_not_steered_has_no_interval(folder):
 
 def test_a_script_in_the_data_cannot_leave_its_place():
     figure = go.Figure(go.Scatter(x=["</script><script>alert(1)</script>"], y=[1]))
-    text = write_page("<b>", "", {"a": figure})
+    text = render("<b>", {"a": figure}, prompt="</pre><script>alert(2)</script>")
     assert "<script>alert" not in text
     assert "<title>&lt;b&gt;</title>" in text
+
+
+def test_the_verdict_comes_first_and_says_what_steers(page, folder):
+    text, run = page.read_text(encoding="utf-8"), RunFolder.open(folder)
+    assert text.index('class="card verdict') < text.index('id="evidence"') < text.index("<figure")
+    shown = "Leave the model alone" if run.verdict.method is None else run.verdict.method
+    assert shown in text[: text.index('id="evidence"')]
+
+
+def test_a_page_named_like_its_run_leaves_the_run_alone(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    page = write_report(run, tmp_path / "run.html")
+    assert page.is_file() and (tmp_path / "run_files" / "spi.json").exists()
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shutil.copytree(folder, tmp_path / "other_files")
+    with pytest.raises(ValueError, match="is the folder of a run"):
+        write_report(run, tmp_path / "other.html")
+    with pytest.raises(ValueError, match="is a folder"):
+        write_report(run, tmp_path / "run")
+
+
+def test_the_slider_counts_what_the_certificate_counted(folder):
+    run = RunFolder.open(folder)
+    told = report._slider(run, "", "optimal_probe")
+    assert told is not None
+    rows = run.certificates["optimal_probe"].evidence
+    assert len(told["says"]) == len(told["marks"]) == len(told["labels"]) == len(rows)
+    for row, said in zip(rows, told["says"], strict=True):
+        assert said.startswith(f"{row.recoveries} recovered, {row.regressions} regressed of 200")
+
+
+def test_after_a_search_the_slider_moves_only_the_threshold():
+    tried = pd.DataFrame(
+        {
+            "direction": ["pattern", "pattern", "pattern", "contrastive"],
+            "penalty": [3.0, 3.0, 0.03, None],
+            "layers": [[1], [1], [1], [1]],
+            "positions": "last",
+            "strength": [None, None, None, 2.0],
+            "threshold": [0.5, 0.2, 0.2, 0.5],
+        }
+    )
+    chosen = {"direction": "pattern", "penalty": 3.0, "layers": [1], "positions": "last"}
+    assert report._siblings(tried, chosen)["threshold"].tolist() == [0.2, 0.5]
+    chosen |= {"direction": "contrastive", "penalty": None, "strength": 2.0}
+    assert report._siblings(tried, chosen).index.tolist() == [3]

@@ -106,7 +106,7 @@ class Explain:
         from mera_tl import storage
         from mera_tl.benchmark.run import Run
         from mera_tl.methods.methods import find_method
-        from mera_tl.report import html as page
+        from mera_tl.report.html import render
         from mera_tl.report.run_folder import RunFolder
         from mera_tl.steering import trace as ledger
 
@@ -124,8 +124,8 @@ class Explain:
         where = "prompt" if self.prompt is not None else example.row
         out = self.out or self.run / "explain" / f"{name}-{where}.html"
         figure = told.figure()
-        body = page.figure_block("ledger", figure) + page.prompt_html(example.prompt)
-        storage.write_text(out, page.write_page(str(told), body, {"ledger": figure}))
+        page = render(str(told), {"ledger": figure}, prompt=example.prompt)
+        storage.write_text(out, page)
         storage.write_json(out.with_suffix(".json"), told.to_json())
         if self.json:
             return terminal.print_json(told.to_json())

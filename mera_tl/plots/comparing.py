@@ -11,6 +11,7 @@ from mera_tl.plots.style import (
     CHANGES,
     DIVERGING,
     GREEN,
+    INK,
     LINE,
     ORANGE,
     colour_of,
@@ -86,7 +87,7 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
             y=methods,
             text=text,
             texttemplate="%{text}",
-            textfont={"size": 13},
+            textfont={"size": 13, "color": INK},
             colorscale=DIVERGING,
             zmid=0,
             zmin=-1,
@@ -140,12 +141,12 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
                 **cell,
             )
     figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5)
-    figure.update_xaxes(title="SPI: share won or lost", row=-(-len(places) // 2))
+    figure.update_xaxes(title="SPI: share won or lost", row=len(places))
     known = "spi_low" in df and df["spi_low"].notna().to_numpy().any()
     bars = "; bars: 95 % confidence" if known else ""
     caption = f"{_examples(df)}; hollow: abstained{bars}"
-    look = {"height": _height(methods, places), "meta": _narrowest(places)}
-    return finish(figure, "Who helps, and how surely", caption, **look)
+    height = _height(methods, places)
+    return finish(figure, "Who helps, and how surely", caption, height=height)
 
 
 def transitions(df: pd.DataFrame) -> go.Figure:
@@ -176,35 +177,28 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 **cell,
             )
     figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25, ticklabeloverflow="allow")
-    figure.update_xaxes(title="share of test examples", row=-(-len(places) // 2))
+    figure.update_xaxes(title="share of test examples", row=len(places))
     caption = f"{_examples(df)}; against the unsteered answers"
     title = "What became of the examples"
-    look = {"height": _height(methods, places), "meta": _narrowest(places), "barmode": "stack"}
-    return finish(figure, title, caption, **look)
+    return finish(figure, title, caption, height=_height(methods, places), barmode="stack")
 
 
 def _panels(df: pd.DataFrame) -> tuple[go.Figure, list[str], dict[str, dict[str, int]]]:
-    """Return axes in two columns, methods downwards, and the row and column of every place."""
+    """Return axes below one another, methods downwards, and the row and column of every place."""
     methods, places = in_order(df, "method"), in_order(df, "where")
-    n_columns = min(2, len(places))
-    n_rows = -(-len(places) // n_columns)
     figure = make_subplots(
-        rows=n_rows,
-        cols=n_columns,
+        rows=len(places),
         shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.05,
         vertical_spacing=min(0.25, 34 / _height(methods, places)),
         subplot_titles=[place.replace("<br>", ", ") for place in places]
         if len(places) > 1
         else None,
     )
-    figure.update_annotations(font_size=14)
-    # Left to itself a shared category axis cuts off the methods of its ends.
+    figure.update_annotations(font_size=14, x=0, xanchor="left")
+    # Left to itself a category axis cuts off the methods of its ends.
     look = {"categoryorder": "array", "categoryarray": methods[::-1]}
     figure.update_yaxes(look, range=[-0.6, len(methods) - 0.4])
-    cells = [{"row": 1 + i // n_columns, "col": 1 + i % n_columns} for i in range(len(places))]
-    return figure, methods, dict(zip(places, cells, strict=True))
+    return figure, methods, {place: {"row": 1 + i, "col": 1} for i, place in enumerate(places)}
 
 
 def _signed(value: Any) -> str:
@@ -212,13 +206,7 @@ def _signed(value: Any) -> str:
 
 
 def _height(methods: list[str], places: Any) -> int:
-    n_rows = -(-len(places) // 2)
-    return 180 + n_rows * (34 + 22 * len(methods))
-
-
-def _narrowest(places: Any) -> dict[str, int]:
-    """Return the least width at which two columns of panels can be read."""
-    return {"min_width": 700 if len(places) > 1 else 0}
+    return 180 + len(places) * (34 + 22 * len(methods))
 
 
 def raw_against_sae(df: pd.DataFrame) -> go.Figure:

@@ -15,6 +15,7 @@ from mera_tl.plots.style import (
     GREEN,
     GREY,
     INCORRECT,
+    INK,
     ORANGE,
     PINK,
     SKY,
@@ -38,6 +39,13 @@ FEATURES = {"raw": ("residual stream", BLUE), "sae": ("SAE latents", GREEN)}
 POSITIONS = {"last": ("final prompt token", "solid"), "exact": ("answer token", "dot")}
 N_SHIFTS = 60
 """Shifts drawn at most; more would cover the examples."""
+_BIN, _LANDED = 0.025, 1e-3
+"""Width of a bin of predicted error, and how far above the threshold rounding may leave what was
+moved onto it."""
+_FIXED = (
+    "; moved by a fixed length along the data, which corrects answers without lowering the "
+    "probe's prediction"
+)
 
 
 def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None) -> go.Figure:
@@ -205,6 +213,7 @@ def transfer_matrix(df: pd.DataFrame) -> go.Figure:
         x=tasks,
         y=tasks,
         texttemplate="%{z:.2f}",
+        textfont={"color": INK},
         colorscale=DIVERGING,
         zmin=0,
         zmax=1,
@@ -223,26 +232,38 @@ def transfer_matrix(df: pd.DataFrame) -> go.Figure:
 
 
 def predicted_error(
-    df: pd.DataFrame, *, method: str, layer: int, threshold: float | None = None
+    df: pd.DataFrame,
+    *,
+    method: str,
+    layer: int,
+    threshold: float | None = None,
+    fixed: bool = False,
 ) -> go.Figure:
     """Draw the distribution of the predicted error before and after a steered layer.
 
     Takes columns `before`, `after` (in [0, 1]), `correct_before` and `correct_after`: the answers
-    of the unsteered and of the steered run.
+    of the unsteered and of the steered run. `fixed` says that shifts have a fixed length.
     """
     titles = ("before, by the unsteered answer", "after, by the steered answer")
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=titles)
     figure.update_annotations(x=0, xanchor="left", font_size=14)
+    # Bins are closed on the right and end at the threshold: what lands on it has not exceeded it.
+    start = (threshold or 0.0) % _BIN - _BIN
     for row, stage in enumerate(("before", "after"), start=1):
+        bins = np.ceil((df[stage].to_numpy() - _LANDED - start) / _BIN).clip(1)
         for correct, name, colour in _ANSWERS:
-            figure.add_histogram(
-                # Rounded: what was moved onto the threshold belongs into one bin.
-                x=df[stage][df[f"correct_{stage}"] == correct].round(4),
+            which, counts = np.unique(
+                bins[df[f"correct_{stage}"].to_numpy(bool) == correct], return_counts=True
+            )
+            figure.add_bar(
+                x=start + _BIN * (which - 0.5),
+                y=counts,
+                width=_BIN,
                 name=name,
                 legendgroup=name,
                 showlegend=row == 1,
                 marker_color=colour,
-                xbins={"start": 0, "end": 1.025, "size": 0.025},
+                hovertemplate=f"%{{y}} {name}, predicted %{{x:.2f}} ± .01<extra></extra>",
                 row=row,
                 col=1,
             )
@@ -250,22 +271,29 @@ def predicted_error(
     if threshold is not None:
         for row in (1, 2):
             _dashed(figure, threshold, f"threshold {threshold:.3g}", row=row, col=1)
-        n_above = [sum(df[stage] > threshold + 1e-3) for stage in ("before", "after")]
+        n_above = [sum(df[stage] > threshold + _LANDED) for stage in ("before", "after")]
         above = f"; {n_above[0]:,} above the threshold before, {n_above[1]:,} after"
     figure.update_xaxes(range=[0, 1])
     figure.update_xaxes(title="predicted error at the final prompt token", row=2, col=1)
     figure.update_yaxes(title="examples")
-    caption = f"{method}, layer {layer}, {len(df):,} test examples{above}"
+    caption = f"{method}, layer {layer}, {len(df):,} test examples{above}{_FIXED if fixed else ''}"
     title = "Predicted error before and after steering"
-    return finish(figure, title, caption, barmode="stack", height=520)
+    return finish(figure, title, caption, barmode="stack", bargap=0, height=520)
 
 
-def geometry(df: pd.DataFrame, *, method: str, layer: int, limit: float | None = None) -> go.Figure:
+def geometry(
+    df: pd.DataFrame,
+    *,
+    method: str,
+    layer: int,
+    limit: float | None = None,
+    fixed: bool = False,
+) -> go.Figure:
     """Draw activations along the probe's score and the leading direction orthogonal to it.
 
     Takes columns `score`, `other`, `correct` and, NaN where an example is left alone, `score_after`
     and `other_after`, and `in_plane`, the share of the shift that lies in this plane; `limit` is
-    the score above which the steering acts.
+    the score above which the steering acts; `fixed` says that shifts have a fixed length.
     """
     figure, moved = go.Figure(), df["score_after"].notna().to_numpy()
     for off, shown in ((True, pd.DataFrame(df[~moved])), (False, pd.DataFrame(df[moved]))):
@@ -291,6 +319,7 @@ def geometry(df: pd.DataFrame, *, method: str, layer: int, limit: float | None =
     told = "; abstained: nothing is moved"
     if moved.any():
         told = f"; {df['in_plane'].mean():.0%} of a shift's length lies in this plane"
+        told += _FIXED if fixed else ""
     return finish(figure, "Which way is error, and which way it moves", caption + told, height=520)
 
 

@@ -2,7 +2,7 @@
 
 Hues are Okabe and Ito's, shifted to a middle lightness, so that marks stand out on white paper and
 on a dark page alike, and remain apart for colour-blind readers; symbols tell methods of one family
-apart. Backgrounds are transparent: the page decides.
+apart. Figures stand on white paper; a report takes it away and puts its own colour of text.
 """
 
 from typing import Any
@@ -15,8 +15,11 @@ from plotly.subplots import make_subplots
 BLUE, SKY, GREEN = "#0072B2", "#3A9BD9", "#009E73"
 ORANGE, VERMILLION, PINK, GREY = "#C98500", "#D55E00", "#C46C9C", "#858585"
 
-DIVERGING = ((0, "#B24A00"), (0.5, "#EDEDED"), (1, "#005C91"))
-"""Orange is worse, blue is better, pale is no difference."""
+DIVERGING = ((0, "rgba(213,94,0,.6)"), (0.5, "rgba(128,128,128,.1)"), (1, "rgba(0,114,178,.6)"))
+"""Orange is worse, blue is better, pale is no difference; the page shines through, so that text in
+its own colour can be read on all of them, light or dark."""
+INK = "#444444"
+"""Of text; a page replaces it by its own."""
 
 CORRECT, INCORRECT = BLUE, VERMILLION
 """Of examples, wherever they are told apart."""
@@ -66,11 +69,10 @@ _AXIS = {
 
 TEMPLATE = go.layout.Template(
     layout={
-        # This grey has a contrast above 4 on white and on black.
-        "font": {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "color": "#757575"},
+        "font": {"family": "system-ui, -apple-system, Segoe UI, sans-serif", "color": INK},
         # Hung from the top edge in pixels: a share of the height would wander in tall figures.
         "title": {"x": 0.01, "y": 1, "yanchor": "top", "pad": {"t": 14}, "font": {"size": 18}},
-        "paper_bgcolor": "rgba(0,0,0,0)",
+        "paper_bgcolor": "#fff",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": _AXIS,
         "yaxis": _AXIS,

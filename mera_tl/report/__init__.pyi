@@ -1,5 +1,4 @@
-from .html import figure_block as figure_block
-from .html import write_page as write_page
+from .html import render as render
 from .report import write_report as write_report
 from .run_folder import RunFolder as RunFolder
 from .run_folder import evidence_frame as evidence_frame

@@ -1,10 +1,9 @@
-"""A run as one page to show around: question, data, decision, figures, examples, how to repeat it.
+"""A run as one page to show around: verdict, evidence, examples, methods, how to repeat it.
 
 Everything is read back from run folders; no model is loaded. Beside the page lie the figures as
-JSON and the numbers in them as CSV.
+JSON and the numbers in them as CSV. The templates say where everything stands; here it is gathered.
 """
 
-import html
 import random
 import subprocess
 import sys
@@ -18,10 +17,13 @@ import plotly.graph_objects as go
 
 from mera_tl import plots, storage
 from mera_tl.benchmark.records import table
-from mera_tl.report.html import figure_block, prompt_html, table_html, write_page
+from mera_tl.report.html import Block, Table, block_of, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
 
-N_EXAMPLES = 10
+MOST_EXAMPLES = 600
+"""Examples on a page at most: first those that changed; more make it slow."""
+LONGEST_PROMPT = 4000
+"""Characters of a prompt that are shown."""
 
 
 def write_report(
@@ -33,8 +35,8 @@ def write_report(
     """Write a self-contained page about one run or several, and its figures beside it.
 
     `folders` are run folders, or folders of them. The page is `out`, or report.html in the first
-    folder; figures go to a folder of the same name, with `images` as SVG and PNG too, where kaleido
-    finds a browser. Works offline and stays below 6 MB.
+    folder; figures go to a folder <page>_files, with `images` as SVG and PNG too, where kaleido
+    finds a browser. Works offline.
 
     Raises:
         ValueError: if a folder holds no run, or records of another format.
@@ -42,14 +44,17 @@ def write_report(
     runs = find_runs(folders)
     first = Path(folders if isinstance(folders, str | Path) else folders[0])
     out = Path(out) if out is not None else first / "report.html"
-    gathered = _Figures(out.with_suffix(""), images=images)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file, such as {out / 'report.html'}.")
+    figures = _Figures(out.with_name(f"{out.stem}_files"), images=images)
     if len(runs) == 1:
-        title = f"Steering {runs[0].title}"
-        body = "".join(_run(runs[0], gathered))
+        title, template = f"Steering {runs[0].title}", "run.html"
+        context = {"r": _run(runs[0], figures)}
     else:
-        title = f"Steering, {len(runs)} runs compared"
-        body = "".join(_overview(runs, gathered))
-    page = write_page(title, f"<h1>{html.escape(title)}</h1>\n{body}", gathered.figures)
+        title, template = f"Steering, {len(runs)} runs compared", "overview.html"
+        context = _overview(runs, figures)
+    context["images"] = figures.write_images()
+    page = render(title, figures.figures, template=template, **context)
     storage.write_text(out, page)
     return out
 
@@ -58,17 +63,17 @@ class _Figures:
     """The figures of a page, each written as JSON and CSV when it is placed."""
 
     def __init__(self, folder: Path, *, images: bool = False) -> None:
+        if (folder / "records.jsonl").exists():
+            raise ValueError(f"{folder} is the folder of a run; give the page another name.")
         self.folder, self.images = folder, images
         self.figures: dict[str, go.Figure] = {}
 
-    def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> str:
-        """Keep a figure and return its block in the page."""
+    def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> Block:
+        """Keep a figure and return its place in the page."""
         self.figures[name] = figure
         storage.write_text(self.folder / f"{name}.json", str(figure.to_json(pretty=True)))
         storage.write_text(self.folder / f"{name}.csv", frame.to_csv(index=False))
-        where = f"{self.folder.name}/{name}"
-        links = f' (<a href="{where}.json">JSON</a>, <a href="{where}.csv">CSV</a>)'
-        return figure_block(name, figure, links=links)
+        return block_of(name, figure, folder=self.folder.name)
 
     def write_images(self) -> str:
         """Write SVG and PNG files, if asked to; say in a sentence what came of it."""
@@ -112,32 +117,36 @@ for kind in ("svg", "png"):
 # --- one run ------------------------------------------------------------------------------------
 
 
-def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> Iterator[str]:
-    """Yield the page of a run from top to bottom."""
-    yield _question(run)
-    yield "<h2>The decision</h2>\n"
-    yield from _decisions(run)
-    yield from _certificates(run, figures, prefix)
-    yield "<h2>Where the model's errors can be read</h2>\n"
-    yield from _probes(run, figures, prefix)
-    yield "<h2>What steering did to the test examples</h2>\n"
-    yield from _effects(run, figures, prefix)
-    yield f"<h2>Examples that changed</h2>\n{_examples(run)}"
-    yield f"<h2>Side effects</h2>\n{_side_effects(run)}"
-    yield f"<h2>How to repeat this</h2>\n{_provenance(run, figures)}"
-
-
-def _question(run: RunFolder) -> str:
-    first = run.records[0]
-    base = first["accuracy"] - first["accuracy_change"]
-    name, task = html.escape(first["model"]), html.escape(first["task"])
-    return (
-        f"<p>Can <b>{name}</b> be steered away from its own errors on <b>{task}</b>, and is that "
-        f"certain enough to do it? Unsteered, it answers {base:.1%} of {first['n']:,} test "
-        f"examples correctly{_constant(run)}. {first['n_train']:,} training examples fitted the "
-        f"probes, {first['n_calibration']:,} calibration examples decided, the test examples were "
-        "answered only at the end; the three sets are disjoint.</p>\n"
-    )
+def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, Any]:
+    """Gather what the page of a run shows, from top to bottom."""
+    first, verdict, frame = run.records[0], run.verdict, records_frame(run.records)
+    main, asked = run.main_method, _asked(run)
+    certificate = run.certificates[main] if verdict.method else None
+    return {
+        "id": prefix,
+        "title": run.title,
+        "verdict": verdict,
+        **{name: first[name] for name in ("model", "task", "n", "n_train", "n_calibration")},
+        "constant": _constant(run),
+        "winner": list(_winner(run)),
+        "certificate": str(certificate or ""),
+        "evidence": list(_evidence(run, figures, prefix, asked)) if asked else [],
+        "slider": _slider(run, prefix, asked) if asked else None,
+        "shown_method": main,
+        **_examples(run),
+        "methods": Table.of(_methods(run)),
+        "n_methods": len(run.records),
+        "comparison": [
+            figures.place(f"{prefix}spi", plots.spi_dots(frame), frame),
+            figures.place(f"{prefix}transitions", plots.transitions(frame), frame),
+        ],
+        "others": list(_others(run, figures, prefix)),
+        "reading": list(_reading(run, figures, prefix)),
+        "moved": list(_moved(run, figures, prefix)),
+        "side": Table.of(_side_effects(run)),
+        "command": f"{run.command}\nmera report {run.path.name}",
+        "hashes": Table.of(_hashes(run)),
+    }
 
 
 def _constant(run: RunFolder) -> str:
@@ -146,157 +155,248 @@ def _constant(run: RunFolder) -> str:
     if answers.empty:
         return ""
     share = answers["label"].value_counts(normalize=True)
-    return f' (always "{html.escape(str(share.index[0]))}" would get {share.iloc[0]:.1%})'
+    return f' (always "{share.index[0]}" would get {share.iloc[0]:.1%})'
 
 
-def _decisions(run: RunFolder) -> Iterator[str]:
-    for method, certificate in run.certificates.items():
+_WHERE = {
+    "all": "every token",
+    "last": "from the final prompt token on",
+    "generated": "generated tokens",
+    "final": "read at the final prompt token",
+}
+
+
+def _winner(run: RunFolder) -> Iterator[str]:
+    """Say what steers, how it was chosen, what is certified, what it did and what it cost."""
+    verdict = run.verdict
+    if verdict.method is None:
+        yield f"{verdict.sentence}. On the test examples nothing changes, bit for bit."
+        return
+    record, certificate = run.record(verdict.method), run.certificates[verdict.method]
+    best, moved, details = certificate.best, record["transitions"], record["details"]
+    yield _what(run, record)
+    if "n_candidates" in details:
+        yield (
+            f"Chosen among {details['n_candidates']:,} candidates on {details['n_search']:,} "
+            "training examples that fitted nothing; then tested once."
+        )
+    promise = verdict.sentence.partition(">= ")[2].rstrip(")")
+    yield (
+        f"Certified: at least {promise}, from {certificate.n:,} calibration examples "
+        f"({best.recoveries} better, {best.regressions} worse)."
+    )
+    yield (
+        f"On the test examples: {moved['0->1']} recovered, {moved['1->0']} regressed "
+        f"(SPI {record['spi']:+.2f})."
+    )
+    if record["steered_share"]:
+        yield (
+            f"Cost: {record['steered_share']:.0%} of the examples are moved, by "
+            f"{record['relative_shift']:.2f} of the residual's norm on average."
+        )
+
+
+def _what(run: RunFolder, record: dict[str, Any]) -> str:
+    """Say what a method reads and moves: probe, direction, layers, tokens, threshold."""
+    details, config = record["details"], run.config
+    layers = details.get("layers", config.layers)
+    layers = ", ".join(map(str, layers)) if isinstance(layers, list) else layers
+    penalty = details.get("penalty")
+    probe = details.get("probe", "ridge")
+    probe = "one probe per answer" if penalty is None else f"{probe} probe, penalty {penalty:g}"
+    parts = [probe, f"layer {layers}" if layers not in ("all", "best") else f"{layers} layers"]
+    threshold = record["threshold"]
+    if record["method"] == "flip":
+        at = "" if threshold is None else f" {threshold:.3g}"
+        parts += [f"answers the second-best option above predicted error{at}, moves nothing"]
+    else:
+        parts = [f"direction {details.get('direction', 'euclidean')}", *parts]
+        parts += [_WHERE.get(details.get("positions", config.positions), "")]
+        if threshold is not None:
+            parts += [f"threshold {threshold:.3g}"]
+        if details.get("strength"):
+            parts += [f"strength {details['strength']:g}: a shift of fixed length"]
+    return ("; ".join(filter(None, parts)) + ".").capitalize()
+
+
+def _asked(run: RunFolder) -> str | None:
+    """Return the certificate that the verdict rests on: the winner's, else the nearest to one."""
+    best = {m: max(row.gain for row in c.evidence) for m, c in run.certificates.items()}
+    return run.verdict.method or max(best, key=lambda method: best[method], default=None)
+
+
+def _evidence(run: RunFolder, figures: _Figures, prefix: str, method: str) -> Iterator[Block]:
+    """Yield what a decision rests on: the search's own figure, or curve and bars of a grid."""
+    tried = run.tried(method)
+    if not tried.empty:
+        yield figures.place(f"{prefix}search_{method}", plots.search_table(tried), tried)
+    elif len(run.certificates[method].evidence) > 1:
+        frame = run.evidence(method)
+        yield figures.place(f"{prefix}curve_{method}", plots.steering_curve(frame), frame)
+        yield figures.place(f"{prefix}evidence_{method}", plots.calibration_evidence(frame), frame)
+
+
+def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
+    """Say for every threshold what it recovers and breaks, and where it lies in the figures."""
+    tried = run.tried(method)
+    if tried.empty:
+        frame, chosen = run.evidence(method), run.certificates[method].threshold
+        note = "Counted on the calibration examples; all bounds hold at once."
+        x, _ = plots.style.knob_axis(frame["threshold"], str(frame["knob"].iloc[0]))
+        marks = [{f"{prefix}curve_{method}": (float(at), None)} for at in x]
+    else:
         record = run.record(method)
-        base = record["accuracy"] - record["accuracy_change"]
+        frame, chosen = _siblings(tried, record["details"]), record["threshold"]
+        note = "Counted on training examples that chose among all candidates: no promise."
+        share = 100 * frame[["regressions", "recoveries"]].div(frame["n"], axis=0)
+        marks = [{f"{prefix}search_{method}": tuple(at)} for at in share.to_numpy().tolist()]
+    if len(frame) < 2:
+        return None
+    says: list[str] = []
+    for row, mark in zip(frame.to_dict("records"), marks, strict=True):
+        if method == run.verdict.method:
+            mark[f"{prefix}predicted"] = (row["threshold"], None)
+        sure = ""
+        if "lower" in row:
+            certified = "certified" if row["lower"] >= row["min_gain"] else "not certified"
+            sure = f"; gain at least {100 * row['lower']:+.1f} points: {certified}"
+        says.append(
+            f"{row['recoveries']:.0f} recovered, {row['regressions']:.0f} regressed of "
+            f"{row['n']:,.0f}: {100 * row['gain']:+.1f} points{sure}."
+        )
+    nearest = (frame["threshold"] - (0.5 if chosen is None else chosen)).abs().to_numpy().argmin()
+    labels = [f"{value:.3g}" for value in frame["threshold"]]
+    return {"labels": labels, "says": says, "marks": marks, "chosen": int(nearest), "note": note}
+
+
+def _siblings(tried: pd.DataFrame, chosen: dict[str, Any]) -> pd.DataFrame:
+    """Return the candidates that differ from the chosen one in their threshold alone."""
+    same = pd.Series(True, index=tried.index)
+    for name in ("direction", "penalty", "layers", "positions", "strength"):
+        wanted = chosen.get(name)
+        same &= tried[name].map(lambda v, w=wanted: v == w or (w is None and v != v))
+    return tried[same].sort_values("threshold")
+
+
+def _others(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the other certificates, those that abstain last."""
+    others = [m for m in run.certificates if m != run.verdict.method]
+    for method in sorted(others, key=lambda m: run.certificates[m].abstained):
+        certificate, record = run.certificates[method], run.record(method)
         moved = record["transitions"]
         result = "On the test examples the model is left alone, bit for bit."
         if not certificate.abstained:
             result = (
-                f"On the test examples: accuracy from {base:.3f} to {record['accuracy']:.3f} "
+                f"On the test examples: accuracy {record['accuracy']:.3f} "
                 f"(SPI {record['spi']:+.2f}), {moved['0->1']} recovered, {moved['1->0']} regressed."
             )
-        kind = "abstain" if certificate.abstained else "steer"
-        yield (
-            f'<div class="card {kind}"><p><b>{html.escape(method)}</b></p>'
-            f"<p>{html.escape(str(certificate))}</p><p>{result}</p></div>\n"
-        )
-    if not run.certificates:
-        yield "<p>No method of this run asks for a certificate; all are measured below.</p>\n"
-
-
-def _decision_rows(run: RunFolder) -> Iterator[dict[str, Any]]:
-    """Yield the certificates of a run in a line each."""
-    for method, certificate in run.certificates.items():
+        shown = method == _asked(run)  # its evidence stands above
         yield {
-            "run": run.title,
             "method": method,
             "decision": certificate.decision.value,
-            "threshold": certificate.threshold,
-            "gain at least": None if certificate.abstained else certificate.best.lower,
-            "gain on test": run.record(method)["accuracy_change"],
+            "abstained": certificate.abstained,
+            "sentence": str(certificate),
+            "result": result,
+            "figures": [] if shown else list(_evidence(run, figures, prefix, method)),
         }
 
 
-def _certificates(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
-    """Yield the curves: those of the main method in sight, the others folded away.
-
-    A search certifies a single choice, which has no curve; its numbers stand in words above.
-    """
-    grids = [name for name, kept in run.certificates.items() if len(kept.evidence) > 1]
-    order = sorted(grids, key=lambda method: method != run.main_method)
-    for i, method in enumerate(order):
-        frame = run.evidence(method)
-        curve = figures.place(f"{prefix}curve_{method}", plots.steering_curve(frame), frame)
-        bars = figures.place(f"{prefix}evidence_{method}", plots.calibration_evidence(frame), frame)
-        summary = f"<summary>{html.escape(method)}: curve and evidence</summary>"
-        yield curve + bars if i == 0 else f"<details>{summary}{curve}{bars}</details>\n"
-
-
-def _probes(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
+def _reading(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
     frame = run.probe_errors()
-    if frame.empty:
-        yield "<p>This run has fitted no probe.</p>\n"
-        return
-    n = run.records[0]["n_train"]
-    for metric in ("rmse", "auroc"):
-        figure = plots.probe_error(frame, metric=metric, n=n)
+    for metric in ("rmse", "auroc") if len(frame) else ():
+        figure = plots.probe_error(frame, metric=metric, n=run.records[0]["n_train"])
         yield figures.place(f"{prefix}probe_{metric}", figure, frame)
 
 
-def _effects(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[str]:
-    frame = records_frame(run.records)
-    yield figures.place(f"{prefix}spi", plots.spi_dots(frame), frame)
-    yield figures.place(f"{prefix}transitions", plots.transitions(frame), frame)
-    yield table_html(table(run.records).drop(columns=["model", "task"]))
-    method = run.main_method
-    changes = pd.DataFrame() if method is None else run.changes(method)
-    if not changes.empty:
-        names = {"row": "row", "error_before": "before", "error_after": "after", "change": "change"}
-        errors = pd.DataFrame({new: changes[old] for old, new in names.items()})
-        figure = plots.error_before_after(errors, method=str(method))
-        yield figures.place(f"{prefix}errors", figure, errors)
-    shown = method
-    if method is None or run.reach(method) is None:
-        # Where all abstain there are still the examples that a certificate was sought for.
-        shown = next(iter(run.certificates), None)
-    if shown is not None:
-        yield from _reach(run, figures, prefix, shown)
+def _moved(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
+    """Yield whom a steering reaches: by predicted error, by layer and token, in the plane.
 
-
-def _reach(run: RunFolder, figures: _Figures, prefix: str, method: str) -> Iterator[str]:
-    """Yield whom a steering reaches: by predicted error, by layer and token, in the plane."""
-    certificate, reach, cloud = run.certificates.get(method), run.reach(method), run.cloud(method)
-    if reach is not None:
-        threshold = certificate.threshold if certificate else None
-        layers = reach.layers.tolist()
-        layer = cloud.layer if cloud is not None else layers[0]
-        predicted = run.predicted(method, layer)
-        figure = plots.predicted_error(predicted, method=method, layer=layer, threshold=threshold)
-        yield figures.place(f"{prefix}predicted", figure, predicted)
-        share, n = reach.positions(), len(reach.before)
-        figure = plots.steered_share(share, method=method, n=n)
-        yield figures.place(f"{prefix}share", figure, share)
+    Of the verdict's method, or of the certified one that moves activations.
+    """
+    steering = [m for m, c in run.certificates.items() if not c.abstained and run.reach(m)]
+    method = run.main_method if run.reach(run.main_method or "") else next(iter(steering), None)
+    reach = run.reach(method or "")
+    if method is None or reach is None:
+        return
+    cloud, record = run.cloud(method), run.record(method)
+    layer = cloud.layer if cloud is not None else reach.layers.tolist()[0]
+    fixed = bool(record["details"].get("strength"))
+    about: Any = {"method": method, "layer": layer, "fixed": fixed}
+    predicted = run.predicted(method, layer)
+    figure = plots.predicted_error(predicted, threshold=record["threshold"], **about)
+    yield figures.place(f"{prefix}predicted", figure, predicted)
     if cloud is not None:
         plane = cloud.plane(seed=run.config.seed)
-        figure = plots.geometry(plane, method=method, layer=cloud.layer, limit=cloud.limit)
+        figure = plots.geometry(plane, limit=cloud.limit, **about)
         yield figures.place(f"{prefix}geometry", figure, plane)
+    share = reach.positions()
+    figure = plots.steered_share(share, method=method, n=len(reach.before))
+    yield figures.place(f"{prefix}share", figure, share)
 
 
-# --- examples, side effects, provenance ---------------------------------------------------------
+# --- tables and examples ------------------------------------------------------------------------
 
 
-def _examples(run: RunFolder) -> str:
-    method = run.main_method
+def _methods(run: RunFolder) -> pd.DataFrame:
+    """Tabulate methods, the decision first: a phone shows the first columns."""
+    frame = table(run.records)
+    return pd.DataFrame(
+        {
+            "method": frame["method"],
+            "decision": frame["decision"],
+            "accuracy": frame["accuracy"],
+            "SPI": frame["SPI"],
+            "recovered": frame["0->1"],
+            "regressed": frame["1->0"],
+            "steered": frame["steered"].where(frame["method"] != "flip"),
+            "threshold": frame["threshold"],
+        }
+    )
+
+
+def _examples(run: RunFolder) -> dict[str, Any]:
+    """Gather examples with their options' probabilities before and after, changed ones first."""
+    method, nothing = run.main_method, {"explorer": None, "no_examples": ""}
     changes = pd.DataFrame() if method is None else run.changes(method)
     if changes.empty:
-        return "<p>No method changed whether an answer is correct.</p>\n"
+        return nothing | {"no_examples": "No method changed whether an answer is correct."}
     try:
-        prompts = {example.row: example.prompt for example in run.test_task().examples}
+        test = run.test_task()
     except (ValueError, OSError) as error:
-        return f"<p>The prompts cannot be shown: {html.escape(str(error))}</p>\n"
-    blocks = []
-    for row in _draw(changes.to_dict("records"), run.config.seed):
-        better = row["change"] == "0->1"
-        verdict = "recovered" if better else "regressed"
-        blocks.append(
-            f'<div class="card {"steer" if better else "abstain"}"><p><b>{verdict}</b>, row '
-            f"{row['row']}: true {_word(row['label'])}; answered {_word(row['prediction_before'])} "
-            f"(error {row['error_before']:.2f}), steered {_word(row['prediction_after'])} "
-            f"(error {row['error_after']:.2f})</p>"
-            f"{prompt_html(prompts[row['row']])}</div>\n"
-        )
-    counts = run.record(str(method))["transitions"]
-    intro = (
-        f"<p>Of {counts['0->1']} recovered and {counts['1->0']} regressed test examples of "
-        f"<b>{method}</b>, these were drawn by seed {run.config.seed}, not chosen.</p>\n"
-    )
-    return intro + "".join(blocks)
+        return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
+    prompts = {example.row: example.prompt for example in test.examples}
+    rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
+    # Drawn by seed, not chosen; a stable sort keeps the draw within each kind.
+    drawn = sorted(rng.sample(rows, len(rows)), key=lambda row: row["change"] in ("0->0", "1->1"))
+    shown = [
+        {
+            "row": row["row"],
+            "label": row["label"],
+            "change": row["change"],
+            "before": row["prediction_before"],
+            "after": row["prediction_after"],
+            "error_before": round(row["error_before"], 4),
+            "error_after": round(row["error_after"], 4),
+            "p_before": [round(p, 4) for p in row["probs_before"]],
+            "p_after": [round(p, 4) for p in row["probs_after"]],
+            "reply": row.get("reply_after"),
+            "prompt": prompts[row["row"]][-LONGEST_PROMPT:],
+        }
+        for row in drawn[:MOST_EXAMPLES]
+    ]
+    left = len(rows) - len(shown)
+    note = f", of {len(rows):,}: all that changed, others drawn by seed" if left > 0 else ""
+    explorer = {"options": list(test.options), "rows": shown, "drawn": note}
+    return {"explorer": explorer, "no_examples": ""}
 
 
-def _draw(changes: Sequence[dict[Any, Any]], seed: int) -> list[dict[Any, Any]]:
-    """Draw ten changed examples, half of each kind where there are enough."""
-    rng, half = random.Random(seed), N_EXAMPLES // 2
-    better, worse = ([c for c in changes if c["change"] == kind] for kind in ("0->1", "1->0"))
-    n_better = min(len(better), max(half, N_EXAMPLES - len(worse)))
-    n_worse = min(len(worse), N_EXAMPLES - n_better)
-    return rng.sample(better, n_better) + rng.sample(worse, n_worse)
-
-
-def _word(answer: Any) -> str:
-    return "nothing" if answer is None else f"<b>{html.escape(str(answer))}</b>"
-
-
-def _side_effects(run: RunFolder) -> str:
+def _side_effects(run: RunFolder) -> pd.DataFrame:
     """Tabulate what else changed: probabilities, balance of answers, unanswered prompts."""
     rows = []
     for record in run.records:
-        answers = run.changes(record["method"])
+        answers, told = run.changes(record["method"]), record.get("free_text")
         said = {} if answers.empty else answers["prediction_after"].value_counts().to_dict()
+        text = {"perplexity": "perplexity", "distinct word pairs": "distinct_2"} if told else {}
         rows.append(
             {
                 "method": record["method"],
@@ -304,64 +404,43 @@ def _side_effects(run: RunFolder) -> str:
                 "error change": record["error_change"],
                 "weighted F1": record["f1"],
                 "unanswered": record["unanswered"],
-                "tokens steered": record["steered_share"],
-                **_free_text(record),
+                **{name: told[key] for name, key in text.items()},
                 **{f'answers "{option}"': int(count) for option, count in sorted(said.items())},
             }
         )
     frame = pd.DataFrame(rows).fillna(0)
     counts = [name for name in frame if name.startswith("answers ")]
-    return (
-        "<p>Accuracy is not all: a method may also shift the balance of answers, leave prompts "
-        "unanswered, or make right answers less sure.</p>\n"
-    ) + table_html(frame.astype(dict.fromkeys(counts, int)))
+    return frame.astype(dict.fromkeys(counts, int))
 
 
-def _free_text(record: dict[str, Any]) -> dict[str, float]:
-    told = record.get("free_text")
-    if not told:
-        return {}
-    return {"perplexity": told["perplexity"], "distinct word pairs": told["distinct_2"]}
-
-
-def _provenance(run: RunFolder, figures: _Figures) -> str:
+def _hashes(run: RunFolder) -> pd.DataFrame:
     first = run.records[0]
-    hashes = first["hashes"]
-    rows = [{"what": "configuration", "value": hashes["config"]}]
-    rows += [{"what": "model", "value": hashes["model"]}]
-    rows += [{"what": f"{role} data", "value": value} for role, value in hashes["data"].items()]
-    rows += [{"what": name, "value": value} for name, value in first["versions"].items()]
-    return (
-        f"<pre>{html.escape(run.command)}\nmera report {html.escape(run.path.name)}</pre>\n"
-        f"<p>Hashes and versions:</p>\n{table_html(pd.DataFrame(rows))}"
-        f'<p class="soft">{html.escape(figures.write_images())}</p>\n'
-    )
+    hashes = {"configuration": first["hashes"]["config"], "model": first["hashes"]["model"]}
+    hashes |= {f"{role} data": value for role, value in first["hashes"]["data"].items()}
+    return pd.DataFrame((hashes | first["versions"]).items(), columns=["what", "value"])
 
 
 # --- several runs -------------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[RunFolder], figures: _Figures) -> Iterator[str]:
-    """Yield the comparison of all runs, then each run folded away."""
+def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
+    """Gather the comparison of all runs, then each run, folded away."""
     records = [record for run in runs for record in run.records]
-    models = sorted({record["model"] for record in records})
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    yield (
-        f"<p>Can {html.escape(' and '.join(models))} be steered away from its own errors on "
-        f"{html.escape(', '.join(tasks))}, and where is that certain enough to do it?</p>\n"
-    )
-    yield "<h2>The decisions</h2>\n"
-    yield "<p>The certificates in words stand with each run below.</p>\n"
-    yield table_html(pd.DataFrame([row for run in runs for row in _decision_rows(run)]))
-    yield "<h2>Methods by task</h2>\n"
     frame = records_frame(records)
-    yield figures.place("spi_heatmap", plots.spi_heatmap(frame), frame)
-    yield figures.place("spi_dots", plots.spi_dots(frame), frame)
-    yield figures.place("transitions", plots.transitions(frame), frame)
+    drawn = {
+        "spi_heatmap": plots.spi_heatmap(frame),
+        "spi_dots": plots.spi_dots(frame),
+        "transitions": plots.transitions(frame),
+    }
     if {"raw", "sae"} <= set(frame["space"]):
-        yield figures.place("raw_against_sae", plots.raw_against_sae(frame), frame)
-    yield table_html(table(records))
-    yield "<h2>The runs one by one</h2>\n"
-    for i, run in enumerate(runs):
-        inside = "".join(_run(run, figures, prefix=f"run{i}_"))
-        yield f"<details><summary>{html.escape(run.title)}</summary>{inside}</details>\n"
+        drawn["raw_against_sae"] = plots.raw_against_sae(frame)
+    numbers = table(records).rename(columns={"0->1": "recovered", "1->0": "regressed"})
+    same = [c for c in ("model", "space", "seed", "n") if numbers[c].nunique() == 1]
+    first = ["task", "method", "decision"]
+    numbers = numbers.drop(columns=[*same, "error"])
+    return {
+        "models": sorted({record["model"] for record in records}),
+        "comparison": [figures.place(name, figure, frame) for name, figure in drawn.items()],
+        "numbers": Table.of(numbers[[*first, *(c for c in numbers if c not in first)]]),
+        "runs": [_run(run, figures, prefix=f"run{i}_") for i, run in enumerate(runs)],
+    }

@@ -149,6 +149,11 @@ class RunFolder:
             tables.append(pd.DataFrame(plain["metrics"]).assign(probe=name))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
+    def tried(self, method: str) -> pd.DataFrame:
+        """Return the candidates of a method's search on training data; empty if it made none."""
+        path = self.path / "searches" / method / "candidates.jsonl"
+        return pd.DataFrame(storage.read_records(path) if path.exists() else [])
+
     def changes(self, method: str) -> pd.DataFrame:
         """Return what a method did to each test example: answers and errors before and after."""
         folder = self.path / "outcomes"
