@@ -1,5 +1,8 @@
 """Figures show what their data say: every mark in its place, certified or not, moved or not."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -8,6 +11,10 @@ import pytest
 from mera_tl import plots
 from mera_tl.methods import methods
 from mera_tl.plots.style import CHANGES, knob_axis, symbol_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from figures import probe_error_by_layer, sae_or_raw, sae_or_raw_table  # noqa: E402
 
 
 def evidence(*, certified: bool = True) -> pd.DataFrame:
@@ -131,14 +138,16 @@ def every_figure() -> dict[str, go.Figure]:
         "dots": plots.spi_dots(records()),
         "transitions": plots.transitions(records()),
         "probes": plots.probe_error(probes(), n=1000),
-        "overlay": plots.probe_overlay(overlay()),
-        "observed": plots.predicted_against_observed(
+        "overlay": probe_error_by_layer.probe_overlay(overlay()),
+        "observed": probe_error_by_layer.predicted_against_observed(
             pd.DataFrame(
                 {"place": "clear", "predicted": [0.1, 0.8], "observed": [0.2, 0.7], "n_bin": 40}
             ).assign(n_test=80)
         ),
-        "positions": plots.layer_by_position(grid(("layer", "position"), "auroc")),
-        "transfer": plots.transfer_matrix(grid(("fitted_on", "measured_on"), "auroc")),
+        "positions": probe_error_by_layer.layer_by_position(grid(("layer", "position"), "auroc")),
+        "transfer": probe_error_by_layer.transfer_matrix(
+            grid(("fitted_on", "measured_on"), "auroc")
+        ),
         "predicted": plots.predicted_error(
             predicted(), method="optimal_probe", layer=1, threshold=0.5
         ),
@@ -146,8 +155,8 @@ def every_figure() -> dict[str, go.Figure]:
         "errors": plots.error_before_after(errors(), method="optimal_probe"),
         "share": plots.steered_share(reach(), method="optimal_probe", n=50),
         "ledger": plots.ledger(tokens(), title="Row 7"),
-        "spaces": plots.raw_against_sae(both),
-        "table": plots.number_table(
+        "spaces": sae_or_raw.raw_against_sae(both),
+        "table": sae_or_raw_table.number_table(
             pd.DataFrame({"way": ["raw", "sae"], "AUROC": [0.7, None]}), title="A", caption="n = 8"
         ),
     }
@@ -313,7 +322,7 @@ def test_a_shift_of_fixed_length_is_told_from_the_rule_that_lowers_the_predictio
 
 def test_spaces_are_told_apart_on_one_scale_and_so_is_abstaining_from_no_effect():
     both = pd.concat([records(), records().assign(space="sae", decision=None)])
-    figure = plots.raw_against_sae(pd.concat([both.assign(layer=1), both.assign(layer=2)]))
+    figure = sae_or_raw.raw_against_sae(pd.concat([both.assign(layer=1), both.assign(layer=2)]))
     titles = [note.text for note in figure.layout.annotations]
     assert titles == [f"{task}, layer {i}" for task in ("clear", "hopeless") for i in (1, 2)]
     assert {tuple(axis.range) for axis in figure.select_xaxes()} == {(-1.05, 1.05)}

@@ -7,22 +7,15 @@ be read, `steering` what one steering does, `comparing` methods, tasks and space
 """
 
 from mera_tl.plots.comparing import (
-    number_table,
-    raw_against_sae,
     spi_dots,
     spi_heatmap,
     transitions,
 )
-from mera_tl.plots.costs import stage_costs
-from mera_tl.plots.guarantee import coverage, sample_size_curves, size_of_the_test
+from mera_tl.plots.guarantee import sample_size_curves
 from mera_tl.plots.reading import (
     geometry,
-    layer_by_position,
-    predicted_against_observed,
     predicted_error,
     probe_error,
-    probe_overlay,
-    transfer_matrix,
 )
 from mera_tl.plots.searching import search_table
 from mera_tl.plots.steering import (
@@ -37,25 +30,16 @@ from mera_tl.plots.style import colour_of
 __all__ = [
     "calibration_evidence",
     "colour_of",
-    "coverage",
     "error_before_after",
     "geometry",
-    "layer_by_position",
     "ledger",
-    "number_table",
-    "predicted_against_observed",
     "predicted_error",
     "probe_error",
-    "probe_overlay",
-    "raw_against_sae",
     "sample_size_curves",
     "search_table",
-    "size_of_the_test",
     "spi_dots",
     "spi_heatmap",
-    "stage_costs",
     "steered_share",
     "steering_curve",
-    "transfer_matrix",
     "transitions",
 ]

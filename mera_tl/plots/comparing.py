@@ -7,13 +7,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from mera_tl.plots.style import (
-    BLUE,
     CHANGES,
     DIVERGING,
-    GREEN,
     INK,
-    LINE,
-    ORANGE,
     colour_of,
     finish,
     in_order,
@@ -22,35 +18,7 @@ from mera_tl.plots.style import (
 )
 
 
-def number_table(df: pd.DataFrame, *, title: str, caption: str) -> go.Figure:
-    """Draw a table; numbers to two digits, three if small, nothing where there is none."""
-
-    def shown(value: Any) -> str:
-        if isinstance(value, float):
-            return "" if pd.isna(value) else f"{value:.{2 if abs(value) >= 0.095 else 3}f}"
-        return str(value)
-
-    look = {"fill_color": "rgba(0,0,0,0)", "line_color": LINE, "height": 24}
-    table = go.Table(
-        columnwidth=[1 if pd.api.types.is_numeric_dtype(df[c]) else 1.6 for c in df],
-        header={"values": [f"<b>{column}</b>" for column in df], "align": "left"} | look,
-        cells={"values": [[shown(v) for v in df[c]] for c in df], "align": "left"} | look,
-    )
-    height, meta = 190 + 25 * len(df), {"min_width": 90 * len(df.columns)}
-    margin = {"l": 12, "r": 12, "t": 90, "b": 20}
-    return finish(go.Figure(table), title, caption, height=height, meta=meta, margin=margin)
-
-
-SPACES = {
-    ("raw", "none"): ("residual stream", BLUE, "circle"),
-    ("sae", "none"): ("SAE latents", GREEN, "diamond"),
-    ("sae", "gain"): ("SAE latents, gain", ORANGE, "square"),
-}
-"""By space and correction: blue for the stream and green for latents, as wherever they are told
-apart."""
-
-
-def _with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
+def with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
     """Name the place of every record: its task, and model and space where there are several."""
     where: Any = df["task"]
     if len(set(df["model"])) > 1:
@@ -60,7 +28,8 @@ def _with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
     return df.assign(where=where)
 
 
-def _examples(df: pd.DataFrame) -> str:
+def examples_of(df: pd.DataFrame) -> str:
+    """Say in words how many test examples and seeds the records rest on."""
     sizes = sorted(set(df["n"]))
     n = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     seeds = len(set(df["seed"]))
@@ -69,7 +38,7 @@ def _examples(df: pd.DataFrame) -> str:
 
 def spi_heatmap(df: pd.DataFrame) -> go.Figure:
     """Draw the mean SPI of every method on every task and model; "-" where all runs abstained."""
-    df = _with_place(df)
+    df = with_place(df)
     methods, places = in_order(df, "method"), in_order(df, "where")
     mean = df.pivot_table(index="method", columns="where", values="spi").loc[methods, places]
     abstained = df.assign(off=df["decision"] == "ABSTAIN").pivot_table(
@@ -101,7 +70,7 @@ def spi_heatmap(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     figure.update_xaxes(showgrid=False, ticks="", tickangle=-35 if len(places) > 2 else 0)
     height = 160 + 34 * len(methods)
-    caption = f'{_examples(df)}; "-" abstained; blue is better, orange is worse'
+    caption = f'{examples_of(df)}; "-" abstained; blue is better, orange is worse'
     meta = {"min_width": 200 + 58 * len(places)}
     return finish(figure, "Steering performance impact", caption, height=height, meta=meta)
 
@@ -113,7 +82,7 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
     dots of their own.
     """
     steered = pd.DataFrame(df[df["method"] != "no_steering"])
-    df = _with_place(steered if len(steered) else df)
+    df = with_place(steered if len(steered) else df)
     figure, methods, places = _panels(df)
     for place, cell in places.items():
         for method in methods:
@@ -144,7 +113,7 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="SPI: share won or lost", row=len(places))
     known = "spi_low" in df and df["spi_low"].notna().to_numpy().any()
     bars = "; bars: 95 % confidence" if known else ""
-    caption = f"{_examples(df)}; hollow: abstained{bars}"
+    caption = f"{examples_of(df)}; hollow: abstained{bars}"
     height = _height(methods, places)
     return finish(figure, "Who helps, and how surely", caption, height=height)
 
@@ -154,7 +123,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
 
     The records' `transitions` hold counts of 0->0, 0->1, 1->0 and 1->1.
     """
-    df = _with_place(df)
+    df = with_place(df)
     figure, methods, places = _panels(df)
     for place, cell in places.items():
         rows = rows_where(df, where=place)
@@ -178,7 +147,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
             )
     figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25, ticklabeloverflow="allow")
     figure.update_xaxes(title="share of test examples", row=len(places))
-    caption = f"{_examples(df)}; against the unsteered answers"
+    caption = f"{examples_of(df)}; against the unsteered answers"
     title = "What became of the examples"
     return finish(figure, title, caption, height=_height(methods, places), barmode="stack")
 
@@ -207,70 +176,3 @@ def _signed(value: Any) -> str:
 
 def _height(methods: list[str], places: Any) -> int:
     return 180 + len(places) * (34 + 22 * len(methods))
-
-
-def raw_against_sae(df: pd.DataFrame) -> go.Figure:
-    """Draw the SPI of each method in raw space and in SAE space, on one scale; hollow: abstained.
-
-    A row of panels a place, a column a `layer`, where that column is there; `correction`, if there,
-    tells shifts of latents as they are (none) from those stretched for re-encoding (gain).
-    """
-    df = _with_place(pd.DataFrame(df[df["method"] != "no_steering"]), space=False)
-    df = df.assign(**{c: v for c, v in {"layer": "", "correction": "none"}.items() if c not in df})
-    places, methods = in_order(df, "where"), in_order(df, "method")
-    panels = {place: sorted(set(rows_where(df, where=place)["layer"])) for place in places}
-    figure = make_subplots(
-        rows=len(places),
-        cols=(n_columns := max(map(len, panels.values()))),
-        shared_xaxes=True,
-        shared_yaxes=True,
-        horizontal_spacing=0.05,
-        vertical_spacing=min(0.25, 54 / (190 + len(places) * (40 + 28 * len(methods)))),
-        subplot_titles=[
-            place.replace("<br>", ", ") + (f", layer {layers[i]}" if layers[i] != "" else "")
-            if i < len(layers)
-            else ""
-            for place, layers in panels.items()
-            for i in range(n_columns)
-        ],
-    )
-    for row, (place, layers) in enumerate(panels.items(), start=1):
-        for col, layer in enumerate(layers, start=1):
-            here = rows_where(df, where=place, layer=layer)
-            _spaces(figure, here, methods, first=row == col == 1, row=row, col=col)
-    ticks = {"tickvals": list(range(len(methods))), "ticktext": methods}
-    figure.update_yaxes(ticks, range=[len(methods) - 0.5, -0.5], zeroline=False)
-    figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5, showticklabels=True)
-    figure.update_xaxes(title="SPI", row=len(places))
-    height, meta = 190 + len(places) * (40 + 28 * len(methods)), {"min_width": 760}
-    caption = f"{_examples(df)}; hollow: abstained; gain: stretched for re-encoding"
-    title = "Raw directions against SAE latents"
-    return finish(figure, title, caption, height=height, meta=meta)
-
-
-def _spaces(
-    figure: go.Figure, df: pd.DataFrame, methods: list[str], *, first: bool, **cell: int
-) -> None:
-    """Draw one panel: a line of marks a method, those of the spaces below one another."""
-    for i, ((space, correction), (name, colour, symbol)) in enumerate(SPACES.items()):
-        rows = rows_where(df, space=space, correction=correction)
-        off = (rows["decision"] == "ABSTAIN").tolist()
-        figure.add_scatter(
-            x=rows["spi"],
-            y=[methods.index(method) + 0.26 * (i - 1) for method in rows["method"]],
-            mode="markers",
-            name=name,
-            legendgroup=name,
-            showlegend=first and bool(len(rows)),
-            marker={
-                "color": colour,
-                "symbol": [symbol + ("-open" if abstained else "") for abstained in off],
-                "size": 8,
-            },
-            text=[
-                method + (": abstained" if abstained else "")
-                for method, abstained in zip(rows["method"], off, strict=True)
-            ],
-            hovertemplate=f"%{{text}}, SPI %{{x:.3f}}<extra>{name}</extra>",
-            **cell,
-        )

@@ -1,6 +1,5 @@
 """Where errors can be read: held-out error per layer, what a probe predicts, its direction."""
 
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,20 @@ from plotly.subplots import make_subplots
 from mera_tl.plots.style import (
     BLUE,
     CORRECT,
-    DIVERGING,
     GREEN,
     GREY,
     INCORRECT,
-    INK,
     ORANGE,
     PINK,
     SKY,
     VERMILLION,
     finish,
-    grid_of,
     in_order,
     rows_where,
 )
 
 _ANSWERS = ((True, "answered correctly", CORRECT), (False, "answered incorrectly", INCORRECT))
-_METRICS = {
+METRICS = {
     "rmse": ("RMSE of predicted error", "How well the error is predicted"),
     "auroc": ("AUROC", "How well incorrect answers are told from correct ones"),
     "r2": ("R² of predicted error", "How much of the error is explained"),
@@ -35,8 +31,6 @@ _METRICS = {
 _KINDS = {"ridge": BLUE, "logistic": SKY, "contrastive": VERMILLION, "lasso": PINK}
 _KINDS |= {f"{rank}_regression": ORANGE for rank in ("best", "median", "worst")}
 """Of probes: the colours of the methods that steer with them, as far as these have one."""
-FEATURES = {"raw": ("residual stream", BLUE), "sae": ("SAE latents", GREEN)}
-POSITIONS = {"last": ("final prompt token", "solid"), "exact": ("answer token", "dot")}
 N_SHIFTS = 60
 """Shifts drawn at most; more would cover the examples."""
 _BIN, _LANDED = 0.025, 1e-3
@@ -80,155 +74,11 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
     layers = sorted(set(df["layer"]))
     step = max(1, len(layers) // 12)
     figure.update_xaxes(title="layer (resid_post)", tickvals=layers[::step])
-    axis, title = _METRICS.get(metric, (metric, metric))
+    axis, title = METRICS.get(metric, (metric, metric))
     figure.update_yaxes(title=axis)
     examples = "" if n is None else f" of {n:,} training examples"
     caption = f"Held-out folds{examples}; bars: standard deviation over folds"
     return finish(figure, title, caption)
-
-
-def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
-    """Draw a metric over the layers: two readout positions, stream and latents, a panel a place.
-
-    Takes columns `place`, `layer`, `features` (raw or sae), `position` (last or exact), `value` (on
-    test examples), `sd` (over the folds that chose), `dummy`, `n` and `n_test`.
-    """
-    places = in_order(df, "place")
-    (figure, cells), named = grid_of(places), set()
-    for place, cell in zip(places, cells, strict=True):
-        here = rows_where(df, place=place)
-        for (features, (what, colour)), (position, (where, dash)) in product(
-            FEATURES.items(), POSITIONS.items()
-        ):
-            rows = rows_where(here, features=features, position=position).sort_values("layer")
-            if not len(rows):
-                continue
-            figure.add_scatter(
-                x=rows["layer"] + (0.08 if features == "sae" else 0),
-                y=rows["value"],
-                error_y={"array": rows["sd"], "thickness": 1.2, "width": 3},
-                name=f"{what}, {where}",
-                legendgroup=features + position,
-                showlegend=(features, position) not in named,
-                mode="lines+markers",
-                line={"color": colour, "dash": dash},
-                customdata=rows["layer"],
-                hovertemplate="layer %{customdata}: %{y:.3f}<extra>" + f"{what}, {where}</extra>",
-                **cell,
-            )
-            named.add((features, position))
-        dummy = rows_where(here, features="raw", position="last").sort_values("layer")
-        figure.add_scatter(
-            x=dummy["layer"],
-            y=dummy["dummy"],
-            name="constant prediction",
-            legendgroup="dummy",
-            showlegend=bool(place == places[0]),
-            mode="lines",
-            line={"color": GREY, "dash": "dash"},
-            **cell,
-        )
-    axis, title = _METRICS.get(metric, (metric, metric))
-    figure.update_xaxes(title="layer", dtick=1)
-    figure.update_yaxes(title=axis, matches="y")  # one scale: panels are compared
-    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
-    caption = f"Chosen on folds, shown on {sizes} test examples; bars: s.d. over the folds"
-    height = 150 + 250 * -(-len(places) // 2)
-    return finish(figure, title, caption, height=height, meta={"min_width": 640})
-
-
-def predicted_against_observed(df: pd.DataFrame) -> go.Figure:
-    """Draw observed over predicted error, in bins of equal size, one line a place.
-
-    Takes columns `place`, `predicted`, `observed`, `n_bin` and `n_test`.
-    """
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"color": GREY, "dash": "dash"}
-    )
-    looks = ((BLUE, "circle"), (VERMILLION, "diamond"), (GREEN, "square"), (PINK, "star"))
-    looks += ((ORANGE, "triangle-up"), (SKY, "triangle-down"))
-    for i, place in enumerate(in_order(df, "place")):
-        rows, (colour, symbol) = rows_where(df, place=place), looks[i % len(looks)]
-        figure.add_scatter(
-            x=rows["predicted"],
-            y=rows["observed"],
-            name=place.replace("<br>", ", "),
-            mode="lines+markers",
-            line_color=colour,
-            marker={"symbol": symbol, "size": 8},
-            customdata=rows["n_bin"],
-            hovertemplate="predicted %{x:.2f}, observed %{y:.2f}, n = %{customdata}",
-        )
-    figure.update_xaxes(title="predicted error (mean of a tenth)", range=[0, 1])
-    figure.update_yaxes(title="observed error", range=[0, 1])
-    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
-    caption = f"Best layer, final prompt token; tenths of {sizes} test examples"
-    return finish(figure, "Predicted against observed error", caption, height=520)
-
-
-def layer_by_position(df: pd.DataFrame) -> go.Figure:
-    """Draw how well errors are read in every layer at every prompt token, a panel a place.
-
-    Takes columns `place`, `layer`, `position` (0 is the final prompt token), `auroc`, `n_test`.
-    """
-    places = in_order(df, "place")
-    figure, cells = grid_of(places)
-    for place, cell in zip(places, cells, strict=True):
-        wide = rows_where(df, place=place).pivot(index="layer", columns="position", values="auroc")
-        figure.add_heatmap(
-            z=wide.to_numpy(),
-            x=list(wide.columns),
-            y=list(wide.index),
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hovertemplate="layer %{y}, token %{x}: AUROC %{z:.3f}<extra></extra>",
-            **cell,
-        )
-    figure.update_xaxes(title="token, counted from the final prompt token", showgrid=False)
-    figure.update_yaxes(title="layer", dtick=1, showgrid=False)
-    bar = {"title": "AUROC", "thickness": 14}
-    scale = {"colorscale": "Cividis", "cmin": 0.5, "cmax": 1, "colorbar": bar}
-    sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
-    return finish(
-        figure,
-        "Where in a prompt the error can be read",
-        f"A ridge probe for each cell; AUROC on {sizes} test examples; .5 is chance",
-        height=150 + 230 * -(-len(places) // 2),
-        coloraxis=scale,
-        meta={"min_width": 640},
-    )
-
-
-def transfer_matrix(df: pd.DataFrame) -> go.Figure:
-    """Draw the AUROC of each task's probe on every task.
-
-    Takes columns `fitted_on`, `measured_on`, `auroc` and `n_test`.
-    """
-    tasks = in_order(df, "fitted_on")
-    wide = df.pivot(index="fitted_on", columns="measured_on", values="auroc").loc[tasks, tasks]
-    heat = go.Heatmap(
-        z=wide.to_numpy(),
-        x=tasks,
-        y=tasks,
-        texttemplate="%{z:.2f}",
-        textfont={"color": INK},
-        colorscale=DIVERGING,
-        zmin=0,
-        zmax=1,
-        xgap=2,
-        ygap=2,
-        showscale=False,
-        hovertemplate="fitted on %{y}, measured on %{x}: AUROC %{z:.3f}<extra></extra>",
-    )
-    figure = go.Figure(heat)
-    figure.update_xaxes(title="measured on", showgrid=False, ticks="", tickangle=-35)
-    figure.update_yaxes(title="fitted on", autorange="reversed", showgrid=False, ticks="")
-    caption = f"AUROC on {df['n_test'].iloc[0]:,} test examples a task; .5 is chance"
-    meta = {"min_width": 200 + 58 * len(tasks)}
-    height = 220 + 34 * len(tasks)
-    return finish(figure, "Do probes read other tasks' errors?", caption, height=height, meta=meta)
 
 
 def predicted_error(

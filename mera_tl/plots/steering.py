@@ -137,7 +137,8 @@ def calibration_evidence(df: pd.DataFrame) -> go.Figure:
 def error_before_after(df: pd.DataFrame, *, method: str) -> go.Figure:
     """Draw each example's error after steering against its error before.
 
-    Takes columns `before`, `after` (in [0, 1]) and `change` (a key of `style.CHANGES`).
+    Takes columns `before`, `after` (in [0, 1]), `change` (a key of `style.CHANGES`) and `row`, if
+    points are to say which example they are.
     """
     figure = go.Figure()
     figure.add_scatter(
@@ -151,6 +152,8 @@ def error_before_after(df: pd.DataFrame, *, method: str) -> go.Figure:
             mode="markers",
             name=f"{name} ({len(rows):,})",
             marker={"color": colour, "size": 6},
+            customdata=rows.get("row"),
+            hovertemplate="row %{customdata}: %{x:.2f}, then %{y:.2f}<extra>" + name + "</extra>",
         )
     figure.update_xaxes(title="error before, 1 - P(true option)", range=[-0.02, 1.02])
     figure.update_yaxes(title="error after", range=[-0.02, 1.02])

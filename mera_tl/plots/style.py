@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 BLUE, SKY, GREEN = "#0072B2", "#3A9BD9", "#009E73"
 ORANGE, VERMILLION, PINK, GREY = "#C98500", "#D55E00", "#C46C9C", "#858585"
@@ -21,6 +20,7 @@ its own colour can be read on all of them, light or dark."""
 INK = "#444444"
 """Of text; a page replaces it by its own."""
 
+BOUND_COLOURS = {"unconditional": BLUE, "mcnemar": ORANGE, "betting": GREEN, "hoeffding": GREY}
 CORRECT, INCORRECT = BLUE, VERMILLION
 """Of examples, wherever they are told apart."""
 CHANGES = {
@@ -110,20 +110,6 @@ def finish(figure: go.Figure, title: str, caption: str = "", **layout: Any) -> g
     """Put the template, the title and the line below it on a figure."""
     heading = {"text": title, "subtitle": {"text": caption, "font": {"size": 13}}}
     return figure.update_layout(template=TEMPLATE, title=heading, **layout)
-
-
-def grid_of(names: list[str]) -> tuple[go.Figure, list[dict[str, int]]]:
-    """Return a figure of two columns of panels with these titles, and the place of each."""
-    n_rows, n_columns = -(-len(names) // 2), min(2, len(names))
-    figure = make_subplots(
-        rows=n_rows,
-        cols=n_columns,
-        horizontal_spacing=0.14,
-        vertical_spacing=0.34 / n_rows,
-        subplot_titles=[name.replace("<br>", ", ") for name in names],
-    )
-    places = [{"row": 1 + i // n_columns, "col": 1 + i % n_columns} for i in range(len(names))]
-    return figure, places
 
 
 _SHOWN = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)

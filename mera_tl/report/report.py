@@ -134,6 +134,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "slider": _slider(run, prefix, asked) if asked else None,
         "shown_method": main,
         **_examples(run),
+        "scatter": _scatter(run, figures, prefix),
         "methods": Table.of(_methods(run)),
         "n_methods": len(run.records),
         "comparison": [
@@ -390,6 +391,18 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     return {"explorer": explorer, "no_examples": ""}
 
 
+def _scatter(run: RunFolder, figures: _Figures, prefix: str) -> list[Block]:
+    """Draw every example's error before and after; its points open the explorer's examples."""
+    method = run.main_method
+    changes = pd.DataFrame() if method is None else run.changes(method)
+    if changes.empty:
+        return []
+    names = {"row": "row", "error_before": "before", "error_after": "after", "change": "change"}
+    errors = pd.DataFrame({new: changes[old] for old, new in names.items()})
+    figure = plots.error_before_after(errors, method=str(method))
+    return [figures.place(f"{prefix}errors", figure, errors)]
+
+
 def _side_effects(run: RunFolder) -> pd.DataFrame:
     """Tabulate what else changed: probabilities, balance of answers, unanswered prompts."""
     rows = []
@@ -432,8 +445,6 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
         "spi_dots": plots.spi_dots(frame),
         "transitions": plots.transitions(frame),
     }
-    if {"raw", "sae"} <= set(frame["space"]):
-        drawn["raw_against_sae"] = plots.raw_against_sae(frame)
     numbers = table(records).rename(columns={"0->1": "recovered", "1->0": "regressed"})
     same = [c for c in ("model", "space", "seed", "n") if numbers[c].nunique() == 1]
     first = ["task", "method", "decision"]

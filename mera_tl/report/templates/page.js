@@ -12,7 +12,8 @@ const draw = place => {
   if (place.dataset.drawn || place.closest("details:not([open])")) return Promise.resolve();
   place.dataset.drawn = "soon";
   const { data, layout } = figures[place.id];
-  return Plotly.newPlot(place, data, layout, config).then(() => { place.dataset.drawn = "yes"; })
+  return Plotly.newPlot(place, data, layout, config)
+    .then(() => { place.dataset.drawn = "yes"; place.dispatchEvent(new Event("drawn")); })
     .catch(error => { problem(error.message); place.textContent = "Not drawn: " + error; });
 };
 const drawAll = within => {
@@ -80,6 +81,7 @@ const explore = box => {
   const choose = (row, line) => {
     chosen = row.row;
     for (const each of body.children) each.setAttribute("aria-selected", each === line);
+    if (line) line.scrollIntoView({ block: "nearest" });
     const verdict = { "0->1": ["recovered", "better"], "1->0": ["regressed", "worse"],
       "0->0": ["still wrong", ""], "1->1": ["still right", ""] }[row.change];
     const head = make("p", `Row ${row.row}: `);
@@ -135,10 +137,21 @@ const explore = box => {
     return cell;
   });
   box.querySelector("thead tr").append(...heads);
+  const points = document.getElementById(box.dataset.points);
+  if (points) points.addEventListener("drawn", () => points.on("plotly_click", event => {
+    const row = rows.find(each => each.row === event.points[0].customdata);
+    if (!row) return;
+    kind.value = "all"; words.value = "";
+    list();
+    choose(row, [...body.children].find(line => line.firstChild.textContent === String(row.row)));
+    box.scrollIntoView();
+  }));
   kind.addEventListener("change", list);
   words.addEventListener("input", list);
   list();
-  if (body.firstChild) body.firstChild.click();
+  const first = rows.find(KINDS[kind.value]);
+  if (first) choose(first);
+  list();
 };
 document.querySelectorAll(".explorer").forEach(explore);
 
