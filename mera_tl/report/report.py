@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 
 from mera_tl import plots, storage
 from mera_tl.benchmark.records import table
+from mera_tl.plots.style import knob_axis
 from mera_tl.report.html import Block, Table, block_of, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
 
@@ -53,8 +54,8 @@ def write_report(
     else:
         title, template = f"Steering, {len(runs)} runs compared", "overview.html"
         context = _overview(runs, figures)
-    context["images"] = figures.write_images()
-    page = render(title, figures.figures, template=template, **context)
+    images_said = figures.write_images()
+    page = render(title, figures.figures, template=template, images=images_said, **context)
     storage.write_text(out, page)
     return out
 
@@ -121,7 +122,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
     """Gather what the page of a run shows, from top to bottom."""
     first, verdict, frame = run.records[0], run.verdict, records_frame(run.records)
     main, asked = run.main_method, _asked(run)
-    certificate = run.certificates[main] if verdict.method else None
+    certificate = run.certificates[verdict.method] if verdict.method else None
     return {
         "id": prefix,
         "title": run.title,
@@ -243,7 +244,7 @@ def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
     if tried.empty:
         frame, chosen = run.evidence(method), run.certificates[method].threshold
         note = "Counted on the calibration examples; all bounds hold at once."
-        x, _ = plots.style.knob_axis(frame["threshold"], str(frame["knob"].iloc[0]))
+        x, _ = knob_axis(frame["threshold"], str(frame["knob"].iloc[0]))
         marks = [{f"{prefix}curve_{method}": (float(at), None)} for at in x]
     else:
         record = run.record(method)
@@ -276,7 +277,7 @@ def _siblings(tried: pd.DataFrame, chosen: dict[str, Any]) -> pd.DataFrame:
     for name in ("direction", "penalty", "layers", "positions", "strength"):
         wanted = chosen.get(name)
         same &= tried[name].map(lambda v, w=wanted: v == w or (w is None and v != v))
-    return tried[same].sort_values("threshold")
+    return pd.DataFrame(tried[same]).sort_values("threshold")
 
 
 def _others(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[dict[str, Any]]:
@@ -417,7 +418,7 @@ def _side_effects(run: RunFolder) -> pd.DataFrame:
                 "error change": record["error_change"],
                 "weighted F1": record["f1"],
                 "unanswered": record["unanswered"],
-                **{name: told[key] for name, key in text.items()},
+                **{name: (told or {})[key] for name, key in text.items()},
                 **{f'answers "{option}"': int(count) for option, count in sorted(said.items())},
             }
         )
@@ -446,12 +447,13 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
         "transitions": plots.transitions(frame),
     }
     numbers = table(records).rename(columns={"0->1": "recovered", "1->0": "regressed"})
-    same = [c for c in ("model", "space", "seed", "n") if numbers[c].nunique() == 1]
+    same = [c for c in ("model", "space", "seed", "n") if len(set(numbers[c])) == 1]
     first = ["task", "method", "decision"]
     numbers = numbers.drop(columns=[*same, "error"])
+    others = [column for column in numbers if column not in first]
     return {
         "models": sorted({record["model"] for record in records}),
         "comparison": [figures.place(name, figure, frame) for name, figure in drawn.items()],
-        "numbers": Table.of(numbers[[*first, *(c for c in numbers if c not in first)]]),
+        "numbers": Table.of(pd.DataFrame(numbers[[*first, *others]])),
         "runs": [_run(run, figures, prefix=f"run{i}_") for i, run in enumerate(runs)],
     }
