@@ -51,13 +51,14 @@ class RunOptions:
     sae_sibling: bool = False
     """Use the SAEs of a base model on its instruction-tuned sibling."""
     sae_correction: Literal["none", "gain"] = "none"
-    """Stretch shifts of latents so that, to first order, re-encoding finds them again (gain)."""
+    """Rescale latent shifts so that re-encoding the edited activation recovers them to first order
+    (gain)."""
     positions: Literal["all", "last", "generated"] = "all"
     """Steered tokens: all, from the final prompt token on (last), or generated ones."""
     probe_position: Literal["last", "exact"] = "last"
     """Where probes read: the final prompt token, or the answer token."""
     min_gain: float = 0.0
-    """Gain to certify (the paper's epsilon)."""
+    """Gain in accuracy to certify, such as 0.02 for two points (the paper's epsilon)."""
     delta: float = 0.05
     """Greatest probability of steering with a gain below `min_gain`."""
     metric: Literal["correct", "error"] = "correct"
@@ -70,7 +71,7 @@ class RunOptions:
     probe_penalty: float | None = None
     """Penalty of the ridge probe, as a multiple of the mean feature variance. Default: 3."""
     strength: float = 0.1
-    """Of fixed-strength methods, in units of the layer's typical residual norm."""
+    """Shift length of the additive methods, as a multiple of the layer's median residual norm."""
     pairs: int = 0
     """Examples with most and with least error that a contrastive probe compares (the paper: 50, 100
     or 200). Default: half of the examples each."""
@@ -82,7 +83,8 @@ class RunOptions:
     truncate: bool = False
     """Shorten the text of prompts that exceed the context, never the question."""
     free_text: int = 0
-    """Test prompts to continue freely, for perplexity and repetition under each method."""
+    """Number of test prompts to continue with free generation, to measure perplexity and repetition
+    (0: off)."""
     batch_size: int | None = None
     """Prompts per batch. Default: as many as --batch-tokens hold."""
     batch_tokens: int = 2048
@@ -90,7 +92,7 @@ class RunOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model; probes and shifts are always float32."""
     device: str | None = None
-    """Default: cuda where there is one."""
+    """Device to run on, such as cuda:1. Default: cuda where there is one."""
     n_devices: int = 1
     """GPUs to spread the model's layers over."""
     engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
@@ -113,7 +115,7 @@ class RunConfig(RunOptions):
     space: SpaceName = "raw"
     """Where probes read and rules write: the residual stream, or the latents of SAEs."""
     seed: int = 0
-    """Of the split, the probes' folds and the order of the betting bound."""
+    """Random seed of the data split, the cross-validation folds and the example order."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, for config.json and its fingerprint."""
@@ -131,7 +133,7 @@ class GridConfig(RunOptions):
     methods: tuple[str, ...] = DEFAULT_METHODS
     """Methods to compare (`mera methods` lists them)."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the split."""
+    """Random seeds, each as `mera run` takes it."""
     spaces: tuple[SpaceName, ...] = ("raw",)
     """Spaces to compare: raw, sae."""
 
