@@ -127,7 +127,7 @@ MISTAKES = {
     "model": ({"model": "google/gemma-2-2"}, "google/gemma-2-2b"),
     "task": ({"task": "sms_spem"}, "sms_spam"),
     "layers": ({"layers": "7"}, "numbered 0 to 2"),
-    "layer words": ({"layers": "first"}, "numbers such as"),
+    "layer words": ({"layers": "first"}, "such as 0,2-4"),
     "too few": ({"train": 400}, "400"),
     "overlap": ({"train": "0-29", "calibration": "20-39", "test": "40-50"}, "20"),
     "missing data": ({"task": "boolq.toml"}, "boolq.toml"),
@@ -366,7 +366,7 @@ def test_tables_fit_and_leave_blank_what_is_not_there(monkeypatch, capsys, organ
     assert mera(monkeypatch, "table", out, "--json") == 0
     assert json.loads(capsys.readouterr().out) == list(RunFolder.open(out).records)
     assert mera(monkeypatch, "table") == 2
-    assert "There is no run to print" in capsys.readouterr().err
+    assert "give at least one" in capsys.readouterr().err
 
 
 def test_json_is_all_that_a_script_reads(monkeypatch, capsys, organism):
