@@ -21,6 +21,7 @@ from mera_tl.certificate import (
     Terms,
     calibrate,
     certify,
+    distinct,
     favourite_weights,
     unconditional,
 )
@@ -66,7 +67,7 @@ def gains():
 def test_certify_does_what_the_counts_say():
     rng = np.random.default_rng(1)
     agree = []
-    for _ in range(12):
+    for _ in range(6):
         sample = draw(rng, HUMP, LOST, 150)
         steers = not certify(sample, min_gain=0.0).abstained
         agree.append(steers == certified(sample, 0.005, 0.0))
@@ -95,12 +96,55 @@ def test_useless_steering_is_certified_at_most_delta_of_the_time(nested, min_gai
         assert np.mean(undivided) > 0.3
 
 
+@pytest.mark.parametrize(("n_candidates", "control"), [(1, 0.12), (10, 0.35)])
+def test_copies_of_a_text_are_no_evidence(n_candidates, control):
+    """True gain 0, every text three times: with one example per text the promise is kept."""
+    rng, runs, texts = (
+        np.random.default_rng(n_candidates),
+        600,
+        [f"text {i // 3}" for i in range(240)],
+    )
+    wrong, naive, level = [], [], 0.05 / n_candidates
+    for run in range(runs):
+        counted = draw(rng, np.zeros(n_candidates), np.full(n_candidates, 0.06), 80, nested=0.0)
+        copied = np.repeat(counted, 3, axis=1)
+        wrong.append(certified(copied[:, distinct(texts, seed=run)], level, 0.0))
+        naive.append(certified(copied, level, 0.0))
+    assert np.mean(wrong) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+    assert np.mean(naive) > control
+    with pytest.raises(ValueError, match="text of example 'text 0' is there more than once"):
+        certify(copied, texts=texts)
+
+
+def test_gain_and_limited_harm_are_promised_together():
+    rng, runs, n = np.random.default_rng(9), 50, 150
+    terms = Terms(max_regressions=0.05)
+
+    def share(gain, lost):
+        tables = rng.multinomial(n, [gain + lost, lost, 1 - gain - 2 * lost], runs)
+        draws = [np.repeat([1.0, -1.0, 0.0], table)[None] for table in tables]
+        return np.mean([not certify(gains, terms=terms).abstained for gains in draws])
+
+    assert share(0.0, 0.01) <= 0.14  # no gain, whatever the harm
+    assert share(0.2, 0.05) <= 0.14  # harm as great as is not allowed any more, whatever the gain
+    assert share(0.2, 0.002) > 0.8
+    harmful = certify(np.repeat([1.0, -1.0, 0.0], (60, 12, 78))[None], terms=terms)
+    assert harmful.abstained and "of answers may turn wrong; allowed 5.0 %" in str(harmful)
+    assert not certify(np.repeat([1.0, -1.0, 0.0], (60, 12, 78))[None]).abstained  # control
+    safe = certify(np.repeat([1.0, -1.0, 0.0], (60, 0, 90))[None], terms=terms)
+    assert "at least +0.0 points and at most 5.0 % of answers turned wrong" in str(safe)
+    assert safe.best.regressed_at_most == pytest.approx(1 - 0.05 ** (1 / 150))
+    with pytest.raises(ValueError, match="fixed beforehand and no other"):
+        safe.at(min_gain=0.1)
+    assert Calibration.from_json(json.loads(json.dumps(safe.to_json()))) == safe
+
+
 def test_six_points_are_certified_at_250_examples_where_hoeffding_certifies_none():
-    rng, runs = np.random.default_rng(3), 600
+    rng, runs = np.random.default_rng(3), 300
     samples = [draw(rng, HUMP, LOST, 250) for _ in range(runs)]
     assert np.mean([certified(sample, 0.005, 0.0) for sample in samples]) >= 0.6
     by_range = Terms(bound="hoeffding")
-    assert all(certify(s, terms=by_range).abstained for s in samples[:50])
+    assert all(certify(s, terms=by_range).abstained for s in samples[:20])
 
 
 def test_lower_bounds_of_all_thresholds_hold_at_once():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mera_tl.certificate import BETS, Monitor, read_gains
+from mera_tl.certificate import BETS, Monitor, read_gains, resume
 
 
 def stream(rng, shape, recovery, regression):
@@ -68,6 +68,14 @@ def test_alarms_stand_and_state_resumes(tmp_path):
     resumed = Monitor.load(tmp_path / "m.json").update_all(gains[301:])
     assert resumed == whole and whole.withdraw
     assert whole.update_all([1.0] * 500).withdraw
+
+
+def test_a_state_goes_on_under_its_own_terms(tmp_path):
+    path = tmp_path / "m.json"
+    resume(path, floor=0.02, patience=None).update(1.0).save(path)
+    assert resume(path).n == 1 and resume(path, floor=0.02).floor == 0.02
+    with pytest.raises(ValueError, match="started with floor 0.02, not 0"):
+        resume(path, floor=0.0)
 
 
 def test_a_floor_moves_what_counts_as_harm():

@@ -11,6 +11,7 @@ from mera_tl.certificate import (
     least_answered,
     least_withheld,
     withholding_size,
+    withholding_thresholds,
 )
 
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -54,16 +55,18 @@ def test_choosing_the_best_of_all_thresholds_would_break_the_promise():
 
 
 def test_power_against_the_oracle_threshold():
-    rng, base, skill, alpha = np.random.default_rng(2), 0.2, 1.0, 0.11
-    oracle = max(t for t in SHARES if risk(t, base, skill) <= alpha)
-    reached = {}
-    for n in (250, 2000):
+    rng, base, skill, alpha = np.random.default_rng(2), 0.25, 2.0, 0.1
+    answered = {}
+    for n in (250, 1000):
+        thresholds = withholding_thresholds(np.linspace(0, 1, 1001), n, alpha=alpha)
+        assert len(thresholds) == 10 and thresholds[-1] == 1
         found = [
-            certify_withholding(*draw(rng, n, base, skill), alpha=alpha, thresholds=SHARES)
+            certify_withholding(*draw(rng, n, base, skill), alpha=alpha, thresholds=thresholds)
             for _ in range(200)
         ]
-        reached[n] = np.mean([(each.threshold or 0) >= oracle - 0.11 for each in found])
-    assert reached[2000] > 0.9 > reached[250] > 0.2
+        oracle = max(t for t in thresholds if risk(t, base, skill) < alpha)
+        answered[n] = np.mean([each.threshold or 0.0 for each in found]) / oracle
+    assert answered[1000] > 0.85 > answered[250] > 0.5
 
 
 def test_bounds_are_clopper_pearsons_and_sentences_say_what_is_promised():

@@ -10,15 +10,17 @@ from .bounds import unconditional as unconditional
 from .bounds import upper_share as upper_share
 from .calibration import calibrate as calibrate
 from .calibration import certify as certify
+from .calibration import distinct as distinct
+from .calibration import setup_of as setup_of
 from .certificate import Calibration as Calibration
 from .certificate import Decision as Decision
 from .certificate import Evidence as Evidence
 from .monitor import BETS as BETS
 from .monitor import Monitor as Monitor
 from .monitor import read_gains as read_gains
+from .monitor import resume as resume
 from .sample_sizes import Effect as Effect
 from .sample_sizes import continuous_sample_size as continuous_sample_size
-from .sample_sizes import format_rows as format_rows
 from .sample_sizes import likely_effects as likely_effects
 from .sample_sizes import power as power
 from .sample_sizes import sample_size as sample_size
@@ -37,3 +39,4 @@ from .withholding import certify_withholding as certify_withholding
 from .withholding import least_answered as least_answered
 from .withholding import least_withheld as least_withheld
 from .withholding import withholding_size as withholding_size
+from .withholding import withholding_thresholds as withholding_thresholds

@@ -101,25 +101,25 @@ class Monitor:
         return math.exp(min(700.0, _log_mean(self.log_restarted)))
 
     def __str__(self) -> str:
-        seen = (
-            f"after {self.n} audited pairs ({self.recoveries} better, {self.regressions} worse), "
-            f"evidence of a mean gain below {self.floor:g} is {self.e_value:.3g} of the "
-            f"{1 / self.false_alarm:g}, and restarted {self.restarted_e_value:.3g} of the "
-            f"{self.patience:g}, that raise an alarm"
+        seen = f"{self.n} audited pairs ({self.recoveries} better, {self.regressions} worse)"
+        what = "harms" if self.floor == 0 else f"gains less than {100 * self.floor:+.1f} points"
+        evidence = (
+            f"Evidence {self.e_value:.3g} of {1 / self.false_alarm:.4g}, restarted "
+            f"{self.restarted_e_value:.3g} of {self.patience:.4g}."
         )
         if not self.withdraw:
-            return f"The guarantee stands: {seen}."
+            return f"The guarantee stands: {seen} do not show that steering {what}.\n{evidence}"
         alarms = [
-            f"at pair {at} {what}"
+            f"at pair {at} ({what})"
             for at, what in (
-                (self.harmful_at, f"(false with probability at most {self.false_alarm:g})"),
-                (self.changed_at, f"(false once in {self.patience:g} pairs)"),
+                (self.harmful_at, f"false with probability at most {self.false_alarm:g}"),
+                (self.changed_at, f"false once in {self.patience:g} pairs"),
             )
             if at is not None
         ]
         return (
-            f"Withdraw the guarantee and steer nothing until recalibrated: an alarm was raised "
-            f"{' and '.join(alarms)}; {seen}."
+            f"Withdraw the guarantee: {seen} show that steering {what}. Steer nothing until it is "
+            f"calibrated again.\nAlarm {' and '.join(alarms)}. {evidence}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -158,6 +158,26 @@ class Monitor:
     def load(cls, path: str | Path) -> "Monitor":
         """Read a state written by `save`."""
         return cls.from_json(storage.read_json(path))
+
+
+def resume(path: str | Path, **options: float | None) -> Monitor:
+    """Go on with the state in a file, or start one with these options (None: the default).
+
+    Raises:
+        ValueError: if an option contradicts the state that is there.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if not Path(path).exists():
+        return Monitor(**given)  # pyright: ignore[reportArgumentType]
+    monitor = Monitor.load(path)
+    for name, value in given.items():
+        if getattr(monitor, name) != value:
+            raise ValueError(
+                f"{path} was started with {name} {getattr(monitor, name):g}, not {value:g}: what "
+                "counts as harm may not change while watching; leave the option out, or start "
+                "another file."
+            )
+    return monitor
 
 
 def _log_mean(logs: tuple[float, ...]) -> float:

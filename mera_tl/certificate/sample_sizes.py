@@ -7,7 +7,7 @@ that are good too make certification likelier than planned. Imports neither torc
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -59,6 +59,12 @@ class Effect:
             ValueError: if a model of accuracy `base` has too few errors for this many recoveries,
                 or too few correct answers for this many regressions.
         """
+        _check_base(base)
+        if not -1 <= gain <= 1:
+            raise ValueError(
+                f"`gain={gain:g}` is not a share of examples between -1 and 1; pass 0.06 for six "
+                "points."
+            )
         if isinstance(churn, str):
             if churn not in CHURN_LEVELS:
                 raise ValueError(
@@ -147,6 +153,7 @@ def likely_effects(
     gains: Sequence[float] = (0.02, 0.03, 0.04, 0.06, 0.1, 0.2), *, base: float | None = None
 ) -> list[Effect]:
     """Return these gains at low, mid and high churn, leaving out what accuracy `base` forbids."""
+    _check_base(base)
     effects = []
     for gain in gains:
         for churn in CHURN_LEVELS:
@@ -188,13 +195,9 @@ def sample_size_table(
     return rows
 
 
-def format_rows(rows: Sequence[Mapping[str, float | int | None]]) -> str:
-    """Lay rows out as a table of text; `-` is no number."""
-    names = list(rows[0]) if rows else []
-    cells = [["-" if row[name] is None else f"{row[name]:g}" for name in names] for row in rows]
-    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-    lines = [names, *cells]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(ln, widths, strict=True)) for ln in lines)
+def _check_base(base: float | None) -> None:
+    if base is not None and not 0 <= base <= 1:
+        raise ValueError(f"`base={base:g}` is not an accuracy between 0 and 1; pass one, as 0.7.")
 
 
 def _level(delta: float, n_thresholds: int, min_gain: float, target: float) -> float:

@@ -121,6 +121,19 @@ def certify_withholding(
     return Withholding(alpha, delta, len(correct), base, tuple(rows))
 
 
+def withholding_thresholds(
+    predicted_error: Float[np.ndarray, " example"], n: int, *, alpha: float, delta: float = 0.05
+) -> tuple[float, ...]:
+    """Return thresholds to test on `n` examples: quantiles of the predicted error in training.
+
+    The strictest lets so many answers pass that a third of alpha wrong among them is expected to
+    be certified: a sequence that begins with too few answers ends where it begins.
+    """
+    answers = withholding_size(1.0, alpha / 3, alpha, delta=delta, target=0.7) or n
+    first = min(0.9, max(0.1, answers / n))
+    return tuple(np.unique(np.quantile(predicted_error, np.linspace(first, 1, 10))).tolist())
+
+
 def least_withheld(base: float, alpha: float) -> float:
     """Return the least share to withhold so that at most `alpha` of the answers are wrong.
 

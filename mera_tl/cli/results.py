@@ -204,14 +204,13 @@ class Monitor:
     """JSONL, a line per audited pair, oldest first: {"steered": 1, "unsteered": 0}."""
     state: Path = Path("monitor.json")
     """Where the state is kept; started again, only new lines of `pairs` are read."""
-    floor: float = 0.0
-    """Least mean gain that is still acceptable."""
+    floor: float | None = None
+    """Least mean gain that is still acceptable. Default: 0, or that of the state."""
 
     def __call__(self) -> None:
-        from mera_tl.certificate.monitor import Monitor, read_gains
+        from mera_tl.certificate.monitor import read_gains, resume
 
-        known = self.state.exists()
-        watch = Monitor.load(self.state) if known else Monitor(floor=self.floor)
+        watch = resume(self.state, floor=self.floor)
         if not self.pairs.is_file():
             raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
         with open(self.pairs, encoding="utf-8") as lines:
