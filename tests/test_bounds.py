@@ -11,13 +11,11 @@ from mera_tl.certificate import (
     BOUNDS,
     CHURN_SHARE,
     betting,
-    favourite_weights,
     hoeffding,
     lower_bound,
     mcnemar,
     score,
     unconditional,
-    uniform_weights,
 )
 
 GAINS = (-0.1, -0.02, 0.0, 0.02, 0.05)
@@ -170,14 +168,6 @@ def test_betting_finds_a_gain_of_four_points():
     draws = np.clip(rng.normal(0.04, 0.19, (200, 250)), -1, 1)
     assert np.mean([betting(d, 0.05)(0.0) <= 0.05 for d in draws]) > 0.75
     assert max(hoeffding(d, 0.05)(0.0) for d in draws) > 0.05
-
-
-def test_weights_share_all_of_delta():
-    for weights in (uniform_weights(7), favourite_weights(7, 2), favourite_weights(1, 0)):
-        assert math.fsum(weights) == pytest.approx(1)
-    assert favourite_weights(5, 3)[3] == 0.5
-    with pytest.raises(ValueError, match="from 0 to 4"):
-        favourite_weights(5, 5)
 
 
 @pytest.mark.parametrize("counts", [(3, 3, 5), (-1, 2, 9), (0, 0, 0)])

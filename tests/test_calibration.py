@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import random_probe, talking_task
 
-from mera_tl import storage
 from mera_tl.certificate import (
     DEFAULT_THRESHOLDS,
     PAPER_THRESHOLDS,
@@ -22,7 +21,6 @@ from mera_tl.certificate import (
     calibrate,
     certify,
     distinct,
-    favourite_weights,
     unconditional,
 )
 from mera_tl.inference import ReadSettings, evaluate
@@ -213,7 +211,6 @@ def test_sentences_say_what_is_promised_why_not_and_how_many_examples_it_takes(g
     assert "Confidence 0.99" in str(weak)
     harm = certify(-np.abs(gains))
     assert harm.needed is None and "unless chance hid a gain" in str(harm)
-    assert harm.decision.advice != Decision.STEER.advice
     assert "<table>" in weak._repr_html_() and len(repr(weak)) < 60
 
 
@@ -227,13 +224,13 @@ def test_a_decision_follows_from_its_evidence_also_when_it_is_read(gains):
         issued.n = 5
 
     def edited(**changes):
-        content = json.loads(json.dumps(kept["calibration"]))
+        content = json.loads(json.dumps(kept))
         row = content["evidence"][issued.chosen]
         for name, value in changes.items():
             (row if name in row else content)[name] = value
-        return {"calibration": content, "hash": storage.fingerprint(content)}
+        return content
 
-    assert Calibration.from_json(edited(n=250)) == issued  # control: an honest hash is no obstacle
+    assert Calibration.from_json(edited(n=250)) == issued  # control
     best = issued.best
     for change in (
         {"n": 500},
@@ -250,14 +247,13 @@ def test_a_decision_follows_from_its_evidence_also_when_it_is_read(gains):
     ):
         with pytest.raises(ValueError, match="does not follow from its own evidence"):
             Calibration.from_json(edited(**change))
-    with pytest.raises(ValueError, match="changed after it was issued"):
-        Calibration.from_json({**edited(n=500), "hash": kept["hash"]})
-    with pytest.raises(ValueError, match="another version"):
-        Calibration.from_json(edited(format=99))
+    for wrong in ({}, {**kept, "evidence": [{}]}, {**kept, "terms": {"delta": 0.05}}):
+        with pytest.raises(ValueError, match="no certificate, or one of another version"):
+            Calibration.from_json(wrong)
 
 
-def test_a_favourite_threshold_may_have_half_of_delta(gains):
-    terms = Terms(weights=favourite_weights(10, 5))
+def test_a_favourite_candidate_may_have_half_of_delta(gains):
+    terms = Terms(weights=tuple(0.5 if i == 5 else 0.5 / 9 for i in range(10)))
     rows = certify(gains, terms=terms).evidence
     assert rows[5].level == pytest.approx(0.025)
     assert rows[5].lower > certify(gains).evidence[5].lower

@@ -12,7 +12,9 @@ from mera_tl import storage
 from mera_tl.certificate import Calibration, calibrate, load_steering
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.models import load_model
-from mera_tl.steering import Steering
+from mera_tl.sae import load_saes
+from mera_tl.steering import SAESpace, Steering
+from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
 
@@ -86,8 +88,13 @@ def test_changes_of_any_file_are_found(decided, tmp_path):
     write({**content, "probe": {**content["probe"], "clip": 0.2}}, sealed=False)
     with pytest.raises(ValueError, match="changed after it was saved"):
         load_steering(folder)
-    write({**content, "steering": {**content["steering"], "limit": 0.7}})
-    with pytest.raises(ValueError, match="not the one that was|not the steering"):
+    rows = json.loads(json.dumps(content["evidence"]))
+    rows[content["chosen"]]["steering"]["limit"] = 2.0
+    write({**content, "evidence": rows})
+    with pytest.raises(ValueError, match="threshold of this steering is not the one"):
+        load_steering(folder)
+    write({**content, "chosen": None})
+    with pytest.raises(ValueError, match="does not follow from its own evidence"):
         load_steering(folder)
     write({**content, "format": 99})
     with pytest.raises(ValueError, match="another version"):
@@ -123,6 +130,27 @@ def test_a_folder_of_something_else_is_left_alone(decided, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     with pytest.raises(ValueError, match="neither a folder nor a steering that could be fetched"):
         load_steering("nobody/nothing")
+
+
+def test_a_steering_in_sae_space_needs_the_saes_it_was_made_with(tmp_path):
+    model = load_model("organism")
+    saes = load_saes("organism", (1,), model)
+    width = (model.n_layers, saes.d_sae)
+    probe = dataclasses.replace(random_probe(model), weights=torch.randn(width) / 10)
+    task = load_task("spam_cue").split(0, calibration=20, test=20).calibration
+    steering = Steering(probe, space=saes, layers=(1,), positions="last").at(0.4)
+    decision = calibrate(model, task, steering, min_gain=-0.99, settings=QUIET)
+    folder = decision.save(tmp_path / "steering")
+    with pytest.raises(ValueError, match="in SAE space; pass space"):
+        load_steering(folder)
+    assert load_steering(folder, model=model, space=saes).certificate == decision
+    other = load_saes("organism", (2,), model)
+    with pytest.raises(ValueError, match="no SAE of layer 1"):
+        load_steering(folder, space=other)
+    wrong = SAESpace({1: other.saes[2]})
+    with pytest.raises(ValueError, match="pass the SAEs it was made with"):
+        load_steering(folder, space=wrong)
+    assert Calibration.load(folder) == decision  # the certificate alone needs none
 
 
 def test_loading_says_nothing_that_a_person_must_not_worry_about(decided, tmp_path):

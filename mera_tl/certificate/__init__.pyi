@@ -33,7 +33,6 @@ from .sharing import step_down as step_down
 from .terms import DEFAULT_THRESHOLDS as DEFAULT_THRESHOLDS
 from .terms import PAPER_THRESHOLDS as PAPER_THRESHOLDS
 from .terms import Terms as Terms
-from .terms import favourite_weights as favourite_weights
 from .withholding import Withholding as Withholding
 from .withholding import certify_withholding as certify_withholding
 from .withholding import least_answered as least_answered

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_tl import storage
-from mera_tl.certificate.description import describe, probe_values, rebuild, tensors_of
+from mera_tl.certificate.description import probe_values, rebuild, tensors_of
 from mera_tl.steering.spaces import ResidualSpace, Space
 from mera_tl.steering.steering import Steering
 
@@ -34,9 +34,9 @@ def write_folder(
         raise ValueError(
             f"{folder} holds other files ({sorted(strangers)[0]}); choose a folder of its own."
         )
-    content: dict[str, Any] = {"format": FORMAT, **certificate, "steering": None}
+    content = {"format": FORMAT, **certificate}
     if steering is not None:
-        content |= {"steering": describe([steering])[0], "probe": probe_values(steering.probe)}
+        content["probe"] = probe_values(steering.probe)
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -54,11 +54,11 @@ def write_folder(
     return folder
 
 
-def read_folder(folder: Path, space: Space | None) -> tuple[dict[str, Any], Steering | None]:
-    """Read a certificate's JSON and the steering; None where it needs SAEs and none are given.
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Read what is plain of a decision.
 
     Raises:
-        ValueError: if a file is missing, damaged, of another format or was changed.
+        ValueError: if the file is missing, damaged, of another format or was changed.
     """
     path = folder / "steering.json"
     content = storage.read_json(path)
@@ -73,21 +73,32 @@ def read_folder(folder: Path, space: Space | None) -> tuple[dict[str, Any], Stee
             f"{path} was changed after it was saved: its content does not match its hash; save it "
             "again."
         )
-    described = content["steering"]
-    if described is None:
-        return content, None
-    if space is None:
-        if described["space"]["name"] != ResidualSpace.name:
-            return content, None
-        space = ResidualSpace()
+    return content
+
+
+def read_steering(
+    folder: Path, content: Mapping[str, Any], space: Space | None
+) -> dict[int, Steering] | None:
+    """Read the steering that is certified, by its number; None where there is none to read.
+
+    There is none in an abstention, a certificate made from gains alone, or SAE space without SAEs.
+
+    Raises:
+        ValueError: if the tensors or SAEs are not those certified.
+    """
+    if content["chosen"] is None or "probe" not in content:
+        return None
+    described = content["evidence"][content["chosen"]]["steering"]
+    if space is None and described["space"]["name"] != ResidualSpace.name:
+        return None
     tensors = storage.load_tensors(folder / "steering.safetensors")
-    return content, rebuild(described, content["probe"], tensors, space)
+    steering = rebuild(described, content["probe"], tensors, space or ResidualSpace())
+    return {content["chosen"]: steering}
 
 
 def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
     """Write the model card: what it does, numbers, promise, limits."""
-    calibration, steering = content["calibration"], content["steering"]
-    setup, first, terms = calibration["setup"], *sentence.split("\n")
+    setup, first, terms = content["setup"], *sentence.split("\n")
     head = ["---", "library_name: mera_tl", "tags: [steering, activation-engineering]", "---"]
     lines = [*head, f"# {name}", "", f"**{first}**", "", terms, ""]
     if setup:
@@ -97,8 +108,9 @@ def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
             f"`{setup['readout']['readout']}`.",
             "",
         ]
-    if steering is None:
+    if "probe" not in content:
         return "\n".join([*lines, "This folder holds no steering."]) + "\n"
+    steering = content["evidence"][content["chosen"]]["steering"]
     number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
     layers = ", ".join(map(str, steering["layers"]))
     lines += [
@@ -115,7 +127,7 @@ def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
         *(
             f"| {row['candidate']} | {row['recoveries']} | {row['regressions']} "
             f"| {row['gain']:+.3f} | {row['lower']:+.3f} |"
-            for row in calibration["evidence"]
+            for row in content["evidence"]
         ),
         "",
         "## Limits",

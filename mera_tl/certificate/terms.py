@@ -112,25 +112,3 @@ class Terms:
         """Rebuild terms from plain values, where tuples have become lists."""
         weights = value["weights"]
         return cls(**{**value, "weights": None if weights is None else tuple(weights)})
-
-
-def favourite_weights(
-    n_candidates: int, favourite: int, *, share: float = 0.5
-) -> tuple[float, ...]:
-    """Give one candidate `share` of delta and the others equal parts of the rest.
-
-    Valid only when the favourite was chosen without the calibration outcomes, as from probe-
-    training data.
-
-    Raises:
-        ValueError: if there is no such candidate.
-    """
-    if not 0 <= favourite < n_candidates:
-        raise ValueError(
-            f"`favourite={favourite}` but the {n_candidates} candidates are numbered from 0; "
-            f"pass a number from 0 to {n_candidates - 1}."
-        )
-    if n_candidates == 1:
-        return (1.0,)
-    rest = (1 - share) / (n_candidates - 1)
-    return tuple(share if k == favourite else rest for k in range(n_candidates))
