@@ -309,6 +309,20 @@ def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_values_that_are_not_finite_are_refused_and_looked_for_once(models, monkeypatch):
+    activations = collect(models["llama"], make_task(4), settings=QUIET)
+    looks, real = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: looks.append(x.shape) or real(x))
+    for _ in range(3):
+        activations.resid()
+        activations.subset(torch.tensor([1, 2])).resid()
+    assert len(looks) == 1
+    broken = {"last": activations.by_position["last"].clone()}
+    broken["last"][2, 1, 0] = torch.nan
+    with pytest.raises(ValueError, match="first in layer 1, example 2"):
+        Activations(broken, activations.outcomes).resid()
+
+
 # --- one token per option -----------------------------------------------------------------------
 
 LAST = replace(QUIET, readout="last")

@@ -1,5 +1,8 @@
 """Outcomes, and what is computed from them: checked against scikit-learn and brute force."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +54,7 @@ def test_spi_is_the_share_of_what_could_be_won_or_lost():
     assert spi(0.0, 1.0) == -1
 
 
-def test_intervals_and_paired_test_agree_with_brute_force():
+def test_the_interval_of_accuracy_and_the_paired_test_agree_with_brute_force():
     from math import comb
 
     base = outcomes([0] * 40, [0] * 25 + [1] * 15, 2)
@@ -63,13 +66,6 @@ def test_intervals_and_paired_test_agree_with_brute_force():
     beyond = sum(comb(40, k) * low**k * (1 - low) ** (40 - k) for k in range(32, 41))
     assert beyond == pytest.approx(0.025)
     assert low < after.accuracy < high
-    generator, draws = torch.Generator().manual_seed(1), []
-    for _ in range(2000):
-        rows = torch.randint(0, 40, (40,), generator=generator)
-        hits = [run.correct[rows].double().mean().item() for run in (after, base)]
-        draws.append(spi(*hits))
-    wanted = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975])).tolist()
-    assert spi_interval(after, base) == pytest.approx(wanted, abs=0.04)
     assert paired_p_value(base, base) == 1
 
 
@@ -78,3 +74,67 @@ def test_outcomes_survive_a_file():
     again = Outcomes.from_records(run.to_records(), run.options)
     for name in ("rows", "labels", "predictions", "probs", "peak", "n_steered", "shift"):
         assert torch.equal(getattr(again, name), getattr(run, name))
+
+
+def run_of(counts):
+    """Runs before and after with so many 0->1, 1->0, 1->1 and 0->0."""
+    n = sum(counts)
+    before = [1] * counts[0] + [0] * counts[1] + [0] * counts[2] + [1] * counts[3]
+    after = [0] * counts[0] + [1] * counts[1] + [0] * counts[2] + [1] * counts[3]
+    return outcomes([0] * n, after, 2), outcomes([0] * n, before, 2)
+
+
+def bootstrap(counts, rng):
+    """The interval that does not hold: percentiles of resampled rows."""
+    n = sum(counts)
+    drawn = rng.multinomial(n, np.array(counts) / n, size=300) / n
+    values = [spi(row[0] + row[2], row[1] + row[2]) for row in drawn]
+    return np.quantile(values, [0.025, 0.975])
+
+
+@pytest.mark.parametrize(
+    ("base", "recovered", "regressed"),
+    [(0.95, 0.9, 0.0), (0.95, 0.5, 0.01), (0.95, 0.0, 0.05), (0.7, 0.5, 0.02), (0.98, 1.0, 0.0)],
+)
+def test_the_interval_of_spi_covers_the_truth(base, recovered, regressed):
+    rng, cached, hits = np.random.default_rng(0), {}, {"ours": 0, "bootstrap": 0}
+    wrong = 1 - base
+    shares = [wrong * recovered, base * regressed, base * (1 - regressed), wrong * (1 - recovered)]
+    truth = spi(shares[0] + shares[2], base)
+    draws = rng.multinomial(100, shares, size=600)
+    for counts in map(tuple, draws.tolist()):
+        if counts not in cached:
+            cached[counts] = spi_interval(*run_of(counts)), bootstrap(counts, rng)
+        for name, (low, high) in zip(hits, cached[counts], strict=True):
+            hits[name] += low - 1e-9 <= truth <= high + 1e-9
+    assert hits["ours"] / len(draws) >= 0.94
+    if (base, recovered) == (0.95, 0.9):  # control: there the old one fails
+        assert hits["bootstrap"] / len(draws) < 0.9
+
+
+def test_the_interval_of_spi_narrows_holds_its_estimate_and_stays_within_bounds():
+    widths = []
+    for n in (1, 4, 16):
+        counts = (9 * n, 2 * n, 83 * n, 6 * n)
+        low, high = spi_interval(*run_of(counts))
+        after, before = run_of(counts)
+        assert -1 <= low < spi(after.accuracy, before.accuracy) < high <= 1
+        widths.append(high - low)
+    assert widths[0] > 1.6 * widths[1] > 2.5 * widths[2]
+    for counts in ((0, 0, 30, 0), (0, 0, 0, 30), (30, 0, 0, 0), (0, 30, 0, 0), (0, 0, 15, 15)):
+        low, high = spi_interval(*run_of(counts))
+        assert -1 <= low <= high <= 1
+
+
+def test_outcomes_say_little_of_themselves():
+    run = outcomes([0, 2, 1], [0, -1, 1])
+    assert repr(run) == "Outcomes(3 examples, accuracy .67, 1 unanswered)"
+    assert "answers: a 1, b 1, c 0" in run._repr_html_()
+
+
+def test_replies_go_with_their_examples():
+    run = replace(outcomes([0, 2, 1], [0, -1, 1]), replies=("a.", "none", "b"))
+    assert run.subset(torch.tensor([2, 0])).replies == ("b", "a.")
+    assert run.with_rows(torch.tensor([1]), run.subset(torch.tensor([2]))).replies[1] == "b"
+    assert Outcomes.from_records(run.to_records(), run.options).replies == run.replies
+    assert outcomes([0], [0]).replies == (None,)

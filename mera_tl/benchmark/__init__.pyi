@@ -2,6 +2,8 @@ from .config import GridConfig as GridConfig
 from .config import RunConfig as RunConfig
 from .grid import run_grid as run_grid
 from .grid import run_name as run_name
+from .pre_flight import Preflight as Preflight
+from .pre_flight import preflight as preflight
 from .records import scores as scores
 from .records import table as table
 from .run import Run as Run

@@ -7,7 +7,7 @@ come, so memory grows with the batch and not with the number of examples.
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class Activations:
     """Of the unsteered run that produced the activations."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Model, data, template, positions: what a probe fitted on this is good for."""
+    _finite: set[str] = field(default_factory=set, repr=False)
+    """Positions whose values have been found finite: they are looked at once."""
 
     def resid(self, position: Position = "last") -> Float[Tensor, "layer example d_model"]:
         """Return the activations at a position, all layers; `exact` is zero where unanswered.
@@ -50,12 +52,13 @@ class Activations:
                 "`exact` needs a readout that decodes: exact or exact_anywhere."
             )
         resid = self.by_position[position].transpose(0, 1)
-        if not torch.isfinite(resid).all():
+        if position not in self._finite and not torch.isfinite(resid).all():
             bad = (~torch.isfinite(resid).all(-1)).nonzero()[0].tolist()
             raise ValueError(
                 f"Activations hold NaN or infinity (first in layer {bad[0]}, example {bad[1]}); "
                 "collect with dtype float32 or bfloat16, or leave that example out."
             )
+        self._finite.add(position)
         return resid
 
     @property
@@ -76,7 +79,7 @@ class Activations:
     def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
         """Return the activations of some examples."""
         kept = {name: resid[indices] for name, resid in self.by_position.items()}
-        return Activations(kept, self.outcomes.subset(indices), self.manifest)
+        return replace(self, by_position=kept, outcomes=self.outcomes.subset(indices))
 
     def save(self, folder: str | Path) -> None:
         """Write activations.safetensors, outcomes.jsonl and manifest.json into a folder."""

@@ -1,0 +1,175 @@
+"""Look before a run spends anything: does the model answer this task, and how long will it take?
+
+`preflight` answers a few prompts. Its `warnings` are meant for the screen, the record, the
+certificate's sentence, the table and the report alike: where a model gives one answer, "error" is
+the class, and a probe of it is a classifier. `str()` of it is what `mera preflight` prints and what
+`mera run` shows first; a run is `degenerate` if there is a warning, which `--strict` refuses.
+"""
+
+import resource
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+from mera_tl.inference.answers import OptionTokens, ReadSettings, option_tokens
+from mera_tl.inference.evaluation import evaluate
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.models.model import Model
+from mera_tl.tasks.task import Task
+
+ONE_ANSWER = 0.95
+"""Share of answers from which on a model is said to give one answer only."""
+MOSTLY = 0.5
+"""Share of unanswered prompts above which they are the story."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a few prompts told about a model on a task."""
+
+    model: str
+    task: str
+    readout: str
+    n: int
+    """Prompts answered."""
+    accuracy: float
+    majority: float
+    """The share of the most frequent true option, which answering it always would reach."""
+    unanswered: float
+    """Share of prompts without an answer."""
+    answers: Mapping[str, float]
+    """Share of each option among all answers given."""
+    shown: tuple[Mapping[str, Any], ...]
+    """Three prompts: their end, the reply (or answer), the true option."""
+    reading: Mapping[str, tuple[str, ...]]
+    """How each option is read: the variants that count, as text."""
+    seconds_per_prompt: float
+    memory: int
+    """Most bytes that this process has held so far."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with this baseline, a sentence each; none if it makes sense."""
+        found = []
+        if self.unanswered > MOSTLY:
+            found.append(
+                f"{self.unanswered:.0%} of replies are no answer; look at them, and read whole "
+                "options instead (--readout options)."
+            )
+        if self.answers and max(self.answers.values()) >= ONE_ANSWER:
+            one = max(self.answers, key=self.answers.__getitem__)
+            found.append(
+                f"{self.answers[one]:.0%} of answers are {one!r}: the model hardly tells the "
+                "classes apart, and what is called error is the class."
+            )
+        # Half an example more: equal to the majority is no better than it, but not below.
+        if self.accuracy < self.majority - 0.5 / self.n:
+            found.append(
+                f"Accuracy {self.accuracy:.0%} is below {self.majority:.0%}, which always giving "
+                "the most frequent answer would reach; a gain up to there is no skill."
+            )
+        return tuple(found)
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether there is a warning."""
+        return bool(self.warnings)
+
+    def seconds(self, n_prompts: int) -> float:
+        """Estimate how long so many prompts will take, each run once."""
+        return self.seconds_per_prompt * n_prompts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, for a record."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{option} {share:.0%}" for option, share in self.answers.items())
+        lines = [
+            f"{self.model} on {self.task}: {self.n} prompts, readout {self.readout}",
+            f"accuracy {self.accuracy:.0%} (always the most frequent: {self.majority:.0%}), "
+            f"unanswered {self.unanswered:.0%}",
+            f"answers: {shares or 'none'}",
+        ]
+        lines += [f"{o} is read as {', '.join(map(repr, v))}" for o, v in self.reading.items()]
+        lines += [
+            f"...{one['prompt']!r} -> {one['said']!r} (true: {one['label']})" for one in self.shown
+        ]
+        lines.append(
+            f"{self.seconds_per_prompt:.3g} s a prompt, {self.seconds(1000) / 60:.2g} minutes "
+            f"per 1,000; {self.memory / 2**20:,.0f} MiB of memory so far"
+        )
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
+        wrap = textwrap.TextWrapper(width=80, subsequent_indent="    ")
+        return "\n".join(wrap.fill(line) for line in lines)
+
+
+def preflight(
+    model: Model, task: Task[Any], settings: ReadSettings | None = None, n: int = 50
+) -> Preflight:
+    """Answer `n` prompts of a task, unsteered, and sum up what a user should know beforehand.
+
+    Prompts are taken evenly over the task, so that an order by class does not matter. With a
+    training split nothing of calibration or test is seen.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    settings = settings or ReadSettings()
+    n = min(n, len(task))
+    some = task.subset([i * len(task) // n for i in range(n)])
+    options = option_tokens(model, some, settings)
+    evaluate(model, some.subset([0]), settings=settings)  # the first pass pays for set-up
+    start = time.perf_counter()
+    outcomes = evaluate(model, some, settings=settings, title="pre-flight")
+    seconds = (time.perf_counter() - start) / n
+    counts = [outcomes.labels.eq(i).sum().item() for i in range(len(task.options))]
+    said = outcomes.predictions[outcomes.answered]
+    shares = {o: said.eq(i).double().mean().item() for i, o in enumerate(task.options)}
+    return Preflight(
+        model=model.name,
+        task=task.name,
+        readout=settings.readout,
+        n=n,
+        accuracy=outcomes.accuracy,
+        majority=max(counts) / n,
+        unanswered=1 - outcomes.answered.double().mean().item(),
+        answers=shares if len(said) else {},
+        shown=tuple(_shown(some, outcomes, i) for i in sorted({0, n // 2, n - 1})),
+        reading=_reading(options),
+        seconds_per_prompt=seconds,
+        memory=_peak_memory(),
+    )
+
+
+def _shown(task: Task[Any], outcomes: Outcomes, place: int) -> dict[str, Any]:
+    example, said = task.examples[place], int(outcomes.predictions[place])
+    answer = task.options[said] if said >= 0 else None
+    reply = outcomes.replies[place]
+    return {
+        "row": example.row,
+        "prompt": example.prompt[-40:],
+        "said": answer if reply is None else reply,
+        "answer": answer,
+        "label": task.options[example.label],
+    }
+
+
+def _reading(options: OptionTokens) -> dict[str, tuple[str, ...]]:
+    """Return what each option is read through, as the tokenizer spells it."""
+    read = {}
+    for option, whole, single in zip_longest(
+        options.options, options.continuations, options.tokens, fillvalue=()
+    ):
+        ids = whole or [(token,) for token in single]
+        read[str(option)] = tuple(options.tokenizer.decode(list(one)) for one in ids)
+    return read
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
