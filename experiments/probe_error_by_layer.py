@@ -31,12 +31,13 @@ from mera_tl.inference import Activations, left_pad
 from mera_tl.models import resid_post
 from mera_tl.probes import (
     Examples,
+    LinearProbe,
     fit_error_probe,
     fit_grid,
+    held_out_table,
     metrics,
     probe_path,
-    selectivity,
-    transfer,
+    read_examples,
 )
 from mera_tl.sae import MIN_FIRING, load_saes
 from mera_tl.storage import fingerprint, write_records
@@ -100,6 +101,31 @@ def by_layer(config: Config, model: mera_tl.Model, each: Read) -> pd.DataFrame:
     found = probe_path(train, untouched=test, grid=LATENTS, **where).assign(features="sae")
     found["layer"] = [space.layers[i] for i in found["layer"]]
     return pd.concat([rows, found])
+
+
+def selectivity(activations: Activations, *, seed: int) -> pd.DataFrame:
+    """Compare each probe with one fitted to a control task, the same targets shuffled.
+
+    What a probe reads beyond its control is in the activations and not in the probe's capacity
+    (Hewitt and Liang, 2019).
+    """
+    examples = read_examples(activations, "last")
+    tables = []
+    for each in (examples, examples.shuffled(seed)):
+        fits = fit_grid(each, {"ridge": (3.0,)}, clip=0.01, seed=seed, refit=False)
+        tables.append(held_out_table(each, fits, clip=0.01, seed=seed))
+    table, control = tables
+    return table.assign(auroc_control=control["auroc"], r2_control=control["r2"])
+
+
+def transfer(probes: Mapping[str, LinearProbe], tasks: Mapping[str, Activations]) -> pd.DataFrame:
+    """Measure every probe on every task, at the probe's best layer."""
+    rows = []
+    for fitted_on, probe in probes.items():
+        for measured_on, activations in tasks.items():
+            row = probe.measure(activations).loc[probe.best_layer].to_dict()
+            rows.append({"fitted_on": fitted_on, "measured_on": measured_on, **row})
+    return pd.DataFrame(rows)
 
 
 def latents(space: Any, train: Activations, test: Activations) -> list[Activations]:

@@ -34,11 +34,12 @@ import pandas as pd
 import torch
 import tyro
 
+from experiments._latent_predictions import measure_latents, predictions
 from mera_tl import storage
 from mera_tl.benchmark import Run, RunConfig, load_configured, open_run
 from mera_tl.inference import Activations, collect
 from mera_tl.probes import fit_error_probe
-from mera_tl.sae import measure_latents, predictions, reconstruction, train_saes
+from mera_tl.sae import reconstruction, train_saes
 from mera_tl.steering import SAESpace
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem

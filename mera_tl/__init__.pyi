@@ -18,8 +18,8 @@ from .methods.race import Search as Search
 from .methods.race import search as search
 from .models.loading import load_model as load_model
 from .models.model import Model as Model
+from .probes.fitting import fit_error_probe as fit_error_probe
 from .probes.probe import LinearProbe as LinearProbe
-from .probes.probe import fit_error_probe as fit_error_probe
 from .sae.loading import load_saes as load_saes
 from .steering.directions import fit_direction as fit_direction
 from .steering.many import evaluate_many as evaluate_many

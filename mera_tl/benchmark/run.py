@@ -32,7 +32,8 @@ from mera_tl.methods import methods
 from mera_tl.methods.methods import METHODS, Treatment, find_method, find_methods
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
-from mera_tl.probes.probe import LinearProbe, fit_error_probe, fit_ranked_probe
+from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
+from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.loading import default_source, load_saes
 from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.reach import evaluate_reach

@@ -27,7 +27,8 @@ from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import evaluate, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Metric, Outcomes
 from mera_tl.models.model import Model
-from mera_tl.probes.probe import LinearProbe, fit_error_probe
+from mera_tl.probes.fitting import fit_error_probe
+from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.directions import Direction, fit_directions
 from mera_tl.steering.rules import Adaptive, Gated

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mera_tl.probes import metrics
+from mera_tl.probes.examples import Examples
 from mera_tl.probes.lasso import lasso_path
 from mera_tl.probes.least_squares import Problems, Solution, ridge_path
 from mera_tl.probes.logistic import logistic_path
@@ -45,23 +46,6 @@ CHUNK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Activations at one position, the error there, and whether the answer was incorrect."""
-
-    resid: Float[Tensor, "layer example d_model"]
-    error: Float[Tensor, " example"]
-    incorrect: Bool[Tensor, " example"]
-
-    def __len__(self) -> int:
-        return len(self.error)
-
-    def shuffled(self, seed: int) -> "Examples":
-        """Return a control task: the same targets, dealt to other examples at random."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return replace(self, error=self.error[order], incorrect=self.incorrect[order])
-
-
-@dataclass(frozen=True, eq=False)
 class Fits:
     """All probes of a grid, on every fold and, last, where they were refitted, on all examples."""
 
@@ -69,10 +53,6 @@ class Fits:
     penalties: tuple[float, ...]
     weights: Float[Tensor, "layer fold fit d_model"]
     bias: Float[Tensor, "layer fold fit"]
-
-    def layers(self, start: int, stop: int) -> "Fits":
-        """Return the probes of a range of layers."""
-        return replace(self, weights=self.weights[start:stop], bias=self.bias[start:stop])
 
     def score(
         self, resid: Float[Tensor, "layer example d_model"], fold: int

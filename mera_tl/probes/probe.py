@@ -2,17 +2,14 @@
 
 `score = w.h + b` predicts `logit(clip(error))`, so `sigmoid(score)` is the predicted error, and the
 limit that belongs to a steering threshold is `logit(threshold)`. A logistic probe's score is the
-log-odds of an incorrect answer instead. Penalties and layers are chosen on folds that all of them
-share (`folds`); the metrics kept with a probe are from there, a little optimistic by the choice,
-and `LinearProbe.measure` scores it on examples that no fit has seen.
+log-odds of an incorrect answer instead.
 """
 
 import html
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,43 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.activations import Activations
 from mera_tl.models.model import Model
 from mera_tl.probes import metrics
-from mera_tl.probes.cross_validation import LASSO as LASSO_PENALTIES
-from mera_tl.probes.cross_validation import (
-    REGRESSIONS,
-    Examples,
-    Grid,
-    Kind,
-    fit_grid,
-    held_out_table,
-)
-
-logger = logging.getLogger(__name__)
-
-Position = Literal["last", "exact"]
-Rank = Literal["best", "median", "worst"]
-Tasks = Activations | Sequence[Activations]
-"""The activations of one task, or of several, which are then mixed."""
-
-PENALTIES: Mapping[str, float | Sequence[float]] = {
-    "ridge": 3.0,
-    "least_squares": 0.0,
-    "lasso": LASSO_PENALTIES,
-    "logistic": 1.0,
-    "logistic_l2": 1.0,
-    "contrastive": 0.0,
-}
-"""Ridge is regularised far beyond what predicts best: the shortest shift along a well-fitting
-probe hides in directions of little variance and changes no answer."""
-
+from mera_tl.probes.examples import Mixture, Position, read_examples
 
 _SHOWN = ("layer", "nonzero", "rmse", "rmse_sd", "rmse_dummy", "r2", "auroc", "ece")
 """Columns of the table that a notebook shows; `table` has all."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearProbe:
     """One linear map per layer, or per (unsteered answer, layer), that predicts error.
 
@@ -66,22 +35,24 @@ class LinearProbe:
     map per answer, and then the answer must be known before it is read.
     """
 
-    weights: Float[Tensor, "*answer layer d_model"] = field(repr=False)
+    weights: Float[Tensor, "*answer layer d_model"]
     """On raw activations; all zero where nothing could be read, and then nothing is steered."""
-    bias: Float[Tensor, "*answer layer"] = field(repr=False)
-    resid_norm: Float[Tensor, " layer"] = field(repr=False)
+    bias: Float[Tensor, "*answer layer"]
+    resid_norm: Float[Tensor, " layer"]
     """Median norm of the residuals fitted to: the unit of additive strengths."""
     position: Position
+    """Where the activations were read: the final prompt token or the answer token."""
     kind: str
+    """Kind of fit, as `fit_error_probe` takes it."""
     penalty: float
     """Of the best layer, where layers differ."""
     best_layer: int
     """The layer with the best held-out score: least RMSE of error, or AUROC for logistic."""
     clip: float
     """Errors were clipped to [clip, 1 - clip] before the logit."""
-    metrics: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    metrics: tuple[dict[str, Any], ...] = ()
     """One row per layer: held-out means over the folds, their spread `*_sd`, and `*_dummy`."""
-    manifest: dict[str, Any] = field(default_factory=dict, repr=False)
+    manifest: dict[str, Any] = field(default_factory=dict)
     """Model, data, template and hook of the activations fitted to."""
 
     @property
@@ -145,7 +116,7 @@ class LinearProbe:
         """The held-out metrics, one row per layer."""
         return pd.DataFrame(list(self.metrics))
 
-    def measure(self, activations: Tasks) -> pd.DataFrame:
+    def measure(self, activations: Mixture) -> pd.DataFrame:
         """Score the probe on examples it was not fitted to: one row per layer, all metrics."""
         examples = read_examples(activations, self.position)
         score = self.score(examples.resid).double()
@@ -188,142 +159,14 @@ class LinearProbe:
                     f"but {model.name} has {name} {got}; fit a probe on this model first."
                 )
 
+    def __repr__(self) -> str:
+        per = f", one map for each of {len(self.weights)} answers" if self.per_answer else ""
+        return (
+            f"LinearProbe({self.kind}, penalty {self.penalty:g}, position {self.position!r}, "
+            f"best layer {self.best_layer} of {self.n_layers}{per})"
+        )
+
     def _repr_html_(self) -> str:
-        title = f"LinearProbe: {self.kind}, penalty {self.penalty:g}, position {self.position}"
         shown = [name for name in _SHOWN if self.metrics and name in self.metrics[0]]
         rows = self.table[shown].to_html(index=False, float_format="%.3f") if shown else ""
-        return f"<p>{html.escape(title)}, best layer {self.best_layer}</p>{rows}"
-
-
-def fit_error_probe(
-    activations: Tasks,
-    *,
-    kind: Kind = "ridge",
-    position: Position = "last",
-    penalty: float | Sequence[float] | None = None,
-    clip: float = 0.01,
-    seed: int = 0,
-) -> LinearProbe:
-    """Fit one probe per layer on all examples, and find the best layer on shared folds.
-
-    The default, strongly regularised ridge, is meant for steering. Of several penalties each layer
-    takes the best one. Units: ridge, the mean feature variance; lasso, scikit-learn's alpha;
-    logistic, 1/C; contrastive, the number of pairs with most and least error (0: half of the
-    examples). Directions of ridge and contrastive probes are scaled by a regression in one
-    dimension on held-out examples, so that scores are log-odds.
-
-    Raises:
-        ValueError: if there are too few examples, a logistic probe has one class only, or an
-            activation is not finite.
-    """
-    wanted = PENALTIES[kind] if penalty is None else penalty
-    grid = {kind: tuple(wanted) if isinstance(wanted, Sequence) else (wanted,)}
-    return _fit(activations, grid, "best", position, clip, seed)
-
-
-def fit_ranked_probe(
-    activations: Tasks,
-    rank: Rank,
-    *,
-    position: Position = "last",
-    clip: float = 0.01,
-    seed: int = 0,
-) -> LinearProbe:
-    """Fit the paper's seven regressions; each layer takes the best, median or worst held-out one.
-
-    Raises:
-        ValueError: as `fit_error_probe`.
-    """
-    return _fit(activations, REGRESSIONS, rank, position, clip, seed)
-
-
-def choose(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -> pd.DataFrame:
-    """Return, per layer, the row of a `probe_path` table that ranks so by a held-out metric."""
-    ordered = table.dropna(subset=by).sort_values(
-        by, ascending=by in metrics.LOWER_IS_BETTER, kind="stable"
-    )
-    share = {"best": 0.0, "median": 0.5, "worst": 1.0}[rank]
-    groups = [group for _, group in ordered.groupby("layer")]
-    return pd.concat([group.iloc[[round(share * (len(group) - 1))]] for group in groups])
-
-
-def read_examples(activations: Tasks, position: Position) -> Examples:
-    """Return what a probe sees: only answered examples at `exact`, all of them at `last`.
-
-    Raises:
-        ValueError: if none is left, models are mixed, or an activation is not finite.
-    """
-    parts = [activations] if isinstance(activations, Activations) else list(activations)
-    models = {str(part.manifest.get("model_fingerprint")) for part in parts}
-    if len(models) > 1:
-        raise ValueError(
-            f"A probe reads one model, but these activations come from {len(models)} "
-            f"(fingerprints {', '.join(sorted(models))}); fit one probe each."
-        )
-    kept = [part.outcomes.answered | (position == "last") for part in parts]
-    pairs = list(zip(parts, kept, strict=True))
-    n, n_kept = sum(map(len, kept)), sum(int(k.sum()) for k in kept)
-    if n_kept < n:
-        logger.info(
-            "%d of %d examples were not answered, so they have no %r position and are left out.",
-            n - n_kept,
-            n,
-            position,
-        )
-    if n_kept == 0:
-        raise ValueError(
-            f"None of {n} examples has a {position!r} position; collect examples the model "
-            "answers, or use position='last'."
-        )
-    return Examples(
-        torch.cat([part.resid(position)[:, k] for part, k in pairs], dim=1),
-        torch.cat([part.error[k] for part, k in pairs]),
-        torch.cat([~part.correct[k] for part, k in pairs]),
-    )
-
-
-def _fit(
-    activations: Tasks, grid: Grid, rank: Rank, position: Position, clip: float, seed: int
-) -> LinearProbe:
-    examples = read_examples(activations, position)
-    fits = fit_grid(examples, grid, clip=clip, seed=seed)
-    table = held_out_table(examples, fits, clip=clip, seed=seed)
-    by = "auroc" if all(kind.startswith("logistic") for kind in grid) else "rmse"
-    # With nothing to rank by (a fold of one class) every layer keeps its first fit.
-    known = table.assign(**{by: table[by].fillna(-1.0 if by == "auroc" else torch.inf)})
-    chosen = choose(known, by=by, rank=rank)
-    layers = torch.arange(len(fits.weights))
-    fit = torch.from_numpy(chosen.index.to_numpy(copy=True)) - layers * len(fits.kinds)
-    weights = fits.weights[layers, -1, fit].float()
-    unread = (weights == 0).all(-1).nonzero()[:, 0].tolist()
-    if unread:
-        level = logging.INFO if len(unread) < len(weights) else logging.WARNING
-        logger.log(
-            level,
-            "Nothing could be read in layers %s (%s, position %r): their weights are zero, and "
-            "they will not be steered.",
-            ", ".join(map(str, unread)),
-            "/".join(grid),
-            position,
-        )
-    best_layer = int(chosen[by].to_numpy().argsort(kind="stable")[-1 if by == "auroc" else 0])
-    return LinearProbe(
-        weights=weights,
-        bias=fits.bias[layers, -1, fit].float(),
-        resid_norm=examples.resid.norm(dim=-1).median(-1).values,
-        position=position,
-        kind=fits.kinds[int(fit[best_layer])],
-        penalty=fits.penalties[int(fit[best_layer])],
-        best_layer=best_layer,
-        clip=clip,
-        metrics=tuple(table.loc[chosen.index].to_dict("records")),
-        manifest=_manifest(activations),
-    )
-
-
-def _manifest(activations: Tasks) -> dict[str, Any]:
-    """Return the activations' manifest; of a mixture the first, with what the others are."""
-    if isinstance(activations, Activations):
-        return dict(activations.manifest)
-    mixture = [{k: a.manifest.get(k) for k in ("task", "data_hash", "n")} for a in activations]
-    return {**activations[0].manifest, "mixture": mixture}
+        return f"<b>{html.escape(repr(self))}</b>{rows}"

@@ -3,9 +3,6 @@ from .loading import default_source as default_source
 from .loading import load_saes as load_saes
 from .probes import MIN_FIRING as MIN_FIRING
 from .probes import fit_latent_probe as fit_latent_probe
-from .probes import measure_latents as measure_latents
-from .probes import predictions as predictions
 from .probes import reconstruction as reconstruction
-from .probes import support as support
 from .training import TrainOptions as TrainOptions
 from .training import train_saes as train_saes
