@@ -313,7 +313,9 @@ def test_predictions_are_followed_through_latents_and_re_encoding(planted):
 def tiny():
     """As much of a model as loading looks at."""
     tokenizer = type("Tokenizer", (), {"bos_token_id": None})()
-    hooked = type("Hooked", (), {"W_E": torch.zeros(1), "cfg": type("C", (), {"n_layers": 3})})
+    hooked = type(
+        "Hooked", (), {"embed": torch.nn.Embedding(1, 1), "cfg": type("C", (), {"n_layers": 3})}
+    )
     hooked.cfg.d_model = WIDTH
     from mera_tl.models import Model
 
