@@ -1,17 +1,21 @@
 # make demo: set up and run the main job.  make test: all tests.  make check: lint, format, types.
+# make test-next: what has to work with transformer-lens 4, in an environment of its own.
 # make mutate: do the tests notice when the code is broken?
 PYTHON ?= python3
 BIN := .venv/bin
 # Set-up is done once per change of the pinned versions or of pyproject.toml.
 READY := .venv/.ready
 
-.PHONY: demo test mutate check figures clean
+.PHONY: demo test test-next mutate check figures clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/mera demo
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
+test-next: .venv-next/.ready
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-next/bin/python -m pytest tests/test_next.py tests/test_models_chat.py tests/test_models_checkpoint.py
 
 mutate: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.mutations
@@ -31,5 +35,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
+.venv-next/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-next
+	grep -v '^transformer-lens' constraints.txt > .venv-next/constraints.txt
+	.venv-next/bin/pip install --quiet -c .venv-next/constraints.txt torch
+	.venv-next/bin/pip install --quiet -c .venv-next/constraints.txt -e '.[gguf]' 'transformer-lens>=4,<5' pytest beartype
+	touch .venv-next/.ready
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-next build *.egg-info

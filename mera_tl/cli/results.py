@@ -251,17 +251,17 @@ class Models:
     """List the models that load by name."""
 
     search: str = ""
-    """Only names that contain this."""
+    """Only those whose name or architecture contains this."""
 
     def __call__(self) -> None:
-        from mera_tl.models.listing import model_names
+        from mera_tl.models.listing import describe_models
 
-        names = [name for name in model_names() if self.search.lower() in name.lower()]
-        shown = names if self.search else names[:12]
-        print("\n".join(shown))
-        if len(shown) < len(names):
-            print(f"and {len(names) - len(shown)} more: mera models --search llama")
-        print("\nand any local Hugging Face folder of the Llama, Qwen2, Gemma2 or GPT-2 family")
+        found = describe_models(self.search)
+        shown = found if self.search else found[:12]
+        console().print(terminal.rich_table(shown))
+        if len(shown) < len(found):
+            print(f"and {len(found) - len(shown)} more: mera models --search llama")
+        print("\nand any decoder-only model of the hub, Hugging Face folder or .gguf file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ def require_sae_lens() -> Any:
         import sae_lens
     except ImportError:
         raise ValueError(
-            "SAE space needs sae-lens, which is not installed; run `pip install mera-tl[sae]`."
+            "SAE space needs sae-lens, which is not installed, and transformer-lens 3 beneath it; "
+            "run `pip install mera-tl[sae]`."
         ) from None
     return sae_lens
 
