@@ -1,8 +1,8 @@
 """Fit every kind of probe on shared folds, and measure each where it was not fitted.
 
-Examples are dealt into ten blocks; each of five folds fits on seven and holds out three, and one
+Examples are assigned to ten blocks; each of five folds fits on seven and holds out three, and one
 last fit uses them all. Every layer, kind and penalty meets the same folds, so that a comparison is
-paired and sums over blocks serve all of them. Features are standardised once per layer, without a
+paired and their sums are shared. Features are standardised once per layer, without a
 look at the targets, and the scale is folded back: a probe acts on raw `h`.
 """
 
@@ -215,11 +215,11 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
     error, incorrect = examples.error.double(), examples.incorrect
     measured, dummies = [], []
     for fold, rows in enumerate(held_out):
-        there = (error[rows], incorrect[rows])
+        truth = (error[rows], incorrect[rows])
         score = fits.score(examples.resid[:, rows].double(), fold)
-        measured.append(metrics.measure(score, *there, clip=clip))
+        measured.append(metrics.measure(score, *truth, clip=clip))
         constant = torch.logit(error[~rows].mean(), eps=clip).expand(1, int(rows.sum()))
-        dummies.append(metrics.measure(constant, *there, clip=clip))
+        dummies.append(metrics.measure(constant, *truth, clip=clip))
     n_layers, _, n_fits = fits.bias.shape
     columns = {
         "layer": torch.arange(n_layers).repeat_interleave(n_fits).tolist(),

@@ -154,15 +154,15 @@ class _Rebuild:
 
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         words = _words(resid, hook, self._has_bos)
-        here = resid[words].float()
-        latents = self._space.read(here, self._layer)
-        rebuilt = self._space.reconstruct(here, self._layer)
-        self._n += len(here)
+        real = resid[words].float()
+        latents = self._space.read(real, self._layer)
+        rebuilt = self._space.reconstruct(real, self._layer)
+        self._n += len(real)
         self._on += float((latents > 0).sum())
         self._fired |= (latents > 0).any(0).cpu()
-        self._residue += float((here - rebuilt).double().square().sum())
-        self._square += float(here.double().square().sum())
-        self._total = self._total + here.double().sum(0)
+        self._residue += float((real - rebuilt).double().square().sum())
+        self._square += float(real.double().square().sum())
+        self._total = self._total + real.double().sum(0)
         replaced = resid.clone()
         replaced[words] = rebuilt.to(resid.dtype)
         return replaced

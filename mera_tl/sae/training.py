@@ -31,21 +31,21 @@ class TrainOptions:
     """What to train, and for how long."""
 
     architecture: Architecture = "standard"
-    """Of the SAE. A batchtopk is saved as the jumprelu it amounts to."""
+    """SAE architecture to train; a batchtopk is saved as the jumprelu that it amounts to."""
     expansion: int = 4
     """Latents per dimension of the residual stream."""
     sparsity: float = 2.0
     """Weight of the sparsity penalty, L1 for standard, L0 for jumprelu."""
     k: int = 16
-    """Latents that are on at a time, for topk and batchtopk."""
+    """Active latents per token, for topk and batchtopk."""
     n_steps: int = 1500
     """Training steps."""
     step_tokens: int = 1024
-    """Tokens in a step."""
+    """Tokens per training step."""
     max_tokens: int = 200_000
-    """Tokens to learn from at most, of prompts taken in their order."""
+    """Most tokens to learn from; prompts are taken in order."""
     seed: int = 0
-    """Of the initial weights and the order of the tokens."""
+    """Random seed of the initial weights and the order of the tokens."""
 
 
 def train_saes(
@@ -57,7 +57,7 @@ def train_saes(
     options: TrainOptions | None = None,
     settings: ReadSettings | None = None,
 ) -> list[Path]:
-    """Train one SAE a layer; write each into `out/layer_{l}`, where `load_saes` finds them.
+    """Train one SAE per layer; write each into `out/layer_{l}`, where `load_saes` finds them.
 
     Raises:
         ValueError: if sae-lens is not installed, a layer is not there, a prompt is too long, or
@@ -106,12 +106,12 @@ def _read_tokens(
     options: TrainOptions,
     settings: ReadSettings,
 ) -> Float[Tensor, "token d_model"]:
-    enough, chosen = 0, []
+    n_tokens, chosen = 0, []
     for prompt in prompts:
-        if enough >= options.max_tokens:
+        if n_tokens >= options.max_tokens:
             break
         chosen.append(list(prompt))
-        enough += len(prompt)
+        n_tokens += len(prompt)
     has_bos = starts_with_bos(model)
     name, rows, seen = resid_post(layer), [], {}
 
@@ -152,28 +152,15 @@ def _train(
 
 
 def _new_sae(model: Model, layer: int, options: TrainOptions) -> Any:
-    from sae_lens.saes import batchtopk_sae, jumprelu_sae, standard_sae, topk_sae
-
-    kinds: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "standard": (
-            standard_sae.StandardTrainingSAE,
-            standard_sae.StandardTrainingSAEConfig,
-            {"l1_coefficient": options.sparsity},
-        ),
-        "jumprelu": (
-            jumprelu_sae.JumpReLUTrainingSAE,
-            jumprelu_sae.JumpReLUTrainingSAEConfig,
-            {"l0_coefficient": options.sparsity},
-        ),
-        "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig, {"k": options.k}),
-        "batchtopk": (
-            batchtopk_sae.BatchTopKTrainingSAE,
-            batchtopk_sae.BatchTopKTrainingSAEConfig,
-            {"k": options.k},
-        ),
-    }
-    sae_class, config_class, own = kinds[options.architecture]
-    config = config_class(
+    sae_lens = require_sae_lens()
+    name, own = {
+        "standard": ("Standard", {"l1_coefficient": options.sparsity}),
+        "jumprelu": ("JumpReLU", {"l0_coefficient": options.sparsity}),
+        "topk": ("TopK", {"k": options.k}),
+        "batchtopk": ("BatchTopK", {"k": options.k}),
+    }[options.architecture]
+    sae_class = getattr(sae_lens, f"{name}TrainingSAE")
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(
         d_in=model.d_model,
         d_sae=options.expansion * model.d_model,
         normalize_activations="expected_average_only_in",
