@@ -22,6 +22,8 @@ from .probes.fitting import fit_error_probe as fit_error_probe
 from .probes.probe import LinearProbe as LinearProbe
 from .sae.loading import load_saes as load_saes
 from .steering.directions import fit_direction as fit_direction
+from .steering.generation import Reply as Reply
+from .steering.generation import generate as generate
 from .steering.many import evaluate_many as evaluate_many
 from .steering.rules import Adaptive as Adaptive
 from .steering.rules import Additive as Additive

@@ -14,6 +14,11 @@ from .directions import euclidean as euclidean
 from .directions import fit_direction as fit_direction
 from .directions import fit_directions as fit_directions
 from .directions import pattern as pattern
+from .generation import Reply as Reply
+from .generation import ReplyTrace as ReplyTrace
+from .generation import Sampling as Sampling
+from .generation import generate as generate
+from .generation import reply_to as reply_to
 from .many import evaluate_many as evaluate_many
 from .reach import BACK as BACK
 from .reach import Reach as Reach

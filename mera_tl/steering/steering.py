@@ -17,9 +17,9 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mera_tl.inference.answers import OptionTokens
+from mera_tl.inference.answers import OptionTokens, option_tokens
 from mera_tl.inference.decoding import Window
-from mera_tl.models.model import resid_post
+from mera_tl.models.model import Model, resid_post
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.attach import Attachment, attach_hooks
 from mera_tl.steering.rules import Adaptive, Gated, Rule
@@ -147,6 +147,15 @@ class Steering:
             )
         return self._hooks()
 
+    def checked_hooks(self, model: Model) -> list[tuple[str, "SteerHook"]]:
+        """Return the hooks for this model; those of a steering without a limit only read.
+
+        Raises:
+            ValueError: if the steering was certified for, or its probe fitted on, another model.
+        """
+        self.check(model)
+        return self._hooks()
+
     def reading_hooks(self) -> list[tuple[str, "SteerHook"]]:
         """Return hooks that read every score in scope and move nothing, bit for bit."""
         return replace(self, rule=Adaptive())._hooks()
@@ -165,12 +174,21 @@ class Steering:
         decoder-only model of transformers; call its forward or `generate` as ever, in batches
         padded on either side, with beams, draws, with or without a cache. `log` is a file to which
         every prompt adds a line of JSON (see `Generation.records`). A steering that depends on the
-        unsteered answer needs the `options`, and then runs every prompt once more.
+        unsteered answer needs the `options` (certified on a `mera_tl.Model`, it knows them), and
+        then runs every prompt once more.
 
         Raises:
-            ValueError: as `attach_hooks`.
+            ValueError: as `attach_hooks`, or if a `mera_tl.Model` is not the one certified.
         """
+        if isinstance(model, Model):
+            self.check(model)
+            options = options or self.options(model)
         return attach_hooks(model, self.fwd_hooks(), log=log, options=options)
+
+    def options(self, model: Model) -> OptionTokens | None:
+        """Return the tokens of the options that it was certified with; None if it was not."""
+        setup = getattr(self.certificate, "setup", None) or {}
+        return option_tokens(model, setup["options"]) if "options" in setup else None
 
     def _hooks(self) -> list[tuple[str, "SteerHook"]]:
         return [(resid_post(layer), self.hook(layer)) for layer in self.layer_numbers]
@@ -224,13 +242,8 @@ class SteerHook:
         ):
             return resid
         here = resid[:, span]
-        features = self.space.read(here, self.layer)
-        weights, bias, step = (
-            self._for_rows(values, window).to(here.device)
-            for values in (self.weights, self.bias[..., None], self.step)
-        )
-        score = einsum(features, weights.expand(len(here), -1), "batch pos d, batch d -> batch pos")
-        score = score + bias
+        features, score = self.read(here, window)
+        step = self._for_rows(self.step, window).to(here.device)
         amount = self.rule.amount(score)
         step = step[:, None]
         moved = (amount != 0) & (step != 0).any(-1)
@@ -255,6 +268,18 @@ class SteerHook:
             relative = (after - before).float().norm(dim=-1) / size
             hook.ctx["shift"].index_add_(0, moved.nonzero()[:, 0], relative)
         return steered
+
+    def read(
+        self, resid: Float[Tensor, "batch pos d_model"], window: Window | None
+    ) -> tuple[Float[Tensor, "batch pos d"], Float[Tensor, "batch pos"]]:
+        """Return features and the probe's score of some columns."""
+        features = self.space.read(resid, self.layer)
+        weights = self._for_rows(self.weights, window).to(resid.device)
+        bias = self._for_rows(self.bias[..., None], window).to(resid.device)
+        score = einsum(
+            features, weights.expand(len(resid), -1), "batch pos d, batch d -> batch pos"
+        )
+        return features, score + bias
 
     @staticmethod
     def _for_rows(

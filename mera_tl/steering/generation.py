@@ -1,0 +1,272 @@
+"""Replies to prompts, steered or not, with what the probe read and the rule moved at every token.
+
+Rows are independent: a prompt gets the same reply alone and in a batch. With a temperature, each
+prompt draws from a generator of its own, seeded by `seed` and the prompt, by the Gumbel-max trick
+(argmax of log-probabilities plus noise). So a steered and an unsteered run share their random
+numbers, and differ only where steering changes the distribution enough to matter.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mera_tl.inference.answers import OptionTokens, ReadSettings
+from mera_tl.inference.decoding import Decoding, Window, hooked_pass
+from mera_tl.inference.evaluation import run_batches
+from mera_tl.models.model import FwdHooks, Model
+from mera_tl.steering.steering import SteerHook, Steering
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyTrace:
+    """What hooks read and did, token by token; NaN for the last token, which is never fed back."""
+
+    tokens: tuple[str, ...]
+    """Of the prompt, then of the reply."""
+    n_prompt: int
+    """How many of them are the prompt's."""
+    layers: tuple[int, ...]
+    predicted_error: Float[np.ndarray, "layer pos"]
+    """By the probe, of the activation as the layer received it."""
+    shift: Float[np.ndarray, "layer pos"]
+    """Length of the shift relative to the activation that it moved."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What a model said to one prompt."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    """Without the token that ended the reply."""
+    log_probs: tuple[float, ...]
+    """Of each token, under the model as it was run, at temperature 1."""
+    is_ended: bool
+    """Whether the model ended the reply; otherwise it ran out of tokens."""
+    trace: ReplyTrace | None = field(default=None, repr=False)
+    """None without a steering."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    max_new_tokens: int = 64
+    """Most tokens of a reply."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    seed: int = 0
+    """Of the random numbers of every prompt."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a reply; they are no part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} and temperature={self.temperature} must be "
+                "at least 1 and a finite number from 0 on."
+            )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    steering: Steering | None = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    settings: ReadSettings | None = None,
+) -> list[Reply]:
+    """Reply to prompts, as `generate` of transformers does, under a steering if one is given.
+
+    A steering at no limit moves nothing, and traces what its probe reads of the unsteered model.
+
+    Raises:
+        ValueError: if a prompt and its reply exceed the context, the steering is not for this
+            model, or it depends on the unsteered answer and was not certified with options.
+    """
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    hooks = [] if steering is None else steering.checked_hooks(model)
+    options = None if steering is None else steering.options(model)
+    if options is None and any(hook.per_answer for _, hook in hooks):
+        raise ValueError(
+            "This steering depends on the option that the model is about to answer, and knows of "
+            "none; generate with one that mera_tl.calibrate has certified."
+        )
+    tokens = model.tokenize(list(prompts))
+    replies = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
+    return [
+        Reply(prompt, _text(model, reply, sampling), *_plain(reply), reply.trace(model, hooks))
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+class Row:
+    """One prompt on its way to a reply."""
+
+    def __init__(self, prompt: Sequence[int], copy: int, sampling: Sampling) -> None:
+        self.prompt, self.tokens, self.log_probs = list(prompt), [], []
+        self.is_ended = False
+        self.scores: dict[int, list[Tensor]] = {}
+        self.shifts: dict[int, list[Tensor]] = {}
+        # A prompt that comes twice gets two draws, wherever in a batch it stands.
+        name = f"{sampling.seed}:{copy}:{','.join(map(str, prompt))}"
+        digest = hashlib.sha256(name.encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+    def gumbel(self, n: int) -> Float[Tensor, " n"]:
+        """Return noise whose maximum over logits is a draw from their softmax."""
+        uniform = torch.rand(n, generator=self._generator, dtype=torch.float64)
+        return -(-uniform.clamp(min=1e-300).log()).log()
+
+    def trace(self, model: Model, hooks: FwdHooks) -> ReplyTrace | None:
+        """Return what was recorded of this row."""
+        if not hooks:
+            return None
+        ids = [*self.prompt, *self.tokens]
+
+        def grid(parts: dict[int, list[Tensor]]) -> np.ndarray:
+            rows = torch.stack([torch.cat(parts[hook.layer]) for _, hook in hooks])[:, : len(ids)]
+            missing = torch.full((len(rows), len(ids) - rows.shape[1]), torch.nan)
+            return torch.cat([rows.cpu().float(), missing], 1).double().numpy()
+
+        return ReplyTrace(
+            tuple(model.tokenizer.decode([token]) for token in ids),
+            len(self.prompt),
+            tuple(hook.layer for _, hook in hooks),
+            grid(self.scores),
+            grid(self.shifts),
+        )
+
+
+def reply_to(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    hooks: FwdHooks,
+    sampling: Sampling,
+    *,
+    options: OptionTokens | None = None,
+    settings: ReadSettings | None = None,
+    is_traced: bool = True,
+) -> list[Row]:
+    """Reply to tokenized prompts, in batches of like length.
+
+    Raises:
+        ValueError: if a prompt and its reply exceed the context.
+    """
+    room, longest = model.n_ctx - sampling.max_new_tokens, max(map(len, prompts), default=0)
+    if longest > room:
+        raise ValueError(
+            f"A prompt of {longest} tokens and a reply of {sampling.max_new_tokens} exceed the "
+            f"{model.n_ctx} tokens of {model.name}; shorten the prompt or lower max_new_tokens."
+        )
+    copies: Counter[tuple[int, ...]] = Counter()
+    numbers = []
+    for prompt in map(tuple, prompts):
+        numbers.append(copies[prompt])
+        copies[prompt] += 1
+
+    def run(batch: list[int]) -> list[Row]:
+        rows = [Row(prompts[i], numbers[i], sampling) for i in batch]
+        traced = [(n, _Recorder(h, rows)) for n, h in hooks] if is_traced else hooks
+        with torch.inference_mode(), hooked_pass(model, traced):
+            _decode(model, rows, traced, sampling, options)
+        return rows
+
+    results = run_batches(prompts, run, settings or ReadSettings(), "generate")
+    by_index = {i: row for batch, rows in results for i, row in zip(batch, rows, strict=True)}
+    return [by_index[i] for i in range(len(prompts))]
+
+
+def _decode(
+    model: Model,
+    rows: list[Row],
+    hooks: FwdHooks,
+    sampling: Sampling,
+    options: OptionTokens | None,
+) -> None:
+    """Run prompts, then feed back the tokens that are chosen until every row has ended."""
+    decoding = Decoding(model, [row.prompt for row in rows], hooks, torch.arange(len(rows)))
+    logits = decoding.prompt()
+    if any(hook.per_answer for _, hook in hooks):
+        assert options is not None  # the caller has looked
+        logits = decoding.prompt_again(options.class_logits(logits).argmax(-1))
+    for step in range(sampling.max_new_tokens):
+        here = [rows[i] for i in decoding.rows.tolist()]
+        emitted = _choose(logits, here, sampling.temperature)
+        log_probs = logits.float().log_softmax(-1).gather(1, emitted[:, None])[:, 0].tolist()
+        ends = decoding.is_end(emitted).tolist()
+        going = []
+        for row, token, log_prob, end in zip(here, emitted.tolist(), log_probs, ends, strict=True):
+            if not end:
+                row.tokens.append(token)
+                row.log_probs.append(log_prob)
+            row.is_ended = end or _is_stopped(model, row, sampling.stop)
+            going.append(not row.is_ended)
+        kept = torch.tensor(going, device=emitted.device)
+        if step + 1 == sampling.max_new_tokens or not kept.any():
+            break
+        decoding.keep(kept)
+        logits = decoding.next(emitted[kept])
+
+
+def _choose(
+    logits: Float[Tensor, "batch d_vocab"], rows: Sequence[Row], temperature: float
+) -> Int[Tensor, " batch"]:
+    if not temperature:
+        return logits.argmax(-1)
+    noise = torch.stack([row.gumbel(logits.shape[-1]) for row in rows]).to(logits.device)
+    return (logits.double() / temperature + noise).argmax(-1)
+
+
+def _is_stopped(model: Model, row: Row, stop: Sequence[str]) -> bool:
+    if not stop:
+        return False
+    text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    return any(each in text for each in stop)
+
+
+def _text(model: Model, row: Row, sampling: Sampling) -> str:
+    """Return the text of a reply up to where it stops."""
+    text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
+    return text[: min([text.find(each) for each in sampling.stop if each in text] + [len(text)])]
+
+
+def _plain(row: Row) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
+    return tuple(row.tokens), tuple(row.log_probs), row.is_ended
+
+
+class _Recorder:
+    """A steering hook that keeps what it read and moved, row by row."""
+
+    def __init__(self, hook: SteerHook, rows: Sequence[Row]) -> None:
+        self._hook, self._rows = hook, rows
+        self.per_answer, self.layer = hook.per_answer, hook.layer
+
+    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        """Return the steered activation."""
+        window: Window = hook.ctx["window"]
+        steered = self._hook(resid, hook)
+        if self.per_answer and window.answers is None:
+            return steered  # the pass that finds out the answers; the same columns come again
+        assert window.labels is not None
+        error = self._hook.read(resid, window)[1].sigmoid()
+        size = resid.float().norm(dim=-1).clamp(min=1e-12)
+        shift = (steered.float() - resid.float()).norm(dim=-1) / size
+        for i, label in enumerate(window.labels.tolist()):
+            row, real = self._rows[label], window.real[i].to(error.device)
+            row.scores.setdefault(self.layer, []).append(error[i, real])
+            row.shifts.setdefault(self.layer, []).append(shift[i, real])
+        return steered

@@ -1,0 +1,90 @@
+"""Replies: the same alone and in a batch, steered and not by the same random numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_task, random_probe
+
+import mera_tl
+from mera_tl import Additive, Steering, generate
+from mera_tl.inference import ReadSettings
+
+PROMPTS = [example.prompt for example in make_task(6).examples]
+
+
+@pytest.fixture(scope="module")
+def steering(models):
+    return Steering(random_probe(models["llama"], scale=3.0), positions="last").at(0.3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_prompt_gets_the_same_reply_alone_and_in_a_batch(models, steering, temperature):
+    model, options = models["llama"], dict(max_new_tokens=8, temperature=temperature, seed=3)
+    together = generate(model, PROMPTS, steering, **options)
+    alone = [generate(model, [prompt], steering, **options)[0] for prompt in PROMPTS]
+    small = generate(model, PROMPTS, steering, **options, settings=ReadSettings(batch_size=2))
+    for replies in (alone, small):
+        assert [r.tokens for r in replies] == [r.tokens for r in together]
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-4, rtol=1e-4)
+        assert one.trace.predicted_error == pytest.approx(
+            other.trace.predicted_error, nan_ok=True, abs=1e-4
+        )
+    unsteered = generate(model, PROMPTS, **options)
+    assert [r.tokens for r in unsteered] != [r.tokens for r in together]
+    assert unsteered[0].trace is None
+
+
+def test_draws_follow_the_seed_and_are_shared_by_steered_and_unsteered(models, steering):
+    model, options = models["llama"], dict(max_new_tokens=8, temperature=1.0)
+    nothing = replace(steering, rule=Additive(0.0))
+    plain, other = (generate(model, PROMPTS, **options, seed=seed) for seed in (0, 1))
+    shared = generate(model, PROMPTS, nothing, **options, seed=0)
+    assert [r.tokens for r in shared] == [r.tokens for r in plain]
+    assert [r.tokens for r in other] != [r.tokens for r in plain]
+    twice = generate(model, PROMPTS[:1] * 4, **options, seed=0)
+    assert twice[0].tokens == plain[0].tokens
+    assert len({r.tokens for r in twice}) > 1  # a prompt that comes again gets another draw
+
+
+def test_draws_have_the_probabilities_of_the_model(models):
+    model = models["llama"]
+    (prompt,) = model.tokenize(PROMPTS[:1])
+    ids = torch.tensor([prompt])
+    expected = model.next_token_logits(ids, torch.ones_like(ids)).softmax(-1)[0]
+    replies = generate(model, PROMPTS[:1] * 2000, max_new_tokens=1, temperature=1.0)
+    first = torch.tensor([r.tokens[0] if r.tokens else 2 for r in replies])
+    share = torch.bincount(first, minlength=len(expected)) / len(first)
+    assert (share - expected).abs().max() < 0.05 > 4 * (0.25 / 2000) ** 0.5
+    top = replies[int((first == expected.argmax()).nonzero()[0])]
+    assert top.log_probs[0] == pytest.approx(expected.max().log().item(), abs=1e-4)
+
+
+def test_the_trace_says_what_was_read_and_moved(models, steering):
+    model = models["llama"]
+    (reply,) = generate(model, PROMPTS[:1], steering, max_new_tokens=5)
+    trace = reply.trace
+    n = len(model.tokenize(PROMPTS[:1])[0])
+    assert trace.n_prompt == n and len(trace.tokens) == n + len(reply.tokens)
+    assert trace.predicted_error.shape == (3, len(trace.tokens))
+    assert (trace.shift[:, : n - 1] == 0).all()  # from the final prompt token on, not before
+    fed = trace.predicted_error[:, n - 1 : -1]
+    assert ((trace.shift[:, n - 1 : -1] > 0) == (fed > 0.3)).all() and (fed > 0.3).any()
+    # Where nothing moves the probe reads the unsteered model: its own limit is no matter.
+    free = replace(steering, rule=mera_tl.Adaptive())
+    (unsteered,) = generate(model, PROMPTS[:1], free, max_new_tokens=5)
+    assert unsteered.tokens == generate(model, PROMPTS[:1], max_new_tokens=5)[0].tokens
+    assert (unsteered.trace.shift[:, :-1] == 0).all()
+    assert unsteered.trace.predicted_error[0, :n] == pytest.approx(trace.predicted_error[0, :n])
+
+
+def test_what_cannot_be_generated_is_refused(models, steering):
+    model = models["llama"]
+    with pytest.raises(ValueError, match="exceed the 64 tokens"):
+        generate(model, ["a " * 60], max_new_tokens=10)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        generate(model, ["a"], max_new_tokens=0)
+    by_answer = replace(steering, direction=torch.randn(2, 3, 32))
+    with pytest.raises(ValueError, match="mera_tl.calibrate has certified"):
+        generate(model, ["a"], by_answer)
