@@ -18,7 +18,7 @@ ROOMS = (
     "steering",
     "certificate sae",
     # The workbench; nothing above this line imports from below it.
-    "methods",
+    "methods evals",
     "benchmark",
     "report",
     "cli",

@@ -13,6 +13,7 @@ from typing import Any
 
 from mera_tl import storage
 from mera_tl.certificate.description import probe_values, rebuild, tensors_of
+from mera_tl.certificate.plain_code import plain_code
 from mera_tl.steering.spaces import ResidualSpace, Space
 from mera_tl.steering.steering import Steering
 
@@ -44,7 +45,7 @@ def write_folder(
         new.mkdir()
         if steering is not None:
             storage.save_tensors(new / "steering.safetensors", tensors_of(steering))
-        storage.write_text(new / "README.md", _card(folder.name, content, sentence))
+        storage.write_text(new / "README.md", _card(folder.name, content, sentence, steering))
         storage.write_json(new / "steering.json", {**content, "seal": storage.fingerprint(content)})
         if folder.exists():
             os.replace(folder, old)
@@ -96,7 +97,7 @@ def read_steering(
     return {content["chosen"]: steering}
 
 
-def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
+def _card(name: str, content: Mapping[str, Any], sentence: str, certified: Steering | None) -> str:
     """Write the model card: what it does, numbers, promise, limits."""
     setup, first, terms = content["setup"], *sentence.split("\n")
     head = ["---", "library_name: mera_tl", "tags: [steering, activation-engineering]", "---"]
@@ -108,7 +109,7 @@ def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
             f"`{setup['readout']['readout']}`.",
             "",
         ]
-    if "probe" not in content:
+    if certified is None:
         return "\n".join([*lines, "This folder holds no steering."]) + "\n"
     steering = content["evidence"][content["chosen"]]["steering"]
     number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
@@ -146,5 +147,9 @@ def _card(name: str, content: Mapping[str, Any], sentence: str) -> str:
         f'steering = mera_tl.load_steering("{name}", model=model)',
         "outcomes = mera_tl.evaluate(model, task, steering.fwd_hooks())",
         "```",
+        "",
+        "With `steering.attach(model)` it acts on any model object of transformers.",
     ]
+    if (code := plain_code(certified, dtype=setup.get("dtype", "float32"))) is not None:
+        lines += ["", "Without `mera_tl`, in this folder:", "", "```python", code + "```"]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,8 @@ from .directions import euclidean as euclidean
 from .directions import fit_direction as fit_direction
 from .directions import fit_directions as fit_directions
 from .directions import pattern as pattern
+from .export import control_vectors as control_vectors
+from .export import export_control_vector as export_control_vector
 from .generation import Reply as Reply
 from .generation import ReplyTrace as ReplyTrace
 from .generation import Sampling as Sampling

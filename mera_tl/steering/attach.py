@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 from mera_tl.inference.answers import OptionTokens
 from mera_tl.inference.decoding import Window
-from mera_tl.models.model import FwdHooks, Model
+from mera_tl.models.hooks import FwdHooks
+from mera_tl.models.hugging_face import decoder_layers
+from mera_tl.models.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -490,10 +492,3 @@ def _transformer_lens(model: Any, name: str) -> _Host:
             yield block.register_forward_pre_hook(partial(before, number), with_kwargs=True)
 
     return _Host(name, list(model.blocks), model.embed, (model,), watch)
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the layers of a causal language model: its largest list of that many modules."""
-    n_layers = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    return list(max(lists, key=lambda found: sum(w.numel() for w in found.parameters())))

@@ -20,7 +20,8 @@ from torch import Tensor
 from mera_tl.inference.answers import OptionTokens, ReadSettings
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.evaluation import run_batches
-from mera_tl.models.model import FwdHooks, Model
+from mera_tl.models.hooks import FwdHooks
+from mera_tl.models.model import Model
 from mera_tl.steering.steering import SteerHook, Steering
 
 
@@ -105,7 +106,7 @@ def generate(
     tokens = model.tokenize(list(prompts))
     replies = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
     return [
-        Reply(prompt, _text(model, reply, sampling), *_plain(reply), reply.trace(model, hooks))
+        Reply(prompt, text_of(model, reply, sampling), *_plain(reply), reply.trace(model, hooks))
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
 
@@ -238,7 +239,7 @@ def _is_stopped(model: Model, row: Row, stop: Sequence[str]) -> bool:
     return any(each in text for each in stop)
 
 
-def _text(model: Model, row: Row, sampling: Sampling) -> str:
+def text_of(model: Model, row: Row, sampling: Sampling) -> str:
     """Return the text of a reply up to where it stops."""
     text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
     return text[: min([text.find(each) for each in sampling.stop if each in text] + [len(text)])]

@@ -1,0 +1,140 @@
+"""Benchmarks of lm-evaluation-harness on a steered model: the same numbers in any batch."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_task, random_probe
+
+from mera_tl import Adaptive, Steering
+from mera_tl.evals import Continuation, SteeredLM, compare_on_tasks, log_likelihoods
+from mera_tl.inference import ReadSettings, option_tokens
+from mera_tl.steering import Sampling, reply_to
+
+lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.api.instance import Instance  # noqa: E402
+
+PROMPTS = [example.prompt for example in make_task(8).examples]
+POSITIONS = ("all", "last", "final", "generated")
+
+
+def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+
+def steering_of(model, positions: str = "last") -> Steering:
+    return Steering(random_probe(model, scale=3.0), positions=positions).at(0.3)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_log_likelihoods_do_not_depend_on_the_batch(models, positions):
+    model, arguments = (
+        models["llama"],
+        [(p, " red bird tree"[: 4 + 5 * (i % 3)]) for i, p in enumerate(PROMPTS)],
+    )
+    lms = [
+        SteeredLM(model, steering_of(model, positions), settings=ReadSettings(batch_size=size))
+        for size in (1, 3, 8)
+    ]
+    values = [
+        lm.loglikelihood(requests("loglikelihood", arguments), disable_tqdm=True) for lm in lms
+    ]
+    for other in values[1:]:
+        torch.testing.assert_close(
+            *(torch.tensor([v for v, _ in x]) for x in (values[0], other)), atol=1e-4, rtol=0
+        )
+        assert [greedy for _, greedy in other] == [greedy for _, greedy in values[0]]
+    plain = SteeredLM(model).loglikelihood(requests("loglikelihood", arguments), disable_tqdm=True)
+    assert max(abs(a[0] - b[0]) for a, b in zip(plain, values[0], strict=True)) > 0.01
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_continuation_is_scored_as_decoding_would_have_said_it(models, positions):
+    model = models["qwen2"]
+    hooks = steering_of(model, positions).fwd_hooks()
+    prompts = model.tokenize(PROMPTS)
+    rows = reply_to(model, prompts, hooks, Sampling(5))
+    pairs = [Continuation(tuple(r.prompt), tuple(r.tokens)) for r in rows if r.tokens]
+    scored = log_likelihoods(model, pairs, hooks)
+    for (value, is_greedy), row in zip(scored, [r for r in rows if r.tokens], strict=True):
+        assert is_greedy
+        assert value == pytest.approx(sum(row.log_probs), abs=1e-3)
+
+
+def test_long_texts_are_scored_in_windows(models):
+    model = models["gemma2"]
+    text = " ".join(PROMPTS)
+    lm = SteeredLM(model, steering_of(model))
+    (whole,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    ids = lm.tok_encode(text, add_special_tokens=False)
+    assert len(ids) > model.n_ctx and -20 * len(ids) < whole < 0
+    (short,) = SteeredLM(model).loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(PROMPTS[0],)])
+    )
+    ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(PROMPTS[0], add_special_tokens=False)]])
+    logits = model.hooked(ids, attention_mask=torch.ones_like(ids))[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    assert short == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_replies_end_at_stop_texts_and_do_not_depend_on_the_batch(models):
+    model = models["llama"]
+    free = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    lm = SteeredLM(model, steering_of(model))
+    replies = lm.generate_until(requests("generate_until", [(p, free) for p in PROMPTS]))
+    one = SteeredLM(model, steering_of(model), settings=ReadSettings(batch_size=1))
+    assert one.generate_until(requests("generate_until", [(p, free) for p in PROMPTS])) == replies
+    word = replies[0].split()[2]
+    stop = {**free, "until": [word]}
+    (cut,) = lm.generate_until(requests("generate_until", [(PROMPTS[0], stop)]))
+    assert cut == replies[0][: replies[0].index(word)]
+
+
+def test_steering_by_the_answer_needs_its_options(models):
+    model, task = models["llama"], make_task(4)
+    steering = replace(steering_of(model), direction=torch.randn(2, 3, 32), rule=Adaptive(-3.0))
+    with pytest.raises(ValueError, match="knows of none"):
+        SteeredLM(model, steering)
+    options = option_tokens(model, task.options)
+    prompts = model.tokenize(PROMPTS)
+    pairs = [Continuation(tuple(p), (5, 6)) for p in prompts]
+    together = log_likelihoods(model, pairs, steering.fwd_hooks(), options=options)
+    alone = [log_likelihoods(model, [p], steering.fwd_hooks(), options=options)[0] for p in pairs]
+    torch.testing.assert_close(
+        *(torch.tensor([v for v, _ in x]) for x in (together, alone)), atol=1e-4, rtol=0
+    )
+
+
+def test_local_tasks_are_compared_with_paired_intervals(models, tmp_path):
+    lines = [{"text": p, "label": i % 2} for i, p in enumerate(PROMPTS * 3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "toy.yaml").write_text(
+        f"""task: toy_choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path}/rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+    )
+    model = models["llama"]
+    (effect,) = compare_on_tasks(model, steering_of(model), [str(tmp_path / "toy.yaml")], limit=20)
+    assert (effect.task, effect.metric, effect.n) == ("toy_choice", "acc", 20)
+    assert effect.low <= effect.difference <= effect.high
+    assert 0 < effect.unsteered < 1 and effect.n_changed <= 20
+    lm = SteeredLM(model, steering_of(model))
+    arguments = [(line["text"], f" {o}") for line in lines[:20] for o in ("yes", "no")]
+    values = [
+        v for v, _ in lm.loglikelihood(requests("loglikelihood", arguments), disable_tqdm=True)
+    ]
+    said = [int(values[2 * i + 1] > values[2 * i]) for i in range(20)]
+    right = [answer == line["label"] for answer, line in zip(said, lines[:20], strict=True)]
+    assert effect.steered == pytest.approx(sum(right) / 20)
+    with pytest.raises(ValueError, match="no task file"):
+        compare_on_tasks(model, steering_of(model), ["nowhere.yaml"])
