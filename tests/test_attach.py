@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, make_task, random_probe, talking_task
 
 from mera_tl import Adaptive, Additive, Steering, evaluate, load_model
-from mera_tl.inference import Decoding, hooked_pass
+from mera_tl.inference import Decoding, ReadSettings, hooked_pass
 from mera_tl.models import resid_post
 
 N_NEW = 6
@@ -148,12 +148,13 @@ def test_transformer_lens_generates_the_same_tokens(models, family, cached):
 def test_evaluate_on_a_steered_model_is_evaluate_with_hooks(models):
     model = models["qwen2"]
     task = talking_task(model, 16)
-    unsteered = evaluate(model, task)
+    exact = ReadSettings("exact")
+    unsteered = evaluate(model, task, settings=exact)
     for positions in ("all", "last", "final", "generated"):
         steering = steering_for(model, positions)
-        with_hooks = evaluate(model, task, steering.fwd_hooks())
+        with_hooks = evaluate(model, task, steering.fwd_hooks(), settings=exact)
         with steering.attach(model):
-            attached = evaluate(model, task)
+            attached = evaluate(model, task, settings=exact)
         assert torch.equal(with_hooks.predictions, attached.predictions)
         torch.testing.assert_close(with_hooks.probs, attached.probs)
         assert not torch.equal(attached.probs, unsteered.probs), positions
@@ -296,10 +297,10 @@ def test_a_batch_in_bfloat16_is_steered_in_float32_and_cast_once(models, origina
 
 
 def test_steering_by_the_answer_runs_the_answer_pass_itself(models, originals):
-    from mera_tl.inference import ReadSettings, option_tokens, read_batch
+    from mera_tl.inference import option_tokens, read_batch
 
     model, hf, task = models["qwen2"], originals["qwen2"], make_task(12)
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, ReadSettings("last"))
     steering = steering_for(model, "last")
     by_answer = torch.stack([steering.direction, -steering.direction])
     steering = replace(steering, direction=by_answer, rule=Adaptive(-2.0))

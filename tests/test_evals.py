@@ -96,7 +96,7 @@ def test_steering_by_the_answer_needs_its_options(models):
     steering = replace(steering_of(model), direction=torch.randn(2, 3, 32), rule=Adaptive(-3.0))
     with pytest.raises(ValueError, match="knows of none"):
         SteeredLM(model, steering)
-    options = option_tokens(model, task.options)
+    options = option_tokens(model, task, ReadSettings("last"))
     prompts = model.tokenize(PROMPTS)
     pairs = [Continuation(tuple(p), (5, 6)) for p in prompts]
     together = log_likelihoods(model, pairs, steering.fwd_hooks(), options=options)

@@ -86,5 +86,32 @@ def test_what_cannot_be_generated_is_refused(models, steering):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         generate(model, ["a"], max_new_tokens=0)
     by_answer = replace(steering, direction=torch.randn(2, 3, 32))
-    with pytest.raises(ValueError, match="mera_tl.calibrate has certified"):
+    with pytest.raises(ValueError, match="was certified with the readout"):
         generate(model, ["a"], by_answer)
+
+
+def test_the_command_line_replies_side_by_side(models, checkpoints, tmp_path, monkeypatch, capsys):
+    import json
+
+    from mera_tl import calibrate
+    from mera_tl.cli import main
+
+    model, task = models["llama"], make_task(12)
+    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
+    decision = calibrate(
+        model, task.subset(range(12), role="calibration"), [steering], min_gain=-0.99
+    )
+    folder = str(decision.save(tmp_path / "steering"))
+    command = ["mera", "generate", PROMPTS[0], "--steering", folder]
+    command += ["--model", str(checkpoints["llama"]), "--max-new-tokens", "6", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--json"])
+    main()
+    (row,) = json.loads(capsys.readouterr().out)
+    for name, each in (("unsteered", None), ("steered", steering)):
+        (reply,) = generate(model, PROMPTS[:1], each, max_new_tokens=6)
+        assert tuple(row[name]["tokens"]) == reply.tokens and row[name]["text"] == reply.text
+    assert max(map(max, (r[:-1] for r in row["steered"]["shift"]))) > 0
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    out = capsys.readouterr().out
+    assert "unsteered" in out and "Moved 1 tokens of the prompt" in out and "STEER" in out

@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from mera_tl.benchmark.config import check
-from mera_tl.cli import results, steps
+from mera_tl.cli import carried, results, steps
 
 COMMANDS = (
     steps.Run,
@@ -29,6 +29,9 @@ COMMANDS = (
     steps.Calibrate,
     steps.Evaluate,
     steps.Sae,
+    carried.Generate,
+    carried.Eval,
+    carried.Export,
     results.Plan,
     results.Monitor,
     results.Tasks,

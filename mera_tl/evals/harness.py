@@ -47,7 +47,7 @@ class SteeredLM(TemplateLM):
         if self._options is None and any(hook.per_answer for _, hook in self._hooks):
             raise ValueError(
                 "This steering depends on the option that the model is about to answer, and knows "
-                "of none; evaluate one that mera_tl.calibrate has certified."
+                "of none; evaluate one that was certified with the readout last or exact."
             )
 
     @property

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.inference.answers import OptionTokens, ReadSettings
+from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.decoding import Window, hooked_pass, left_pad
 from mera_tl.inference.evaluation import run_batches
+from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
 

@@ -31,8 +31,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mera_tl.inference.answers import OptionTokens
 from mera_tl.inference.decoding import Window
+from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.hugging_face import decoder_layers
 from mera_tl.models.model import Model
@@ -78,6 +78,11 @@ def attach_hooks(
 
 
 def _check(host: "_Host", hooks: Sequence[Any], options: OptionTokens | None) -> None:
+    if options is not None and not options.tokens:
+        raise ValueError(
+            "These options are read as a whole, which takes more than the logits of a prompt; pass "
+            "those of the readout last or exact."
+        )
     if not hooks:
         raise ValueError("There are no hooks to attach; pass those of a Steering.")
     beyond = [hook.layer for hook in hooks if hook.layer >= len(host.layers)]
@@ -94,7 +99,7 @@ def _check(host: "_Host", hooks: Sequence[Any], options: OptionTokens | None) ->
     if options is None and any(hook.per_answer for hook in hooks):
         raise ValueError(
             "This steering depends on the option that the model is about to answer; pass "
-            "options=option_tokens(model, task.options) to say which those are."
+            "options=option_tokens(model, task, ReadSettings('last')) to say which those are."
         )
 
 
@@ -126,15 +131,19 @@ class Generation:
         return cls(tuple(map(tuple, prompts)), none, none.clone(), shift, shift - torch.inf)
 
     @torch.no_grad()
-    def add(self, left: dict[str, Any]) -> None:
-        """Take in what a hook left of one pass."""
-        if "moved" not in left or len(left["moved"]) != len(self.peak):
-            return
-        here = self.peak.device  # of several devices, that of the first steered layer
-        self.n_steered += left.pop("moved").sum(-1).to(here)
-        self.n_steerable += left.pop("steerable").to(here)
-        self.shift += left.pop("shift").to(here)
-        self.peak = self.peak.maximum(left.pop("peak").to(here))
+    def add(self, left: Sequence[dict[str, Any]]) -> None:
+        """Take in what the hooks of one pass left."""
+
+        def stacked(name: str) -> Float[Tensor, "layer batch"]:
+            # Of several devices, that of the first steered layer.
+            return torch.stack([each.pop(name).to(self.peak) for each in left])
+
+        moved = [each.pop("moved").sum(-1).to(self.n_steered) for each in left]
+        # Not in place: tensors of inference mode may be counted on outside of it.
+        self.n_steered = self.n_steered + torch.stack(moved).sum(0)
+        self.n_steerable = self.n_steerable + stacked("steerable").sum(0).long()
+        self.shift = self.shift + stacked("shift").sum(0)
+        self.peak = self.peak.maximum(stacked("peak").amax(0))
 
     def records(self, n_prompts: int) -> Iterator[dict[str, Any]]:
         """Yield one record per prompt; its beams and draws are summed up."""
@@ -197,6 +206,7 @@ class Attachment:
         self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]
         self._needs_place = any(hook.positions != "all" for hook in hooks)
         self._per_answer = any(hook.per_answer for hook in hooks)
+        self._points: list[_Point] = []
         self.n_passes = self.n_calls = self.n_steered = 0
         self.peak = -torch.inf
         self._pass: _Pass | None = None
@@ -214,7 +224,8 @@ class Attachment:
         yield from (h.remove for h in host.watch(self._begin, {h.layer for h in self._hooks}))
         yield host.embed.register_forward_pre_hook(self._see_tokens).remove
         for hook in self._hooks:
-            function = partial(self._steer, hook, _Point())
+            self._points.append(point := _Point())
+            function = partial(self._steer, hook, point)
             yield host.layers[hook.layer].register_forward_hook(function).remove
         for owner in host.generators:
             own = vars(owner).get("generate")  # rarely: someone else has wrapped it for themselves
@@ -243,8 +254,19 @@ class Attachment:
 
         return wrapped
 
+    def _count(self) -> None:
+        """Add up what the hooks left of the latest pass."""
+        left = [point.ctx for point in self._points if "moved" in point.ctx]
+        if not left or self._current is None:
+            return
+        if len(left[0]["moved"]) == len(self._current.peak):
+            self._current.add(left)
+        else:  # rows have dropped out of the batch, and which is which is not known
+            self.n_steered += sum(int(each.pop("moved").sum()) for each in left)
+
     def finish(self) -> None:
         """End the running generation, and log it."""
+        self._count()
         current, self._current, self._answers = self._current, None, None
         self._n_prompt = None
         if current is None:
@@ -280,6 +302,7 @@ class Attachment:
 
     def _begin(self, begun: _Pass) -> None:
         if not self._is_paused:
+            self._count()
             self.n_passes += 1
             self._pass, self._window = begun, None
 
@@ -292,8 +315,6 @@ class Attachment:
         point.ctx["window"] = self._window
         steered = hook(resid, point)
         self.n_calls += 1
-        assert self._current is not None
-        self._current.add(point.ctx)
         if steered is resid:
             return None
         return (steered, *output[1:]) if isinstance(output, tuple) else steered

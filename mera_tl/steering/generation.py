@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mera_tl.inference.answers import OptionTokens, ReadSettings
+from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.evaluation import run_batches
+from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
 from mera_tl.steering.steering import SteerHook, Steering
@@ -101,7 +102,7 @@ def generate(
     if options is None and any(hook.per_answer for _, hook in hooks):
         raise ValueError(
             "This steering depends on the option that the model is about to answer, and knows of "
-            "none; generate with one that mera_tl.calibrate has certified."
+            "none; generate with one that was certified with the readout last or exact."
         )
     tokens = model.tokenize(list(prompts))
     replies = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)

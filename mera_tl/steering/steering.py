@@ -8,6 +8,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,13 +18,16 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mera_tl.inference.answers import OptionTokens, option_tokens
 from mera_tl.inference.decoding import Window
+from mera_tl.inference.variants import OptionTokens, single_tokens
 from mera_tl.models.model import Model, resid_post
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.attach import Attachment, attach_hooks
 from mera_tl.steering.rules import Adaptive, Gated, Rule
 from mera_tl.steering.spaces import ResidualSpace, Space
+
+DENSE = 64
+"""Tokens up to which a pass is steered as a whole where all of them move."""
 
 Positions = Literal["all", "last", "final", "generated"]
 
@@ -186,9 +190,17 @@ class Steering:
         return attach_hooks(model, self.fwd_hooks(), log=log, options=options)
 
     def options(self, model: Model) -> OptionTokens | None:
-        """Return the tokens of the options that it was certified with; None if it was not."""
+        """Return the tokens of the options that it was certified with.
+
+        None if it was not, or if answers were read as whole options (readout "options"), which
+        takes more than the logits of one pass.
+        """
         setup = getattr(self.certificate, "setup", None) or {}
-        return option_tokens(model, setup["options"]) if "options" in setup else None
+        readout = (setup.get("readout") or {}).get("readout", "options")
+        if readout == "options":
+            return None
+        tokens = single_tokens(model, setup["options"], first=readout == "exact")
+        return OptionTokens(tuple(setup["options"]), model.tokenizer, tokens)
 
     def _hooks(self) -> list[tuple[str, "SteerHook"]]:
         return [(resid_post(layer), self.hook(layer)) for layer in self.layer_numbers]
@@ -233,6 +245,11 @@ class SteerHook:
         """Whether the unsteered answer must be known, for the direction or for the probe."""
         return self.step.ndim == 2
 
+    @cached_property
+    def _always_steps(self) -> bool:
+        """Whether no answer has an empty direction; asked once, not at every token."""
+        return bool((self.step != 0).any(-1).all())
+
     def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
         """Return the steered activation."""
         window = hook.ctx.get("window")
@@ -241,22 +258,35 @@ class SteerHook:
             self.per_answer and getattr(window, "answers", None) is None
         ):
             return resid
-        here = resid[:, span]
+        is_whole = span == slice(0, resid.shape[1])
+        here = resid if is_whole else resid[:, span]
         features, score = self.read(here, window)
-        step = self._for_rows(self.step, window).to(here.device)
         amount = self.rule.amount(score)
-        step = step[:, None]
-        moved = (amount != 0) & (step != 0).any(-1)
+        step = self._for_rows(self.step, window).to(here.device)[:, None]
+        moved = amount != 0
+        if not self._always_steps:
+            moved = moved & (step != 0).any(-1)
         if window is not None:
             inside = self._inside(span, window).to(here.device)
             moved = moved & inside
             margin = (span.start, resid.shape[1] - span.stop)
-            hook.ctx["moved"] = torch.nn.functional.pad(moved, margin)
+            hook.ctx["moved"] = moved if is_whole else torch.nn.functional.pad(moved, margin)
             hook.ctx["shift"] = torch.zeros(len(here), device=here.device)
             hook.ctx["steerable"] = inside.sum(-1)
             hook.ctx["peak"] = score.masked_fill(~inside, -torch.inf).amax(-1)
-        if not moved.any():
+        n_moved = int(moved.sum())
+        if not n_moved:
             return resid
+        if n_moved == moved.numel() <= DENSE:
+            # A decoded token: picking what moves would cost more than moving it.
+            steered_here = self.space.write(here, features, amount[..., None] * step, self.layer)
+            if window is not None:
+                hook.ctx["shift"] = _relative(steered_here, here).sum(-1)
+            return (
+                steered_here
+                if is_whole
+                else torch.cat([resid[:, : span.start], steered_here, resid[:, span.stop :]], dim=1)
+            )
         # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
         shift = amount[moved][:, None] * step.expand_as(features)[moved]
         before = here[moved]
@@ -264,9 +294,8 @@ class SteerHook:
         steered = resid.clone()
         steered[:, span][moved] = after
         if window is not None:
-            size = before.float().norm(dim=-1).clamp(min=1e-12)
-            relative = (after - before).float().norm(dim=-1) / size
-            hook.ctx["shift"].index_add_(0, moved.nonzero()[:, 0], relative)
+            rows = moved.nonzero()[:, 0]
+            hook.ctx["shift"].index_add_(0, rows, _relative(after, before))
         return steered
 
     def read(
@@ -276,10 +305,9 @@ class SteerHook:
         features = self.space.read(resid, self.layer)
         weights = self._for_rows(self.weights, window).to(resid.device)
         bias = self._for_rows(self.bias[..., None], window).to(resid.device)
-        score = einsum(
-            features, weights.expand(len(resid), -1), "batch pos d, batch d -> batch pos"
-        )
-        return features, score + bias
+        if len(weights) == 1:  # the same for all rows
+            return features, features @ weights[0] + bias
+        return features, einsum(features, weights, "batch pos d, batch d -> batch pos") + bias
 
     @staticmethod
     def _for_rows(
@@ -309,6 +337,14 @@ class SteerHook:
         final = window.ends.to(real.device)[:, None] - 1
         in_scope = {"last": column >= final, "final": column == final, "generated": column > final}
         return real & in_scope[self.positions]
+
+
+def _relative(
+    after: Float[Tensor, "*tokens d_model"], before: Float[Tensor, "*tokens d_model"]
+) -> Float[Tensor, "*tokens"]:
+    """Return the length of a shift relative to what it moved."""
+    size = before.float().norm(dim=-1).clamp(min=1e-12)
+    return (after - before).float().norm(dim=-1) / size
 
 
 def first_column(positions: str, n_prompt: int, n_columns: int) -> int:
