@@ -91,18 +91,21 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Json:
-    """Read a JSON file.
+    """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: if the file is missing, unreadable or not JSON.
+        ValueError: if the file is missing, unreadable or no JSON object.
     """
-    return _parse(read_text(path), str(path))
+    value = _parse(read_text(path), str(path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no JSON object; delete it and run the step again.")
+    return value
 
 
 def _parse(text: str, title: str) -> Json:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{title} is not JSON ({error}); delete it and run the step again."
         ) from None
@@ -137,6 +140,20 @@ def read_records(path: str | Path) -> list[dict[str, Json]]:
 def write_records(path: str | Path, records: Sequence[Mapping[str, Json]]) -> None:
     """Write a JSONL file of records whole or not at all."""
     write_text(path, "".join(json.dumps(record, default=_plain) + "\n" for record in records))
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a path that is no folder and cannot become one, before work is put into it.
+
+    Raises:
+        ValueError: naming the path.
+    """
+    with _told(folder, "written"):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(20, "Not a folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(13, "Permission denied")
 
 
 @contextmanager

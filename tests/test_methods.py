@@ -54,7 +54,7 @@ def test_a_direction_goes_through_the_same_calibration_as_the_papers(name, tmp_p
     run.splits = run.splits._replace(calibration=run.splits.calibration.subset(range(60)))
     treatment = METHODS[name].treat(run)
     assert treatment.calibration is not None
-    assert treatment.calibration.terms == run.terms
+    assert treatment.calibration.terms == run.terms(name)
     thresholds = [row.threshold for row in treatment.calibration.evidence]
     assert thresholds == pytest.approx(DEFAULT_THRESHOLDS)
     assert treatment.details["direction"] == name.removesuffix("_probe")

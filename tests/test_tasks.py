@@ -503,7 +503,7 @@ def test_own_task_in_toml(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"data": "absent.csv"}, "absent.csv cannot be read"),
-        ({"data": None}, "has no 'data'"),
+        ({"data": None}, "has neither 'data'"),
         ({"option": ["a"]}, "unknown key 'option'; did you mean options"),
         ({"options": "good bad"}, "write a list there"),
         ({"options": [True, False]}, "not text; put it in quotes"),

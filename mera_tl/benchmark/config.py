@@ -66,6 +66,9 @@ class RunOptions:
     thresholds: str = "default"
     """Thresholds that MERA's rule may steer at: default (ten from .001 to .7), paper (ten from .001
     to .99), or numbers (0.1,0.3). Each costs confidence."""
+    primary: str | None = None
+    """Method that gets all of delta, the others nothing. Default: the methods of a run share it,
+    `searched` getting half."""
     bound: Literal["unconditional", "mcnemar", "betting", "hoeffding"] | None = None
     """Test behind the certificate. Default: unconditional for correct, betting for error."""
     probe_penalty: float | None = None
@@ -201,23 +204,23 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
     return found
 
 
-def _between(low: float | int, high: float | int) -> Callable[[Any], bool]:
+def _between(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: low < value < high
 
 
-def _from(low: int, most: float | int = 1e9) -> Callable[[Any], bool]:
+def _from(low: int, most: int = 10**9) -> Callable[[Any], bool]:
     return lambda value: low <= value <= most
 
 
 _COUNT, _COUNT_OR_0 = (_from(1), "1 or more"), (_from(0), "0 or more")
-_SHARE = (_between(0, 1), "a number between 0 and 1, such as 0.05")
+_SHARE = (_between(0.0, 1.0), "a number between 0 and 1, such as 0.05")
 _SEED = (_from(0, 2**32 - 1), "a whole number from 0 to 4294967295")
 _TEXT = (lambda text: bool(str(text).strip()), "a name or a path, not blank")
-_POSITIVE = (_between(0, math.inf), "a finite number above 0")
+_POSITIVE = (_between(0.0, math.inf), "a finite number above 0")
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("model", "task", "data_dir", "template", "sae"), _TEXT),
+    **dict.fromkeys(("model", "task", "data_dir", "template", "sae", "primary"), _TEXT),
     **dict.fromkeys(("delta", "power"), _SHARE),
-    **dict.fromkeys(("min_gain", "floor"), (_between(-1, 1), "a gain between -1 and 1")),
+    **dict.fromkeys(("min_gain", "floor"), (_between(-1.0, 1.0), "a gain between -1 and 1")),
     "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1"),
     "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
     **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),
@@ -254,6 +257,11 @@ def check(options: Any) -> None:
         if listed and (not value or len(set(value)) < len(value)) and option.name != "pilot":
             fault = "names one twice" if value else "is empty"
             raise ValueError(f"{option.name}={value!r} {fault}; give at least one, each once.")
+    if values.get("primary") not in (None, *values.get("methods", (values.get("primary"),))):
+        raise ValueError(
+            f"primary={values['primary']!r} is none of the methods {', '.join(values['methods'])}; "
+            "name one of them."
+        )
     if "layers" in values:
         parse_layers(values["layers"])
         parse_thresholds(values.get("thresholds", "default"))

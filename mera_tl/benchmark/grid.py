@@ -18,7 +18,7 @@ from mera_tl.benchmark.cluster import map_jobs
 from mera_tl.benchmark.config import GridConfig, RunConfig
 from mera_tl.benchmark.run import Run, load_configured, open_run
 from mera_tl.inference.progress import is_watched
-from mera_tl.methods.methods import find_method
+from mera_tl.methods.methods import find_methods
 from mera_tl.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ def run_grid(
         ValueError: if a method is unknown, or another process works in the folder.
     """
     folder = Path(folder).resolve()
-    for name in config.methods:
-        find_method(name)
+    for space in config.spaces:
+        find_methods(config.methods, space)
     cache = folder / "shared" if cache is None else Path(cache).resolve()
     jobs = [
         GridJob(run, config.methods, str(folder / run_name(run)), str(cache))
@@ -84,6 +84,7 @@ def run_job(job: GridJob) -> list[Record]:
             job.config, job.folder, progress=False, load=_latest_model, cache=Path(job.cache)
         )
         with opened as run:
+            run.announce(job.methods)
             for name in job.methods:
                 records.append(_attempt(run, name))
     except Exception as error:  # names or data that do not load: all that is left fails alike

@@ -46,7 +46,7 @@ def decision_of(treatment: Treatment) -> dict[str, Any]:
         return {"decision": None, "threshold": None, "certificate": None}
     return {
         "decision": decision.decision.value,
-        "threshold": decision.threshold if decision.strength is None else decision.strength,
+        "threshold": decision.strength if decision.threshold is None else decision.threshold,
         "certificate": str(decision),
     }
 

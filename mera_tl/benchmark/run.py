@@ -8,20 +8,24 @@ outcomes/<method>.jsonl, records.jsonl. A folder goes on with the options, the d
 it began with, or is refused.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers, parse_thresholds
 from mera_tl.benchmark.records import decision_of, scores, versions
+from mera_tl.benchmark.resources import choose_threads
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.sharing import share_delta
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -47,6 +51,7 @@ if TYPE_CHECKING:  # an abstract property may be overridden by a property only
 FORMAT = 1
 """Of records; raised when a field changes its meaning."""
 Content = TypeVar("Content")
+logger = logging.getLogger(__name__)
 
 
 class Run(methods.Run):
@@ -77,8 +82,10 @@ class Run(methods.Run):
 
     @cached_property
     def model(self) -> Model:
-        """The model, loaded."""
-        return self._load(self.config)
+        """The model, loaded, on as many threads as it is worth."""
+        model = self._load(self.config)
+        choose_threads(model)
+        return model
 
     @cached_property
     def splits(self) -> Splits:
@@ -103,11 +110,60 @@ class Run(methods.Run):
             correction=config.sae_correction,
         )
 
+    def announce(self, methods: Sequence[str]) -> None:
+        """Fix how methods share delta, before an outcome of theirs is seen.
+
+        Methods that come later share a delta of their own: then the promises of all hold together
+        with the sum only, which is said, here and in their records.
+
+        Raises:
+            ValueError: if a method is unknown, or the primary one asks for no certificate.
+        """
+        found = find_methods(methods, self.config.space)
+        known = {name for family in self._families for name in family}
+        new = [each.name for each in found if each.certifies and each.name not in known]
+        primary = self.config.primary if self.config.primary not in known else None
+        if primary is not None and primary not in new:
+            asking = ", ".join(new) or "none"
+            raise ValueError(
+                f"primary={primary!r} is not among the methods that ask for a certificate "
+                f"({asking}); name one of them."
+            )
+        if not new:
+            return
+        path = self.folder / "shares.json"
+        families = [*self._families, share_delta(new, self.config.delta, primary=primary)]
+        storage.write_json(path, {"families": families})
+        if len(families) > 1:
+            logger.warning(
+                "%s: %s came after %s on the same calibration examples; the promises of all hold "
+                "together only with delta %g.",
+                *(self.folder, ", ".join(new), ", ".join(sorted(known)), self.familywise_delta),
+            )
+
     @property
-    def terms(self) -> Terms:
-        """The terms of this run's certificates."""
+    def _families(self) -> list[dict[str, float]]:
+        path = self.folder / "shares.json"
+        return storage.read_json(path)["families"] if path.exists() else []
+
+    @property
+    def familywise_delta(self) -> float:
+        """Greatest probability that any certificate of this folder is wrong."""
+        return self.config.delta * len(self._families)
+
+    def terms(self, method: str) -> Terms:
+        """Return the terms of a method's certificate: what is its own of delta."""
         config = self.config
-        return Terms(delta=config.delta, metric=config.metric, bound=config.bound, seed=config.seed)
+        family: dict[str, float] = {}
+        for each in self._families:
+            family = each if method in each else family
+        return Terms(
+            delta=family[method] if method in family else config.delta,  # noqa: SIM401
+            run_delta=config.delta if len(family) > 1 else None,
+            metric=config.metric,
+            bound=config.bound,
+            seed=config.seed,
+        )
 
     def check(self) -> None:
         """Load what was named; nothing is run yet.
@@ -123,6 +179,22 @@ class Run(methods.Run):
                 f"layers, numbered 0 to {self.model.n_layers - 1}; choose among them."
             )
         _ = self.space  # SAEs that are not there, or do not fit, fail before anything is run
+
+    def content(self) -> dict[str, Any]:
+        """Say by hashes what the folder is made of: data, weights and the version of this code."""
+        return {
+            **self.cheap_content(),
+            "model": self.model.fingerprint,
+        }
+
+    def cheap_content(self) -> dict[str, Any]:
+        """Return what can be said of it without loading the model."""
+        return {
+            "format": FORMAT,
+            "mera_tl": version("mera-tl"),
+            "data": {split.role: split.data_hash for split in self.splits},
+            "model_files": _sizes_and_times(Path(self.config.model)),
+        }
 
     # --- what is computed once, and found again -------------------------------------------------
 
@@ -222,7 +294,7 @@ class Run(methods.Run):
             self.splits.calibration,
             candidates,
             min_gain=self.config.min_gain,
-            terms=self.terms,
+            terms=self.terms(name),
             settings=self.read,
         )
         return self.decide(name, certify)
@@ -245,6 +317,7 @@ class Run(methods.Run):
         return {
             "model": self.model.manifest,
             "device": str(self.model.device),
+            "engine": self.config.engine,
             "data": [task.name, task.role, task.data_hash],
             "tokens": storage.fingerprint(prompts),
             "read": read,
@@ -255,7 +328,7 @@ class Run(methods.Run):
 
     def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield one record per method, computing those that are not in the folder yet."""
-        find_methods(methods, self.config.space)  # all are checked before the first costs anything
+        self.announce(methods)  # all are checked before the first costs anything
         for name in methods:
             yield self.record(name)
 
@@ -268,6 +341,7 @@ class Run(methods.Run):
         path = self.folder / "records.jsonl"
         done = {record["method"]: record for record in storage.read_records(path)}
         if method.name not in done:
+            self.announce([name])
             done[method.name] = self._evaluate(method.name)
             order = [*METHODS, *done]
             ordered = sorted(done.values(), key=lambda record: order.index(record["method"]))
@@ -276,6 +350,7 @@ class Run(methods.Run):
 
     def treat(self, name: str) -> Treatment:
         """Return what a method does, from the folder as far as it is there."""
+        self.announce([name])
         return find_method(name).treat(self)
 
     def _evaluate(self, name: str) -> dict[str, Any]:
@@ -296,6 +371,8 @@ class Run(methods.Run):
             "seed": self.config.seed,
             **scores(outcomes, base),
             **decision_of(treatment),
+            "delta": None if treatment.calibration is None else treatment.calibration.terms.delta,
+            "familywise_delta": self.familywise_delta,
             "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),
@@ -360,15 +437,42 @@ def open_run(
     """
     folder = Path(folder)
     run = Run(config, folder, progress=progress, load=load, cache=cache)
+    path = folder / "config.json"
+    if path.exists():
+        _require_same(storage.read_json(path), config, folder)
+    else:
+        storage.require_folder(folder)
+        run.check()  # bad names, data and layers fail before anything is written
     with storage.lock(folder):
         storage.sweep(folder)
-        path = folder / "config.json"
         if path.exists():
             _require_same(storage.read_json(path), config, folder)
+            _require_content(storage.read_json(folder / "content.json"), run)
         else:
-            run.check()  # bad names, data and layers fail before anything is written
+            storage.write_json(folder / "content.json", run.content())
             storage.write_json(path, config.to_json())
         yield run
+
+
+def _require_content(kept: dict[str, Any], run: Run) -> None:
+    """Refuse a folder that began with other data, weights or code under the same names."""
+    now = run.cheap_content()
+    differ = [name for name in ("format", "mera_tl", "data") if kept.get(name) != now[name]]
+    # Files of another size or time may hold the same weights, copied; then their hash is the same.
+    if kept.get("model_files") != now["model_files"] and kept.get("model") != run.model.fingerprint:
+        differ.append("the model's weights")
+    if differ:
+        raise ValueError(
+            f"{run.folder} holds a run with other content under the same names (changed: "
+            f"{', '.join(differ)}); choose another --out, or restore what it began with."
+        )
+
+
+def _sizes_and_times(path: Path) -> dict[str, list[int]]:
+    """Return size and time of a local model's files; nothing for a name of the hub."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    stats = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None:

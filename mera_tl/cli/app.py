@@ -15,6 +15,7 @@ from mera_tl.cli.parsing import parse
 def main() -> None:
     """Parse the command line and run the command; MERA_DEBUG=1 shows tracebacks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the core
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets lines, not bars
     try:

@@ -57,7 +57,7 @@ GROUPS = {
     "model": "chat readout max_new_tokens dtype engine device n_devices",
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
     "sae sae_sibling sae_correction",
-    "certificate": "min_gain delta metric thresholds bound",
+    "certificate": "min_gain delta primary metric thresholds bound",
     "speed": "batch_size batch_tokens cache shards ray gpus",
     "output": "out config overwrite dry_run json verbose quiet",
 }
@@ -203,9 +203,12 @@ def _with_file(argv: Sequence[str]) -> list[str]:
     if "--config" not in argv[:-1]:
         return argv
     path = Path(argv[argv.index("--config") + 1])
-    text = path.read_text(encoding="utf-8")
     readers = {".toml": tomllib.loads, ".json": json.loads}
-    values = readers.get(path.suffix, yaml.safe_load)(text)
+    try:
+        values = readers.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as options ({reason}); correct it.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no options; write them as `name: value`, one a line.")
     told: list[str] = []

@@ -103,10 +103,12 @@ class Run(Step):
 
     def __call__(self) -> None:
         from mera_tl.benchmark.run import open_run
+        from mera_tl.methods.methods import find_methods
 
         terminal.start_logging(verbose=self.verbose, quiet=self.quiet)
         out, started = console(quiet=self.quiet, stderr=self.json), time.perf_counter()
         each = self.each_task()
+        find_methods(self.methods, self.space)
         if self.dry_run:
             return _dry_run(each, self.methods)
         for config, folder in each:
@@ -182,6 +184,7 @@ class Calibrate(Step):
 
         out = console(quiet=self.quiet)
         with self.opened() as opened:
+            opened.announce(self.methods)
             for method in find_methods(self.methods, self.space):
                 decision = method.treat(opened).calibration or "needs no certificate"
                 out.print(f"[bold]{method.name}[/bold]: {decision}")

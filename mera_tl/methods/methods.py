@@ -54,8 +54,7 @@ class Run(ABC):  # noqa: B024
     def activations(self) -> Activations: ...
     @property
     def space(self) -> Space: ...
-    @property
-    def terms(self) -> Terms: ...
+    def terms(self, method: str) -> Terms: ...
     def probe(self, name: str) -> LinearProbe: ...
     def steering(self, probe: LinearProbe) -> Steering: ...
     def calibrate(
@@ -234,17 +233,17 @@ def _searched(run: Run) -> Treatment:
 
 
 def _look(run: Run) -> Search:
-    choices = Choices(metric=run.terms.metric, seed=run.config.seed)
+    choices = Choices(metric=run.config.metric, seed=run.config.seed)
     train, learned = run.splits.train, run.activations
     return search(run.model, train, learned, choices=choices, settings=run.read, space=run.space)
 
 
 def _flip(run: Run) -> Treatment:
     """Answer the second-best option where the predicted error is too high."""
-    choices = Choices(metric=run.terms.metric, seed=run.config.seed)
+    choices = Choices(metric=run.config.metric, seed=run.config.seed)
     look = partial(search_flip, run.splits.train, run.activations, choices=choices)
     found = _search(run, "flip", look)
-    options = {"terms": run.terms, "min_gain": run.config.min_gain, "settings": run.read}
+    options = {"terms": run.terms("flip"), "min_gain": run.config.min_gain, "settings": run.read}
     certify = partial(certify_flip, run.model, run.splits.calibration, found, **options)
     decision = run.decide("flip", certify)
     details, probe, threshold = _details(found), found.steering.probe, decision.threshold

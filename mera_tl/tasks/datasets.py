@@ -30,6 +30,35 @@ class Form:
     """Options for the values of `label` that are not an option's own text; case does not count."""
     keep: Mapping[str, str] = field(default_factory=dict)
     """A pattern for each column that says which rows belong to the task; case does not count."""
+    label_in_prompt: bool = False
+    """Whether a field may show the column of the true option: the answer is then in the prompt."""
+
+    def check(self, title: str) -> None:
+        """Refuse a wording that names no field, another one than `text`, or the true answer.
+
+        Raises:
+            ValueError: saying which.
+        """
+        names = _FIELD.findall(self.template)
+        if not names:
+            raise ValueError(
+                "The template names no column, so every prompt would be the same; write {text}, "
+                "or another column's name in braces, where the row's text belongs."
+            )
+        if self.text and self.text not in names:
+            raise ValueError(
+                f"{title} has text = {self.text!r}, but the template's fields are "
+                f"{', '.join(names)}; name the one that may be shortened, or leave text out."
+            )
+        for name in names:
+            columns = self.columns.get(name, ())
+            shown = self.label in ([columns] if isinstance(columns, str) else columns)
+            if shown and not self.label_in_prompt:
+                raise ValueError(
+                    f"The field {{{name}}} of {title} is the column {self.label!r}, the true "
+                    "answer, so the prompt would give it away; take another column, or say "
+                    "label_in_prompt = true if you mean it."
+                )
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,7 @@ class Dataset:
     hub: Hub | None = None
 
 
+_SOURCE_KEYS = ("data", "hub", "config", "split", "encoding")
 _FORM_KEYS = tuple(each.name for each in fields(Form))
 
 
@@ -196,11 +226,7 @@ def questions(
     Raises:
         ValueError: if a column is missing, a label is no option, or no row remains.
     """
-    if not _FIELD.search(form.template):
-        raise ValueError(
-            "The template names no column, so every prompt would be the same; write {text}, "
-            "or another column's name in braces, where the row's text belongs."
-        )
+    form.check(title)
     asked: list[Question] = []
     left_out: dict[str, int] = {}
     for number, row in enumerate(rows):
@@ -284,23 +310,33 @@ def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> i
 def definition(keys: Mapping[str, Any], title: str) -> Dataset:
     """Make a data set of the keys in a user's file.
 
-    Keys: `options`, `template` and `data` (the path of a csv, tsv, jsonl or parquet file); and,
-    where they differ from the defaults, `encoding` and the fields of `Form`.
+    Keys: `options`, `template` and either `data` (the path of a csv, tsv, jsonl or parquet file) or
+    `hub` (a data set's id on the Hugging Face hub, with `split` and `config`); and, where they
+    differ from the defaults, `encoding` and the fields of `Form`.
 
     Raises:
         ValueError: if a key is missing, unknown or ill-typed, or options and labels do not fit.
     """
-    kinds = {"options": list, "data": str, "encoding": str}
+    kinds: dict[str, type] = {"options": list, **dict.fromkeys(_SOURCE_KEYS, str)}
     kinds |= {key: dict if key in ("columns", "labels", "keep") else str for key in _FORM_KEYS}
+    kinds["label_in_prompt"] = bool
     for key, value in keys.items():
         if key not in kinds:
             raise ValueError(f"{title} has an unknown key {key!r}{nearest(key, kinds)}.")
         if not isinstance(value, kinds[key]):
-            kind = {list: "a list", dict: "a table", str: "text"}[kinds[key]]
+            kind = {list: "a list", dict: "a table", str: "text", bool: "true or false"}[kinds[key]]
             raise ValueError(f"{title} has {key} = {value!r}; write {kind} there.")
-    for key in ("options", "template", "data"):
+        if isinstance(value, str) and key != "text" and not value.strip():
+            raise ValueError(f"{title} has an empty {key!r}; write it out, or leave the key out.")
+    for key in ("options", "template"):
         if not keys.get(key):
             raise ValueError(f"{title} has no {key!r}; a task needs options, template and data.")
+    if ("data" in keys) == ("hub" in keys):
+        raise ValueError(
+            f"{title} has {'both' if 'data' in keys else 'neither'} 'data' (a file) and 'hub' (an "
+            "id on the Hugging Face hub); a task needs one of them."
+        )
+    _check_tables(keys, title)
     options, labels = tuple(keys["options"]), keys.get("labels", {})
     for word in (*options, *labels.values()):
         if not isinstance(word, str):
@@ -308,7 +344,7 @@ def definition(keys: Mapping[str, Any], title: str) -> Dataset:
                 f"{title} has the option {word!r}, which is not text; put it in quotes "
                 '(YAML reads a bare yes or no as true or false: write "yes").'
             )
-    if len({option.casefold() for option in options}) < max(2, len(options)):
+    if len({option.strip().casefold() for option in options} - {""}) < max(2, len(options)):
         raise ValueError(f"{title} has options {options}; give two or more different ones.")
     if unknown := set(labels.values()) - set(options):
         raise ValueError(
@@ -316,7 +352,35 @@ def definition(keys: Mapping[str, Any], title: str) -> Dataset:
             f"{', '.join(options)}; map every label to an option."
         )
     form = Form(**{key: keys[key] for key in _FORM_KEYS if key in keys})
+    form.check(title)
+    if "hub" in keys:
+        hub = Hub(keys["hub"], keys.get("split", "train"), form, keys.get("config"))
+        return Dataset(options, hub=hub)
     return Dataset(options, Plain("", keys["data"], form, encoding=keys.get("encoding", "utf-8")))
+
+
+def _check_tables(keys: Mapping[str, Any], title: str) -> None:
+    """Check what `columns`, `keep` and `labels` hold."""
+    used = _FIELD.findall(keys["template"])
+    for name, columns in keys.get("columns", {}).items():
+        listed = columns if isinstance(columns, list) else [columns]
+        if not listed or not all(isinstance(column, str) and column for column in listed):
+            raise ValueError(f"{title} has columns.{name} = {columns!r}; write columns' names.")
+        if name not in used:
+            raise ValueError(
+                f"{title} has columns.{name}, but the template has no field {{{name}}}"
+                f"{nearest(str(name), used)}."
+            )
+    for column, pattern in keys.get("keep", {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{title} has keep.{column} = {pattern!r}, which is no pattern ({error})."
+            ) from None
+    given = [str(value).strip().casefold() for value in keys.get("labels", {})]
+    if len(set(given)) < len(given):
+        raise ValueError(f"{title} has a label twice in 'labels'; case does not count.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

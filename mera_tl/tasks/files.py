@@ -96,7 +96,7 @@ def _json_lines(text: str) -> Sequence[Row]:
     for number, line in enumerate(_lines(text)):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number + 1} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number + 1} is not a JSON object")
@@ -116,6 +116,9 @@ def _tsv(text: str) -> Sequence[Row]:
 
 def _delimited(reader: Any) -> Sequence[Row]:
     """Refuse rows that are longer or shorter than the header: their columns are not known."""
+    header = [name.strip() for name in reader.fieldnames or ()]
+    if len({name.casefold() for name in header} - {""}) < len(header):
+        raise ValueError(f"the header {', '.join(header)} has a column twice, or one without name")
     rows = list(reader)
     for number, row in enumerate(rows):
         if None in row or None in row.values():
@@ -141,7 +144,7 @@ def read_keys(path: Path) -> dict[str, Any]:
         keys = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path.") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a TOML or YAML file ({reason}); correct it.") from None
     if not isinstance(keys, dict):

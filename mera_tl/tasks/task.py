@@ -264,11 +264,13 @@ def load_task(
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)
         keys = sources.read_keys(path)
+        if {"template", "template_file"} <= keys.keys():
+            raise ValueError(f"{path} has template and template_file; leave one of them out.")
         if "template_file" in keys:
             wording = sources.read_template(path.parent / str(keys.pop("template_file")))
             keys["template"] = wording
         dataset = catalogue.definition(keys, str(path))
-        name, base = path.stem, base or path.parent
+        name, base = path.stem, base or (path.parent if dataset.plain else None)
     elif name in catalogue.DATASETS:
         dataset = catalogue.DATASETS[name]
     else:
@@ -296,7 +298,7 @@ def _find(
     """Find the rows: plain files first, then a `save_to_disk` folder; without a folder, the hub."""
     plain, hub = dataset.plain, dataset.hub
     if folder is None:
-        assert hub is not None  # only a user's task has none, and its folder is known
+        assert hub is not None  # only a user's file has none, and its folder is known
         return sources.read_hub(hub.id, hub.config, hub.split), hub.form
     if not folder.is_dir():
         raise ValueError(f"There is no data folder {folder}; check the path.")

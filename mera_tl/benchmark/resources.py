@@ -1,0 +1,27 @@
+"""What a run takes of a machine: threads."""
+
+import os
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from mera_tl.models.model import Model
+
+SMALL = 50_000_000
+"""Parameters below which a second thread costs more than it brings."""
+
+
+def choose_threads(model: Model) -> int:
+    """Give this process as many threads as the model is worth, and return how many.
+
+    A small model's operators take microseconds: more threads spend their time waiting for each
+    other, and beside another busy process they wait for their turn as well. `OMP_NUM_THREADS` is
+    the last word.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    size = sum(weight.numel() for weight in model.hooked.parameters())
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = int(asked) if asked.isdigit() else 1 if size < SMALL else available or 1
+    torch.set_num_threads(max(1, threads))
+    threadpool_limits(max(1, threads), user_api="blas")
+    return max(1, threads)
