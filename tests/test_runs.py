@@ -1,0 +1,85 @@
+"""A run's folder: how its methods share delta, and what it may be used for again."""
+
+from dataclasses import replace
+
+import pytest
+from test_cli import write_task
+
+from mera_tl.benchmark import Run, RunConfig, open_run
+
+CONFIG = RunConfig(model="organism", task="spam_cue")
+METHODS = ("optimal_probe", "no_steering", "flip", "searched")
+
+
+@pytest.mark.parametrize("methods", [METHODS, METHODS[::-1]])
+def test_methods_share_delta_whatever_their_order(methods, tmp_path):
+    run = Run(CONFIG, tmp_path)
+    assert run.terms("flip").delta == 0.05  # alone, before anything is announced
+    run.announce(methods)
+    shares = {name: run.terms(name).delta for name in ("searched", "flip", "optimal_probe")}
+    assert shares == {"searched": 0.025, "flip": 0.0125, "optimal_probe": 0.0125}
+    assert run.terms("flip").run_delta == run.familywise_delta == 0.05
+    run.announce(methods[:2])  # known already: nothing changes, also for a second process
+    assert Run(CONFIG, tmp_path).terms("flip").delta == 0.0125
+
+
+def test_a_primary_method_gets_all_and_must_be_among_them(tmp_path):
+    run = Run(replace(CONFIG, primary="flip"), tmp_path)
+    with pytest.raises(ValueError, match="primary='flip' is not among"):
+        run.announce(["searched", "no_steering"])
+    run.announce(METHODS)
+    assert [run.terms(name).delta for name in ("flip", "searched")] == [0.05, 0.0]
+
+
+def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
+    run = Run(CONFIG, tmp_path)
+    run.announce(["searched"])
+    assert not caplog.records and run.terms("searched").delta == 0.05
+    run.announce(["flip", "optimal_probe"])
+    assert run.terms("flip").delta == 0.025 and run.familywise_delta == 0.1
+    assert "together only with delta 0.1" in caplog.text
+
+
+def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
+    import shutil
+
+    model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    sizes = {"train": "30", "calibration": "15", "test": "15"}
+    config = RunConfig(model=str(model), task=write_task(tmp_path), **sizes)
+    out = tmp_path / "run"
+    with open_run(config, out, progress=False) as run:
+        first = run.record("no_steering")
+    for path in model.iterdir():
+        path.touch()  # a copy of the same weights
+    with open_run(config, out, progress=False) as run:
+        assert run.record("no_steering") == first
+    data = tmp_path / "toy.csv"
+    text = data.read_text("utf-8")
+    data.write_text(text.replace("red", "blue"), "utf-8")
+    with (
+        pytest.raises(ValueError, match=r"changed: data\)"),
+        open_run(config, out, progress=False),
+    ):
+        pass
+    data.write_text(text, "utf-8")
+    weights = model / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1  # one bit of one neuron
+    weights.write_bytes(changed)
+    with (
+        pytest.raises(ValueError, match=r"changed: the model's weights\)"),
+        open_run(config, out, progress=False),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "config.json", "content.json"])
+def test_a_damaged_file_of_a_folder_is_named(name, checkpoints, tmp_path):
+    config = RunConfig(model="organism", task="spam_cue", train="30", calibration="9", test="9")
+    out = tmp_path / "run"
+    with open_run(config, out, progress=False) as run:
+        run.record("no_steering")
+    path = out / name
+    path.write_text(path.read_text("utf-8")[:20], "utf-8")
+    with pytest.raises(ValueError, match=name), open_run(config, out, progress=False) as run:
+        run.record("no_steering")
