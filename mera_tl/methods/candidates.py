@@ -11,26 +11,18 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl.inference.activations import Activations
-from mera_tl.inference.answers import (
-    OptionTokens,
-    Reading,
-    ReadSettings,
-    about_to_answer,
-    option_tokens,
-    read_again,
-)
-from mera_tl.inference.decoding import Decoding, hooked_pass
-from mera_tl.inference.evaluation import evaluate, run_batches, tokenize_task
+from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.outcomes import Metric, Outcomes
 from mera_tl.models.model import Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.directions import Direction, fit_directions
+from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive, Gated
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Positions, Steering
@@ -233,84 +225,8 @@ class Bench:
         """Return paired gains at these places, NaN elsewhere."""
         gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
         where = torch.tensor(places)
-        short = [row for row, name in enumerate(names) if name.positions != "all"]
-        if short:
-            gains[short] = self._from_last_token([names[row] for row in short], places, title)
-        task, base = self.task.subset(places), self.base.subset(where)
-        quiet = replace(self.settings, progress=False)
-        for row in set(range(len(names))) - set(short):
-            hooks = self.steering(names[row]).fwd_hooks()
-            steered = evaluate(self.model, task, hooks, settings=quiet)
-            gains[row, where] = steered.gain(base, self.metric)
+        steerings = [self.steering(name) for name in names]
+        base, task = self.base.subset(where), self.task.subset(places)
+        runs = evaluate_many(self.model, task, steerings, settings=self.settings, title=title)
+        gains[:, where] = torch.stack([run.gain(base, self.metric) for run in runs])
         return gains
-
-    def _from_last_token(
-        self, names: Sequence[Candidate], places: Sequence[int], title: str
-    ) -> Float[Tensor, "candidate example"]:
-        options = option_tokens(self.model, self.task, self.settings)
-        prompts = tokenize_task(self.model, self.task, self.settings)
-        hooks = [self.steering(name).fwd_hooks() for name in names]
-        gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
-
-        def run(batch: list[int]) -> Reading:
-            where = torch.tensor([places[i] for i in batch])
-            with torch.inference_mode(), hooked_pass(self.model, ()):
-                decoding = Decoding(self.model, [prompts[i] for i in where], ())
-                logits = decoding.prompt()
-                answers = about_to_answer(decoding, logits, options, self.settings)
-            peaks = self._peaks(names, decoding, options, answers)
-            for row, (name, candidate) in enumerate(zip(names, hooks, strict=True)):
-                gains[row, where] = 0.0
-                limit = torch.logit(torch.tensor(name.threshold))
-                highest = torch.stack([peaks[name.penalty, layer] for layer in name.layers])
-                moved = (highest.amax(0) > limit).nonzero()[:, 0]
-                if not len(moved):
-                    continue
-                here = moved.to(answers.device)
-                reading = read_again(
-                    decoding, here, options, self.settings, candidate, answers=answers[here]
-                )
-                gains[row, where[moved]] = self._gain(reading, where[moved])
-            return _read_nothing(answers, options)
-
-        # Passes of one token: more prompts at once, as long as their cache stays near the cores.
-        wide = self.settings.wider(2)
-        run_batches([prompts[i] for i in places], run, wide, title)
-        return gains
-
-    def _gain(self, reading: Reading, places: Tensor) -> Float[Tensor, " kept"]:
-        labels = torch.tensor(self.task.labels)[places]
-        base = self.base.subset(places)
-        if self.metric == "correct":
-            return (reading.predictions == labels).double() - base.correct.double()
-        return base.error.double() - 1 + reading.probs.gather(1, labels[:, None])[:, 0].double()
-
-    def _peaks(
-        self,
-        names: Sequence[Candidate],
-        decoding: Decoding,
-        options: OptionTokens,
-        answers: Int[Tensor, " batch"],
-    ) -> dict[tuple[float | None, int], Float[Tensor, " batch"]]:
-        """Return the highest unsteered score from the final prompt token on, by probe and layer.
-
-        A row that stays below a limit in all layers of a candidate is never moved by it.
-        """
-        rows = torch.arange(len(answers), device=answers.device)
-        peaks = {}
-        for penalty, layer in {(name.penalty, layer) for name in names for layer in name.layers}:
-            fitted = self.fitted[penalty]
-            reader = Steering(fitted.probe, space=self.space, layers=(layer,), positions="last")
-            hooks = reader.reading_hooks()
-            reading = read_again(decoding, rows, options, self.settings, hooks, answers=answers)
-            peaks[penalty, layer] = reading.peak
-        return peaks
-
-
-def _read_nothing(answers: Int[Tensor, " batch"], options: OptionTokens) -> Reading:
-    """Return an empty reading: what was read has gone into the gains."""
-    probs = torch.zeros(len(answers), len(options.options))
-    counts = torch.zeros_like(answers, device="cpu")
-    return Reading(
-        answers.cpu(), probs, answers.cpu()[:, None][:, :0], *[counts] * 4, *[probs[:, 0]] * 2
-    )

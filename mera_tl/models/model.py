@@ -70,6 +70,11 @@ class Model:
         return self.hooked.cfg.d_model
 
     @property
+    def d_vocab(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self.hooked.cfg.d_vocab
+
+    @property
     def n_ctx(self) -> int:
         """Longest sequence of tokens the model accepts."""
         return self.hooked.cfg.n_ctx

@@ -37,6 +37,8 @@ from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Positions, SteerHook, Steering, first_column
 from mera_tl.tasks.task import Task
 
+LOGITS = 2**25
+"""At most this many logits are held at once."""
 CACHED = 4
 """Rows that go on decoding, or are not run beside their prompt, bring a cache of their own: at most
 this many times `batch_tokens`."""
@@ -406,6 +408,8 @@ class _Batch:
                 size = budget // n_columns
             elif not self.settings.decodes and self.model.shares_prompts:
                 size = budget
+            # All logits of a chunk stand in memory at once.
+            size = min(size, LOGITS // self.model.d_vocab)
             yield from chosen.split(max(1, size))
 
     def _foreseen(
