@@ -5,7 +5,7 @@ per-hook store, `hook.ctx["window"]`: which columns are padding and how many bel
 A hook thus knows where it is, with or without a cache, in a batch or alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -86,6 +86,7 @@ class Decoding:
         # Rows of the cache are picked when they are next needed: many never are.
         self._picked: Int[Tensor, " batch"] | None = None
         self._own: dict[int, KeysAndValues] = {}
+        self._beside = False
         self._start()
 
     def _start(self) -> None:
@@ -119,10 +120,7 @@ class Decoding:
     def _again(self, n_columns: int) -> Float[Tensor, "batch d_vocab"]:
         """Run the last columns of the prompts once more, on the cache of what comes before."""
         self._settle()
-        for entry in self._cache.entries:
-            entry.past_keys = entry.past_keys[:, :-n_columns]
-            entry.past_values = entry.past_values[:, :-n_columns]
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask[:, :-n_columns]
+        self._cache = self._cache.drop_last(n_columns)
         tokens, mask = self._tokens[:, -n_columns:], self._mask[:, -n_columns:]
         return self._forward(tokens, mask, n_prompt=n_columns)
 
@@ -140,24 +138,28 @@ class Decoding:
         mask = self._mask[:, -n_columns:]
         self._describe(mask, n_columns)
         resid = self.model.hooked.hook_dict[resid_post(layer)](resid)
-        if n_columns == 1 and self.model.shares_prompts:
-            resid = self._beside_the_prompt(layer, resid)
+        if self._beside:
+            whole = self._mask
+            resid = self._beside_the_prompt(layer, lambda: self.model.resume(resid, layer, whole))
         else:
             resid = self._below_the_prompt(layer, resid)
         self._count(mask)
         return self.model.unembed(resid[:, -1]).to(self.rows.device)
 
-    def _beside_the_prompt(self, layer: int, resid: Tensor) -> Tensor:
+    def _beside_the_prompt(self, layer: int, run: Callable[[], Tensor]) -> Tensor:
+        """Run the layers above `layer` with attention to one copy of each prompt's cache."""
         rows = self.rows if self._picked is None else self._picked
-        seats = Seats.of(rows, self._cache.previous_attention_mask)
         prompts = rows.unique()
-        entries = [
-            SharedKeys(entry.past_keys[prompts, :-1], entry.past_values[prompts, :-1], seats)
-            for entry in self._cache.entries[layer + 1 :]
-        ]
+        seats = Seats.of(rows, self._cache.previous_attention_mask)
+        layers = range(layer + 1, self.model.n_layers)
+        entries = []
+        for number in layers:
+            entry = self._cache.entries[number]
+            keys, values = entry.past_keys[prompts, :-1], entry.past_values[prompts, :-1]
+            entries.append(SharedKeys(keys, values, seats, self._own.get(number)))
         with sharing(self.model.hooked.blocks[layer + 1 :], entries):
-            resid = self.model.resume(resid, layer)
-        self._own = {n: e.own for n, e in enumerate(entries, layer + 1) if e.own is not None}
+            resid = run()
+        self._own |= {n: e.own for n, e in zip(layers, entries, strict=True) if e.own is not None}
         return resid
 
     def _below_the_prompt(self, layer: int, resid: Tensor) -> Tensor:
@@ -181,11 +183,14 @@ class Decoding:
         *,
         answers: Int[Tensor, " kept"] | None = None,
         labels: Int[Tensor, " kept"] | None = None,
+        beside: bool = False,
     ) -> "Decoding":
         """Return some rows of this batch, each as often as named, to be run on under other hooks.
 
         This one stays as it is: forwards replace the tensors of a cache and never write into them,
-        so the two may share. Answers and labels are those of this batch unless given.
+        so the two may share. Answers and labels are those of this batch unless given. `beside` lets
+        the rows attend to one copy of each prompt's cache, where the model can, which pays where
+        prompts are named often; no prompt token but the final one may then be run again.
         """
         other = copy(self)
         other._points = [self.model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
@@ -193,6 +198,7 @@ class Decoding:
         other._select(rows)
         other._answers = other._answers if answers is None else answers
         other._labels = other._labels if labels is None else labels
+        other._beside = self._beside or (beside and self.model.shares_prompts)
         other._start()
         return other
 
@@ -214,7 +220,27 @@ class Decoding:
     def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Feed one token to every remaining row; return the logits that follow it."""
         columns = tokens[:, None]
+        if self._beside:
+            return self._next_beside(columns)
         return self._forward(columns, torch.ones_like(columns), n_prompt=0)
+
+    def _next_beside(self, columns: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch d_vocab"]:
+        rows = self.rows if self._picked is None else self._picked
+        for number, entry in enumerate(self._cache.entries):
+            if number not in self._own:  # its final prompt token is the unsteered one's
+                last = (entry.past_keys[rows, -1:], entry.past_values[rows, -1:])
+                self._own[number] = last
+        n_own = max(keys.shape[1] for keys, _ in self._own.values())
+        prompt = self._cache.previous_attention_mask[rows]
+        seen = torch.cat([prompt, prompt.new_ones(len(rows), n_own - 1)], dim=1)
+        new = torch.ones_like(columns)
+        self._describe(new, 0)
+        cache = self.model.stand_in_cache(seen)
+        logits = self._beside_the_prompt(
+            -1, lambda: self.model.next_token_logits(columns, new, cache)
+        )
+        self._count(new)
+        return logits
 
     def keep(self, rows: Bool[Tensor, " batch"]) -> None:
         """Go on with some of the remaining rows only."""

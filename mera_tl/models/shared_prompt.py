@@ -8,7 +8,7 @@ beside their prompt, whose keys and values are read in place.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,14 +53,22 @@ class Seats:
 
 @dataclass(eq=False)
 class SharedKeys:
-    """One layer's keys and values of the prompts, without their final column."""
+    """One layer's keys and values: of prompts without their final column, and of the rows."""
 
     keys: Float[Tensor, "prompt pos kv_head d_head"]
     """Turned already where they are rotary."""
     values: Float[Tensor, "prompt pos kv_head d_head"]
     seats: Seats
-    own: KeysAndValues | None = field(default=None)
-    """"row 1 kv_head d_head" of the rows, once they have passed."""
+    own: KeysAndValues | None = None
+    """"row column kv_head d_head" of the columns that each row has run by itself."""
+
+    def append(self, new_keys: Tensor, new_values: Tensor) -> KeysAndValues:
+        """Add a column of every row; return all of the rows' own."""
+        new = (new_keys, new_values)
+        if self.own is not None:
+            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.own, new, strict=True))
+        self.own = (new[0], new[1])
+        return self.own
 
 
 @contextmanager
@@ -77,46 +85,49 @@ def sharing(blocks: Iterable[Any], entries: Sequence[SharedKeys]) -> Iterator[No
 
 
 def _attend(
-    attention: Any, entry: SharedKeys, query_input: Float[Tensor, "row 1 d_model"], **_: Any
+    attention: Any,
+    entry: SharedKeys,
+    query_input: Float[Tensor, "row 1 d_model"],
+    attention_mask: Int[Tensor, "row all"],
+    **_: Any,
 ) -> Float[Tensor, "row 1 d_model"]:
     """Attend from every row to its prompt and to itself; as TransformerLens's own forward."""
     from transformer_lens.utilities.activation_functions import apply_softcap
 
-    cfg, seats = attention.cfg, entry.seats
+    cfg, seats, n_past = attention.cfg, entry.seats, entry.keys.shape[1]
     q, k, v = attention.calculate_qkv_matrices(query_input, query_input, query_input)
     if cfg.positional_embedding_type == "rotary":
-        mask, before = seats.mask[seats.prompt], entry.keys.shape[1]
-        q, k = (attention.apply_rotary(x, before, mask) for x in (q, k))
-    entry.own = (k, v)
+        before = attention_mask.shape[1] - 1
+        q, k = (attention.apply_rotary(x, before, attention_mask) for x in (q, k))
+    keys, values = entry.append(k, v)
     q = rearrange(q, "row 1 (kv group) d -> row kv group d", kv=k.shape[2])
-    k, v = k[:, 0], v[:, 0]
-    n_prompts = len(seats.mask)
-    grid = q.new_zeros(n_prompts, seats.n_seats, *q.shape[1:])
+    # Rows take their seats for what they share, and stand alone for what they do not.
+    grid = q.new_zeros(len(seats.mask), seats.n_seats, *q.shape[1:])
     grid[seats.prompt, seats.seat] = q
     past = einsum(
         grid, entry.keys, "prompt seat kv group d, prompt pos kv d -> prompt seat kv group pos"
-    )
-    own = einsum(q, k, "row kv group d, row kv d -> row kv group")
-    itself = past.new_zeros(past.shape[:-1])
-    itself[seats.prompt, seats.seat] = own
-    scores = torch.cat([past, itself[..., None]], dim=-1) / attention.attn_scale
+    )[seats.prompt, seats.seat]
+    own = einsum(q, keys, "row kv group d, row pos kv d -> row kv group pos")
+    scores = torch.cat([past, own], dim=-1) / attention.attn_scale
     scores = apply_softcap(scores, cfg.attn_scores_soft_cap)
-    scores = scores.masked_fill(~_visible(attention, seats)[:, None, None, None], -torch.inf)
+    scores = scores.masked_fill(~_visible(attention, attention_mask)[:, None, None], -torch.inf)
     pattern = scores.softmax(-1)
+    grid = pattern.new_zeros(len(seats.mask), seats.n_seats, *pattern.shape[1:-1], n_past)
+    grid[seats.prompt, seats.seat] = pattern[..., :n_past]
     z = einsum(
-        pattern[..., :-1],
-        entry.values,
-        "prompt seat kv group pos, prompt pos kv d -> prompt seat kv group d",
+        grid, entry.values, "prompt seat kv group pos, prompt pos kv d -> prompt seat kv group d"
+    )[seats.prompt, seats.seat]
+    z = z + einsum(
+        pattern[..., n_past:], values, "row kv group pos, row pos kv d -> row kv group d"
     )
-    z = z[seats.prompt, seats.seat] + pattern[seats.prompt, seats.seat][..., -1:] * v[:, :, None]
     out = rearrange(attention.W_O, "head d_head d_model -> d_model (head d_head)")
     z = rearrange(z, "row kv group d -> row 1 (kv group d)")
     return torch.nn.functional.linear(z, out, attention.b_O)
 
 
-def _visible(attention: Any, seats: Seats) -> Bool[Tensor, "prompt pos"]:
-    """Return which columns the final token sees: no padding, and in local layers a window."""
-    visible, width = seats.mask.bool(), seats.mask.shape[1]
+def _visible(attention: Any, mask: Int[Tensor, "row all"]) -> Bool[Tensor, "row all"]:
+    """Return which columns the newest sees: no padding, and in local layers a window."""
+    visible, width = mask.bool(), mask.shape[1]
     if attention.attn_type == "local":
         near = torch.arange(width, device=visible.device) > width - 1 - attention.cfg.window_size
         visible = visible & near

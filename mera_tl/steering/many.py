@@ -383,13 +383,14 @@ class _Batch:
         here = rows.example.to(answers.device)
         with torch.inference_mode(), hooked_pass(self.model, hooks):
             labels = torch.arange(len(here), device=here.device)
-            fork = decoding.fork(here, hooks, answers=answers[here], labels=labels)
+            wide = self.stack.steerings[int(rows.steering[0])].positions == "all"
+            known = {"answers": answers[here], "labels": labels}
+            fork = decoding.fork(here, hooks, **known, beside=not wide)
             fork.n_steerable += rows.n_below.to(here)
             fork.peak = rows.peak_below.to(fork.peak)
             if layer == self.model.n_layers:
                 after = logits[here]
             else:
-                wide = self.stack.steerings[int(rows.steering[0])].positions == "all"
                 left = record.resid[layer][0]
                 after = fork.resume(layer, left[here] if wide else left[here, -1:])
             return _read(fork, after, self.options, self.settings, None)
@@ -406,7 +407,7 @@ class _Batch:
             size = CACHED * budget // n_columns
             if number > self.model.n_layers:
                 size = budget // n_columns
-            elif not self.settings.decodes and self.model.shares_prompts:
+            elif self.model.shares_prompts:
                 size = budget
             # All logits of a chunk stand in memory at once.
             size = min(size, LOGITS // self.model.d_vocab)
