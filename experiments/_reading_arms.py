@@ -11,24 +11,25 @@ from mera_tl import Activations, Model, Outcomes, certify, evaluate
 from mera_tl.certificate import Calibration, Terms
 from mera_tl.inference import ReadSettings, spi
 from mera_tl.methods import (
-    Bench,
     Candidate,
     Choices,
-    Fitted,
+    ProbeSet,
+    SearchData,
     certify_flip,
     choose,
     divide,
-    fit_all,
+    fit_probe_sets,
     flipped,
+    list_candidates,
     reading_hooks,
+    run_race,
     search_flip,
 )
-from mera_tl.methods.race import candidates, race
 from mera_tl.probes import metrics
 from mera_tl.steering import fit_directions
 from mera_tl.tasks import Splits, Task
 
-Fits = Mapping[float | None, Fitted]
+Fits = Mapping[float | None, ProbeSet]
 WEAK, STRONG = 0.03, 3.0
 
 ARMS: dict[str, Callable[[Candidate], bool]] = {
@@ -54,7 +55,7 @@ ARMS: dict[str, Callable[[Candidate], bool]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class Cell:
     """A model on a split of a task."""
 
     model: Model
@@ -75,36 +76,37 @@ class Trial:
         return self.train.subset(torch.tensor(self.parts[0]))
 
     def run(self, choices: Choices, change: Callable[[Fits], Fits]) -> Iterator[dict[str, Any]]:
-        fitted = change(fit_all(self.learned, choices))
+        fitted = change(fit_probe_sets(self.learned, choices))
         judge = self.parts[1]
-        base, task = (
-            self.train.outcomes.subset(torch.tensor(judge)),
-            self.splits.train.subset(judge),
-        )
-        bench = Bench(self.model, task, base, fitted, "correct", self.read)
-        names = [c for c in candidates(choices, range(self.model.n_layers)) if c.penalty in fitted]
-        tried = race(bench, names, choices)
+        held_out, task = self.train.subset(torch.tensor(judge)), self.splits.train.subset(judge)
+        data = SearchData(self.model, task, held_out, fitted, "correct", self.read)
+        every = list_candidates(choices, range(self.model.n_layers))
+        tried, _ = run_race(data, [c for c in every if c.penalty in fitted], choices)
         chosen = {}
         for arm, allowed in ARMS.items():
             mine = [each for each in tried if allowed(each.candidate)]
             if mine:
                 chosen[arm] = choose(mine)
         names = list(dict.fromkeys(chosen.values()))
-        calibration = self._gains(bench, names, self.splits.calibration, self.calibration)
-        test = self._gains(bench, names, self.splits.test, self.test.outcomes)
+        calibration = self._gains(data, names, self.splits.calibration, self.calibration)
+        test = self._gains(data, names, self.splits.test, self.test.outcomes)
         for arm, name in chosen.items():
             row = names.index(name)
-            yield {"arm": arm} | self.judged(bench, name, calibration[row], test[row])
+            yield {"arm": arm} | self.judged(data, name, calibration[row], test[row])
 
-    def _gains(self, bench: Bench, names: list[Candidate], task: Task[Any], base: Outcomes) -> Any:
-        there = replace(bench, task=task, base=base)
-        return there.gains(names, range(len(task)), "certify and test")
+    def _gains(
+        self, data: SearchData, names: list[Candidate], task: Task[Any], base: Outcomes
+    ) -> Any:
+        there = replace(data, task=task, activations=Activations({}, base))
+        return there.gains(names, range(len(task)))
 
-    def judged(self, bench: Bench, chosen: Candidate, gains: Any, tested: Any) -> dict[str, Any]:
+    def judged(
+        self, data: SearchData, chosen: Candidate, gains: Any, tested: Any
+    ) -> dict[str, Any]:
         """Certify by the gains on the calibration split; report those on test regardless."""
         decision = certify(gains.numpy()[None], candidates=[chosen.threshold])
         layer, base = chosen.layers[0], self.test.outcomes
-        fitted = bench.fitted[chosen.penalty]
+        fitted = data.probe_sets[chosen.penalty]
         score = fitted.probe.score(self.test.resid("last"), base.predictions)[layer]
         return {
             **of_choice(chosen),
@@ -114,7 +116,7 @@ class Trial:
             **self._geometry(fitted, chosen, score),
         }
 
-    def _geometry(self, fitted: Fitted, chosen: Candidate, score: Any) -> dict[str, Any]:
+    def _geometry(self, fitted: ProbeSet, chosen: Candidate, score: Any) -> dict[str, Any]:
         """Measure the shift against the activation, and the direction against two others."""
         layer, directions = chosen.layers[0], fitted.directions
         d = directions[chosen.direction].vectors[..., layer, :]
@@ -186,7 +188,7 @@ def of_gains(decision: Calibration, gains: Any, base: Outcomes) -> dict[str, Any
 # --- ablations ----------------------------------------------------------------------------------
 
 
-def shuffled(trial: Trial, fits: Fits) -> Fits:
+def shuffled(trial: Cell, fits: Fits) -> Fits:
     """Tell the directions wrong classes, dealt out at random; the probes stay as they are.
 
     For one direction per class, who is wrong stays true. For one per answer the answers stay, and a
@@ -209,7 +211,7 @@ def shuffled(trial: Trial, fits: Fits) -> Fits:
     return changed
 
 
-def partly_known(trial: Trial, fits: Fits, share: float) -> Fits:
+def partly_known(trial: Cell, fits: Fits, share: float) -> Fits:
     """Give the directions only some of the examples: the classes of the others are not known."""
     n = round(share * len(trial.learned.outcomes))
     generator = torch.Generator().manual_seed(trial.seed)

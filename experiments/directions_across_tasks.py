@@ -20,7 +20,7 @@ import tyro
 from experiments import _reading_arms as arms
 from mera_tl import collect, evaluate, load_model, load_task, storage
 from mera_tl.inference import ReadSettings
-from mera_tl.methods import Choices, fit_all
+from mera_tl.methods import Choices, fit_probe_sets
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 DIRECTIONS = ("contrastive", "controlled_contrastive")
@@ -59,13 +59,13 @@ def across(config: Config, model: Any, seed: int) -> Iterator[dict[str, Any]]:
     sizes = {"train": config.train, "calibration": config.calibration, "test": config.test}
     choices = Choices(directions=DIRECTIONS, seed=seed)
     read = ReadSettings(progress=False)
-    trials: dict[str, arms.Trial] = {}
+    trials: dict[str, arms.Cell] = {}
     for name in config.tasks:
         splits = load_task(name).split(seed, **sizes)
         train, test = (collect(model, part, settings=read) for part in (splits.train, splits.test))
         base = evaluate(model, splits.calibration, settings=read)
-        trials[name] = arms.Trial(model, splits, train, test, base, read, seed)
-    fits = {name: fit_all(trial.learned, choices) for name, trial in trials.items()}
+        trials[name] = arms.Cell(model, splits, train, test, base, read, seed)
+    fits = {name: fit_probe_sets(trial.learned, choices) for name, trial in trials.items()}
     for target, trial in trials.items():
         for source, foreign in fits.items():
             for taken, change in ways(foreign).items():

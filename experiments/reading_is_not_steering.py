@@ -86,7 +86,7 @@ def cell(config: Config, model: Any, name: str, seed: int) -> Iterator[dict[str,
     splits = task.split(seed, **sizes)
     train, test = (collect(model, part, settings=READ) for part in (splits.train, splits.test))
     base = evaluate(model, splits.calibration, settings=READ)
-    trial = arms.Trial(model, splits, train, test, base, READ, seed)
+    trial = arms.Cell(model, splits, train, test, base, READ, seed)
     where = {"model": model.name, "task": name, "seed": seed, "base": test.outcomes.accuracy}
     variants: dict[str, Callable[[arms.Fits], arms.Fits]] = {"": lambda fits: fits}
     if config.ablations:

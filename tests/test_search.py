@@ -22,22 +22,22 @@ from mera_tl.inference import (
     read_batch,
 )
 from mera_tl.methods import (
-    Bench,
     Candidate,
     Choices,
-    Fitted,
+    ProbeSet,
     Search,
-    Tried,
+    SearchData,
+    Trial,
     certify_flip,
     choose,
     divide,
     flipped,
+    list_candidates,
     reading_hooks,
     search,
     search_flip,
     tabulate,
 )
-from mera_tl.methods.race import candidates
 from mera_tl.models import load_model
 from mera_tl.probes import LinearProbe
 from mera_tl.steering import Adaptive, Direction, Gated, Steering
@@ -148,24 +148,24 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
         "two": Direction("two", torch.stack([probe.weights, -other.weights])),
     }
     told = LinearProbe.of_answers(probe, (probe, other))
-    fitted = {3.0: Fitted(probe, directions), None: Fitted(told, directions)}
-    bench = Bench(model, train, activations.outcomes, fitted, "error", QUIET)
+    fitted = {3.0: ProbeSet(probe, directions), None: ProbeSet(told, directions)}
+    data = SearchData(model, train, activations, fitted, "error", QUIET)
     names = [
         Candidate("one", 3.0, (0, 2), "last", 0.6),
         Candidate("two", None, (1,), "last", 0.7, 0.5),
         Candidate("one", 3.0, (1,), "all", 0.5),
     ]
     places = list(range(0, len(train), 2))
-    gains = bench.gains(names, places, "")
+    gains = data.gains(names, places)
     assert gains[:, 1::2].isnan().all()
     for name, row in zip(names, gains, strict=True):
-        steered = evaluate(model, train, bench.steering(name).fwd_hooks(), settings=QUIET)
+        steered = evaluate(model, train, data.steering(name).fwd_hooks(), settings=QUIET)
         expected = steered.gain(activations.outcomes, "error")
         assert (row[::2] - expected[::2]).abs().max() < 1e-5
         assert (row[::2] != 0).any()
     base = activations.outcomes
-    correct = replace(bench, metric="correct").gains(names[:1], places, "")[0, ::2]
-    steered = evaluate(model, train, bench.steering(names[0]).fwd_hooks(), settings=QUIET)
+    correct = replace(data, metric="correct").gains(names[:1], places)[0, ::2]
+    steered = evaluate(model, train, data.steering(names[0]).fwd_hooks(), settings=QUIET)
     assert torch.equal(correct, steered.gain(base)[::2])
 
 
@@ -174,7 +174,7 @@ def tried(recoveries, regressions, *, n=100, shift=0, **words):
     gains[shift : shift + recoveries] = 1
     gains[n - regressions :] = -1
     words = {"layers": (0,), "positions": "last", "threshold": 0.1} | words
-    return Tried(Candidate("pattern", 3.0, **words), gains)
+    return Trial(Candidate("pattern", 3.0, **words), gains)
 
 
 def test_the_best_is_chosen_and_of_near_ties_the_simplest():
@@ -207,13 +207,13 @@ def test_where_nothing_helps_the_least_harmful_is_chosen():
 
 
 def test_the_candidates_cover_every_scope():
-    names = candidates(Choices(), range(8))
+    names = list_candidates(Choices(), range(8))
     assert len(names) == len(set(names))
     layers = {name.layers for name in names}
     assert {(layer,) for layer in range(8)} <= layers
     assert tuple(range(8)) in layers
     assert {len(each) for each in layers} == {1, 3, 8}
-    assert len({name.layers for name in candidates(Choices(), range(40))}) <= 16
+    assert len({name.layers for name in list_candidates(Choices(), range(40))}) <= 16
     assert all((name.penalty is None) == (name.strength is not None) for name in names)
 
 
@@ -236,9 +236,9 @@ SMALL = Choices(
     layers=((1,), (2,)),
     penalties=(0.03,),
     thresholds=(0.1, 0.35),
-    gates=(0.5,),
-    keep=(16, 8, 4),
-    of_each=1,
+    gate_thresholds=(0.5,),
+    keep=(40, 16, 8, 4),
+    keep_per_direction=1,
 )
 
 
@@ -291,7 +291,7 @@ def test_searched_and_certified_once_it_corrects_a_planted_failure_on_test():
 
 def test_the_table_keeps_what_was_tried_and_the_winner_saw_everything():
     result = found()
-    assert len(result.table) >= len(candidates(SMALL, range(4)))
+    assert len(result.table) >= len(list_candidates(SMALL, range(4)))
     assert result.table["n"].iloc[0] == result.details["n_search"]
     assert set(result.table["positions"]) == {"last", "all"}
     again = search(organism(), planted()[0].train, planted()[1], choices=SMALL, settings=WIDE)
@@ -329,6 +329,36 @@ def test_without_errors_nothing_can_be_found():
     flawless = replace(activations, outcomes=replace(base, predictions=base.labels))
     result = search(organism(), splits.train, flawless, choices=SMALL, settings=WIDE)
     assert result.table["gain"].max() <= 0
+
+
+def test_an_ended_search_goes_on_from_what_it_kept(tmp_path, monkeypatch):
+    splits, activations = planted()
+    args = (organism(), splits.train, activations)
+    short = replace(SMALL, budget=0.0)
+    ended = search(*args, choices=short, settings=WIDE, folder=tmp_path)
+    assert not ended.details["complete"]
+    assert 0 < len(ended.table) <= len(list_candidates(SMALL, range(4)))
+    seen = []
+    gains = SearchData.gains
+
+    def counted(data, candidates, places):
+        seen.extend(places)
+        return gains(data, candidates, places)
+
+    monkeypatch.setattr(SearchData, "gains", counted)
+    whole = search(*args, choices=SMALL, settings=WIDE, folder=tmp_path)
+    n_first = len(seen)
+    assert whole.chosen == found().chosen
+    assert whole.table.equals(found().table)
+    again = search(*args, choices=SMALL, settings=WIDE, folder=tmp_path)
+    assert len(seen) == n_first  # nothing is tried twice
+    assert again.table.equals(whole.table)
+    search(*args, choices=replace(SMALL, seed=1), settings=WIDE, folder=tmp_path)
+    assert len(seen) > n_first  # another search does not take over what this one kept
+
+
+def test_first_order_gains_rank_candidates_as_real_ones_do():
+    assert found().details["foresight"] > 0.5
 
 
 # --- flip ---------------------------------------------------------------------------------------

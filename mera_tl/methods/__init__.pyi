@@ -1,7 +1,7 @@
-from .candidates import Bench as Bench
 from .candidates import Candidate as Candidate
-from .candidates import Fitted as Fitted
-from .candidates import Tried as Tried
+from .candidates import ProbeSet as ProbeSet
+from .candidates import SearchData as SearchData
+from .candidates import Trial as Trial
 from .candidates import choose as choose
 from .candidates import tabulate as tabulate
 from .methods import METHODS as METHODS
@@ -13,8 +13,12 @@ from .methods import find_methods as find_methods
 from .methods import method as method
 from .race import Choices as Choices
 from .race import Search as Search
+from .race import TrialStore as TrialStore
 from .race import divide as divide
-from .race import fit_all as fit_all
+from .race import fit_probe_sets as fit_probe_sets
+from .race import list_candidates as list_candidates
+from .race import planned_trials as planned_trials
+from .race import run_race as run_race
 from .race import search as search
 from .second_best import certify_flip as certify_flip
 from .second_best import flipped as flipped

@@ -17,6 +17,7 @@ from torch import Tensor
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.outcomes import Metric, Outcomes
+from mera_tl.methods.foresight import foreseen_gains, log_odds_gradients
 from mera_tl.models.model import Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe
@@ -37,7 +38,7 @@ MIN_ERRORS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Fitted:
+class ProbeSet:
     """Probes and the directions that go with them."""
 
     probe: LinearProbe
@@ -51,15 +52,15 @@ class Fitted:
         *,
         space: Space = RAW,
         seed: int = 0,
-    ) -> "Fitted":
+    ) -> "ProbeSet":
         """Fit the probe of MERA's rule and its directions."""
         probe = _fit(activations, space, kind="ridge", penalty=penalty, seed=seed)
-        return Fitted(probe, fit_directions(features(activations, space), probe, kinds))
+        return ProbeSet(probe, fit_directions(features(activations, space), probe, kinds))
 
     @staticmethod
     def per_answer(
         activations: Activations, kinds: Sequence[str], *, space: Space = RAW, seed: int = 0
-    ) -> "Fitted":
+    ) -> "ProbeSet":
         """Fit one logistic probe per unsteered answer; where errors are few, that of all examples.
 
         Directions are along the probe of all.
@@ -75,7 +76,7 @@ class Fitted:
             part = activations.subset(chosen.nonzero()[:, 0])
             probes.append(_fit(part, space, kind="logistic", seed=seed))
         directions = fit_directions(features(activations, space), pooled, kinds)
-        return Fitted(LinearProbe.of_answers(pooled, probes), directions)
+        return ProbeSet(LinearProbe.of_answers(pooled, probes), directions)
 
 
 def _fit(activations: Activations, space: Space, **options: Any) -> LinearProbe:
@@ -111,6 +112,11 @@ class Candidate:
     """None is MERA's rule; a number moves that many directions where the threshold is exceeded."""
 
 
+def candidate_from(plain: Mapping[str, Any]) -> Candidate:
+    """Return a candidate from its plain values, as JSON keeps them."""
+    return Candidate(**{**plain, "layers": tuple(plain["layers"])})
+
+
 def steering_of(
     candidate: Candidate,
     probe: LinearProbe,
@@ -130,7 +136,7 @@ def steering_of(
 
 
 @dataclass(frozen=True, eq=False)
-class Tried:
+class Trial:
     """A candidate with its paired gains; NaN for the examples that it has not seen."""
 
     candidate: Candidate
@@ -147,7 +153,7 @@ class Tried:
         return float(seen.mean() - caution * seen.std(correction=0) / len(seen) ** 0.5)
 
 
-def choose(tried: Sequence[Tried], caution: float = 1.0) -> Candidate:
+def choose(tried: Sequence[Trial], caution: float = 1.0) -> Candidate:
     """Return the candidate of greatest value or, of those that are hardly worse, the simplest.
 
     Hardly worse: no more regressions, and behind by at most one standard error of a sum of paired
@@ -158,12 +164,12 @@ def choose(tried: Sequence[Tried], caution: float = 1.0) -> Candidate:
     finalists = [each for each in tried if len(each.seen) == complete]
     best = max(finalists, key=lambda each: each.value(caution))
 
-    def close(other: Tried) -> bool:
+    def close(other: Trial) -> bool:
         behind = best.seen - other.seen
         harm = [int((each.seen < 0).sum()) for each in (best, other)]
         return harm[1] <= harm[0] and float(behind.sum()) <= float(behind.norm()) + 1e-9
 
-    def simplicity(other: Tried) -> tuple[Any, ...]:
+    def simplicity(other: Trial) -> tuple[Any, ...]:
         way = other.candidate
         rank = (len(way.layers), way.positions == "all", way.strength or 0.0, -way.threshold)
         return *rank, -other.value(caution)
@@ -173,7 +179,7 @@ def choose(tried: Sequence[Tried], caution: float = 1.0) -> Candidate:
     return min(useful or [best], key=simplicity).candidate
 
 
-def tabulate(tried: Sequence[Tried], caution: float = 1.0) -> pd.DataFrame:
+def tabulate(tried: Sequence[Trial], caution: float = 1.0) -> pd.DataFrame:
     """Return one row per candidate, the most valuable first."""
     rows = [
         asdict(each.candidate)
@@ -193,13 +199,14 @@ def tabulate(tried: Sequence[Tried], caution: float = 1.0) -> pd.DataFrame:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class SearchData:
     """Where candidates are tried: examples, and what the model answers to them unsteered."""
 
     model: Model
     task: Task[Any]
-    base: Outcomes
-    fitted: Mapping[float | None, Fitted]
+    activations: Activations
+    """Of the task, unsteered."""
+    probe_sets: Mapping[float | None, ProbeSet]
     """By the penalty of candidates."""
     metric: Metric
     settings: ReadSettings
@@ -207,26 +214,33 @@ class Bench:
 
     def steering(self, candidate: Candidate) -> Steering:
         """Return a candidate's steering."""
-        fitted = self.fitted[candidate.penalty]
-        direction = fitted.directions[candidate.direction].vectors
-        return steering_of(candidate, fitted.probe, direction, self.space)
+        probes = self.probe_sets[candidate.penalty]
+        direction = probes.directions[candidate.direction].vectors
+        return steering_of(candidate, probes.probe, direction, self.space)
 
-    def advance(self, field: Sequence[Tried], places: Sequence[int], title: str) -> list[Tried]:
-        """Return the candidates with their gains at these places too."""
-        more = self.gains([each.candidate for each in field], places, title)
-        return [
-            replace(each, gains=each.gains.where(~each.gains.isnan(), new))
-            for each, new in zip(field, more, strict=True)
-        ]
+    @property
+    def base(self) -> Outcomes:
+        """What the model answers unsteered."""
+        return self.activations.outcomes
 
     def gains(
-        self, names: Sequence[Candidate], places: Sequence[int], title: str
+        self, candidates: Sequence[Candidate], places: Sequence[int]
     ) -> Float[Tensor, "candidate example"]:
-        """Return paired gains at these places, NaN elsewhere."""
-        gains = torch.full((len(names), len(self.task)), torch.nan, dtype=torch.double)
-        where = torch.tensor(places)
-        steerings = [self.steering(name) for name in names]
-        base, task = self.base.subset(where), self.task.subset(places)
-        runs = evaluate_many(self.model, task, steerings, settings=self.settings, title=title)
-        gains[:, where] = torch.stack([run.gain(base, self.metric) for run in runs])
+        """Try candidates: return paired gains at these places, NaN elsewhere."""
+        gains = torch.full((len(candidates), len(self.task)), torch.nan, dtype=torch.double)
+        steerings = [self.steering(each) for each in candidates]
+        base, task = self.base.subset(torch.tensor(places)), self.task.subset(places)
+        runs = evaluate_many(self.model, task, steerings, settings=self.settings)
+        gains[:, places] = torch.stack([run.gain(base, self.metric) for run in runs])
         return gains
+
+    def promise(
+        self, candidates: Sequence[Candidate], places: Sequence[int]
+    ) -> dict[Candidate, float]:
+        """Return the mean gain at these places that each candidate would have to first order."""
+        some = self.activations.subset(torch.tensor(places))
+        resid, task = some.resid("last").float(), self.task.subset(places)
+        gradients = log_odds_gradients(self.model, task, resid, self.settings)
+        steerings = [self.steering(each) for each in candidates]
+        gains = foreseen_gains(steerings, resid, gradients, some.outcomes, self.metric)
+        return dict(zip(candidates, gains.tolist(), strict=True))

@@ -5,13 +5,15 @@ What is searched on *training* data costs none. A part of the training split, no
 every direction, penalty, set of layers, scope and threshold; one candidate is chosen; and the
 calibration split, never seen, tests that one with the whole delta.
 
-Candidates race: an eighth of the judging examples see all of them, and as examples double only the
-better stay. Before the last half the best of each direction is tried on the whole prompt too.
+Candidates race: a first-order prediction (`foresight`) says which are tried at all; an eighth of
+the judging examples see those, and as examples double only the better stay. Before the last half
+the best of each direction is tried on the whole prompt too.
 """
 
 import html
 import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -20,19 +22,25 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from mera_tl import storage
-from mera_tl.inference.activations import Activations
+from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.outcomes import Metric
+from mera_tl.inference.progress import is_watched
 from mera_tl.methods.candidates import (
     MEANS,
     MIN_ERRORS,
     RAW,
-    Bench,
     Candidate,
-    Fitted,
-    Tried,
+    ProbeSet,
+    SearchData,
+    Trial,
+    candidate_from,
     choose,
     steering_of,
     tabulate,
@@ -45,6 +53,8 @@ from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Task, Train
 
 logger = logging.getLogger(__name__)
+MIN_RANKED = 10
+"""Fewer candidates than this say nothing about how well gains are foreseen."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +70,17 @@ class Choices:
     """Sets of layers; None is every layer alone, all, and halves and thirds in a row."""
     search_share: float = 1 / 3
     """Share of the training examples that judge; the others fit."""
-    gates: tuple[float, ...] = (0.3, 0.5, 0.7)
+    gate_thresholds: tuple[float, ...] = (0.3, 0.5, 0.7)
     """Thresholds of directions that move by their own length, read by one probe per answer."""
     strengths: tuple[float, ...] = (1.0, 2.0)
     """How many such directions to move."""
-    keep: tuple[int, int, int] = (320, 160, 48)
-    """How many candidates see a quarter of the examples, half of them, and all."""
-    of_each: int = 2
+    keep: tuple[int, int, int, int] = (480, 320, 160, 48)
+    """How many candidates see an eighth of the examples, a quarter, half of them, and all."""
+    keep_per_direction: int = 2
     """How many of the best of each direction and probe stay in the race whatever they are worth."""
     metric: Metric = "correct"
+    budget: float | None = None
+    """Seconds after which the search ends with the best so far; None for no limit."""
     caution: float = 1.0
     """Standard errors that are subtracted from a candidate's mean gain."""
     seed: int = 0
@@ -109,7 +121,7 @@ class Search:
         """
         folder = Path(folder)
         plain = storage.read_json(folder / "search.json")
-        chosen = Candidate(**(plain["chosen"] | {"layers": tuple(plain["chosen"]["layers"])}))
+        chosen = candidate_from(plain["chosen"])
         probe = LinearProbe.load(folder / "probe")
         path, direction = folder / "direction.safetensors", None
         if path.exists():
@@ -126,40 +138,41 @@ class Search:
 def search(
     model: Model,
     task: Task[Train],
-    activations: Activations,
+    activations: Activations | None = None,
     *,
     choices: Choices | None = None,
     settings: ReadSettings | None = None,
     space: Space = RAW,
+    folder: str | Path | None = None,
 ) -> Search:
     """Choose how to steer, on training data alone.
 
-    `activations` are those of `task`, unsteered. The choice promises nothing: the gain in the table
-    is that of the best of many. `calibrate` its steering at its one threshold.
+    `activations` are those of `task`, unsteered, and collected here if not given. In `folder` the
+    trials are kept as they come: a search that was ended goes on from them. The choice promises
+    nothing: the gain in the table is that of the best of many. `calibrate` its steering.
 
     Raises:
         ValueError: if the task is not a training split, or the activations are not its own.
     """
     choices, settings = choices or Choices(), settings or ReadSettings()
     require_training(task, activations)
+    activations = collect(model, task, settings=settings) if activations is None else activations
     fit, judge = divide(task, choices.search_share, choices.seed)
-    learned = activations.subset(torch.tensor(fit))
-    fitted = fit_all(learned, choices, space)
+    sets = fit_probe_sets(activations.subset(torch.tensor(fit)), choices, space)
     layers = space.layers if isinstance(space, SAESpace) else range(model.n_layers)
-    base = activations.outcomes.subset(torch.tensor(judge))
-    bench = Bench(model, task.subset(judge), base, fitted, choices.metric, settings, space)
-    names = [name for name in candidates(choices, layers) if name.penalty in fitted]
-    table = race(bench, names, choices)
-    chosen = choose(table, choices.caution)
-    details = {
-        "n_fit": len(fit),
-        "n_search": len(judge),
-        "notes": fitted[chosen.penalty].directions[chosen.direction].notes,
-    }
-    return Search(chosen, bench.steering(chosen), tabulate(table, choices.caution), details)
+    held_out = activations.subset(torch.tensor(judge))
+    quiet = replace(settings, progress=False)
+    data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet, space)
+    candidates = [each for each in list_candidates(choices, layers) if each.penalty in sets]
+    store = TrialStore.open(folder, data, choices)
+    trials, details = run_race(data, candidates, choices, store, watch=settings.progress)
+    chosen = choose(trials, choices.caution)
+    notes = sets[chosen.penalty].directions[chosen.direction].notes
+    details = {"n_fit": len(fit), "n_search": len(judge), "notes": notes, **details}
+    return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
 
 
-def require_training(task: Task[Any], activations: Activations) -> None:
+def require_training(task: Task[Any], activations: Activations | None) -> None:
     """Refuse anything but a training split with its own activations.
 
     Raises:
@@ -171,7 +184,7 @@ def require_training(task: Task[Any], activations: Activations) -> None:
             "pass task.split(...).train and keep the others for the certificate and the test."
         )
     rows = [example.row for example in task.examples]
-    if activations.outcomes.rows.tolist() != rows:
+    if activations is not None and activations.outcomes.rows.tolist() != rows:
         raise ValueError(
             f"The {len(activations.outcomes)} activations are not of the {len(task)} examples of "
             f"{task.name}; pass collect(model, task)."
@@ -191,13 +204,13 @@ def divide(task: Task[Any], share: float, seed: int) -> tuple[list[int], list[in
     return sorted(place for group in shuffled for place in group), sorted(judge)
 
 
-def candidates(choices: Choices, available: Sequence[int]) -> list[Candidate]:
+def list_candidates(choices: Choices, available: Sequence[int]) -> list[Candidate]:
     """List what is tried from the final prompt token on."""
     layers = choices.layers if choices.layers is not None else _layer_sets(available)
     mera = product(choices.directions, choices.penalties, layers, choices.thresholds)
     found = [Candidate(d, penalty, where, "last", t) for d, penalty, where, t in mera]
     means = [kind for kind in choices.directions if kind in MEANS]
-    gated = product(means, layers, choices.gates, choices.strengths)
+    gated = product(means, layers, choices.gate_thresholds, choices.strengths)
     return found + [Candidate(d, None, where, "last", t, s) for d, where, t, s in gated]
 
 
@@ -210,70 +223,183 @@ def _layer_sets(available: Sequence[int]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*singles, *ranges, every]))
 
 
-def fit_all(
+def fit_probe_sets(
     activations: Activations, choices: Choices, space: Space = RAW
-) -> dict[float | None, Fitted]:
+) -> dict[float | None, ProbeSet]:
     """Fit every probe and direction that candidates ask for, by their penalty.
 
     Without a handful of wrong and of right examples there is nothing to read per answer.
     """
     kinds, n_right = choices.directions, int(activations.correct.sum())
-    fitted: dict[float | None, Fitted] = {
-        penalty: Fitted.ridge(activations, penalty, kinds, space=space, seed=choices.seed)
+    sets: dict[float | None, ProbeSet] = {
+        penalty: ProbeSet.ridge(activations, penalty, kinds, space=space, seed=choices.seed)
         for penalty in choices.penalties
     }
     if min(n_right, len(activations.outcomes) - n_right) >= MIN_ERRORS:
-        fitted[None] = Fitted.per_answer(activations, kinds, space=space, seed=choices.seed)
-    return fitted
+        sets[None] = ProbeSet.per_answer(activations, kinds, space=space, seed=choices.seed)
+    return sets
 
 
 # --- the race -----------------------------------------------------------------------------------
 
+BLOCK = 400
+"""Candidates that are tried at a time: what a search that is ended loses at most."""
 
-def race(bench: Bench, names: Sequence[Candidate], choices: Choices) -> list[Tried]:
-    """Try all candidates on an eighth of the examples, the better on more, the best on all.
+
+class TrialStore:
+    """The gains that have been seen, by candidate; in a folder, if there is one."""
+
+    def __init__(self, path: Path | None, key: str, n: int) -> None:
+        self._path, self._key = path, key
+        self._nothing = torch.full((n,), torch.nan, dtype=torch.double)
+        self.gains: dict[Candidate, Float[Tensor, " example"]] = {}
+        self.seconds = 0.0
+        """Spent by earlier attempts."""
+
+    @classmethod
+    def open(cls, folder: str | Path | None, data: SearchData, choices: Choices) -> "TrialStore":
+        """Open what was kept of the same search, or begin anew."""
+        about = {"choices": asdict(replace(choices, budget=None)), **data.model.manifest}
+        about |= {"data": data.task.data_hash, "space": data.space.name}
+        about |= {"read": asdict(replace(data.settings, batch_tokens=0, batch_size=None))}
+        path = None if folder is None else Path(folder)
+        store = cls(path, storage.fingerprint(about), len(data.task))
+        if path is not None and (path / "trials.json").exists():
+            plain = storage.read_json(path / "trials.json")
+            if plain["key"] == store._key:
+                known = [candidate_from(each) for each in plain["candidates"]]
+                # Tensors are written first: after a sudden end there may be more of them.
+                gains = storage.load_tensors(path / "trials.safetensors")["gains"][: len(known)]
+                store.gains = dict(zip(known, gains, strict=True))
+                store.seconds = plain["seconds"]
+        return store
+
+    def save(self, seconds: float) -> None:
+        """Write everything that has been seen."""
+        if self._path is not None and self.gains:
+            tensors = {"gains": torch.stack(list(self.gains.values()))}
+            storage.save_tensors(self._path / "trials.safetensors", tensors)
+            candidates = [asdict(each) for each in self.gains]
+            plain = {"key": self._key, "seconds": seconds, "candidates": candidates}
+            storage.write_json(self._path / "trials.json", plain)
+
+    def trial(self, candidate: Candidate, places: Sequence[int] | None = None) -> Trial:
+        """Return a candidate with its gains, at some places or at all."""
+        gains = self.gains.get(candidate, self._nothing)
+        if places is None:
+            return Trial(candidate, gains)
+        some = self._nothing.clone()
+        some[places] = gains[places]
+        return Trial(candidate, some)
+
+    def lacks(self, candidate: Candidate, places: Sequence[int]) -> bool:
+        """Return whether a candidate has not seen all of these places."""
+        return bool(self.trial(candidate).gains[places].isnan().any())
+
+    def add(
+        self, candidates: Sequence[Candidate], gains: Float[Tensor, "candidate example"]
+    ) -> None:
+        """Add gains; NaN is nothing new."""
+        for candidate, new in zip(candidates, gains, strict=True):
+            old = self.trial(candidate).gains
+            self.gains[candidate] = old.where(new.isnan(), new)
+
+
+def run_race(
+    data: SearchData,
+    candidates: Sequence[Candidate],
+    choices: Choices,
+    store: TrialStore | None = None,
+    *,
+    watch: bool = False,
+) -> tuple[list[Trial], dict[str, Any]]:
+    """Try those of first-order promise on an eighth of the examples, and ever fewer on more.
 
     The best of every direction by MERA's rule is also tried on the whole prompt, at a prompt each.
+    Returns the trials, and what is to be known about how they came about.
     """
+    store = store or TrialStore(None, "", len(data.task))
     generator = torch.Generator().manual_seed(choices.seed)
-    order = torch.randperm(len(bench.task), generator=generator).tolist()
-    nothing = torch.full((len(order),), torch.nan, dtype=torch.double)
-    field, out = [Tried(name, nothing) for name in names], []
-    seen = 0
-    for keep, share in zip((len(names), *choices.keep), (8, 4, 2, 1), strict=True):
-        field, behind = _leaders(field, choices, keep) if seen else (field, [])
-        until = -(-len(order) // share)
-        field = bench.advance(field, order[seen:until], f"search: {len(field)} candidates")
-        if share == 2:
-            wide = [Tried(_everywhere(each), nothing) for each in _best_of_each(field, choices)]
-            title = f"search: {len(wide)} on the whole prompt"
-            field += bench.advance(wide, order[:until], title)
-        out, seen = behind + out, until
-    return field + out
+    order = torch.randperm(len(data.task), generator=generator).tolist()
+    promise = data.promise(candidates, order[: -(-len(order) // 4)])
+    started, before = time.monotonic(), store.seconds
+    total = planned_trials(len(candidates), len(order), choices)
+    field, seen, everywhere = list(candidates), 0, list[Candidate]()
+    with tqdm(total=total, desc="search", disable=not (watch and is_watched())) as bar:
+
+        def spent() -> float:
+            return before + time.monotonic() - started
+
+        def over() -> bool:
+            return choices.budget is not None and spent() > choices.budget and bool(store.gains)
+
+        def advance(some: Sequence[Candidate], until: int) -> None:
+            places = order[:until]
+            lacking = [each for each in some if store.lacks(each, places)]
+            for start in range(0, len(lacking), BLOCK):
+                if over():
+                    return
+                block = lacking[start : start + BLOCK]
+                done = seen if all(each in store.gains for each in block) else 0
+                store.add(block, data.gains(block, places[done:]))
+                store.save(spent())
+                bar.update(len(block) * (until - done))
+
+        for keep, share in zip(choices.keep, (8, 4, 2, 1), strict=True):
+            until = -(-len(order) // share)
+            if seen:
+                trials = [store.trial(each, order[:seen]) for each in field]
+                value = {each.candidate: each.value(choices.caution) for each in trials}
+            else:
+                value = promise
+            field = _leaders(field, value, keep, choices.keep_per_direction)
+            advance(field, until)
+            if over():
+                break
+            if share == 2:
+                ranked = [store.trial(each, order[:until]) for each in field]
+                everywhere = _best_per_direction(ranked, choices)
+                advance(everywhere, until)
+                field += [each for each in everywhere if each in store.gains]
+            seen = until
+    details = {"budget": choices.budget, "complete": not over(), "seconds": round(spent(), 1)}
+    details |= {"foresight": _foresight(store, promise), "n_candidates": len(promise)}
+    return [store.trial(each) for each in store.gains], details
 
 
-def _best_of_each(field: Sequence[Tried], choices: Choices) -> list[Tried]:
-    """Return the best candidate by MERA's rule of every direction."""
+def planned_trials(n_candidates: int, n_examples: int, choices: Choices) -> int:
+    """Return how many (candidate, example) pairs a race looks at; about half are run at all."""
+    ends = [0, *(-(-n_examples // share) for share in (8, 4, 2, 1))]
+    new = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return sum(min(keep, n_candidates) * n for keep, n in zip(choices.keep, new, strict=True))
+
+
+def _foresight(store: TrialStore, promise: Mapping[Candidate, float]) -> float | None:
+    """Return the rank correlation of foreseen with real gains over what was tried."""
+    tried = [each for each in promise if each in store.gains]
+    pairs = [(promise[each], float(store.trial(each).seen.mean())) for each in tried]
+    foreseen, real = (list(column) for column in zip(*pairs, strict=True))
+    if len(tried) < MIN_RANKED or min(len(set(foreseen)), len(set(real))) < 2:
+        return None
+    found: Any = stats.spearmanr(foreseen, real)
+    return round(float(found.statistic), 3)
+
+
+def _best_per_direction(field: Sequence[Trial], choices: Choices) -> list[Candidate]:
+    """Return, for the whole prompt, the best candidate by MERA's rule of every direction."""
     mera = [each for each in field if each.candidate.strength is None]
     ranked = sorted(mera, key=lambda each: each.value(choices.caution))
-    return list({each.candidate.direction: each for each in ranked}.values())
-
-
-def _everywhere(tried: Tried) -> Candidate:
-    return replace(tried.candidate, positions="all")
+    best = {each.candidate.direction: each.candidate for each in ranked}
+    return [replace(each, positions="all") for each in best.values()]
 
 
 def _leaders(
-    field: Sequence[Tried], choices: Choices, keep: int
-) -> tuple[list[Tried], list[Tried]]:
-    """Return the `keep` best and the best of each direction and probe; and the others."""
-    ranked = sorted(field, key=lambda each: -each.value(choices.caution))
-    ahead = ranked[:keep]
-    groups: dict[Any, list[Tried]] = {}
+    field: Sequence[Candidate], value: Mapping[Candidate, float], keep: int, per_direction: int
+) -> list[Candidate]:
+    """Return the `keep` most valuable, and the best of each direction and probe."""
+    ranked = sorted(field, key=lambda each: -value[each])
+    groups: dict[Any, list[Candidate]] = {}
     for each in ranked:
-        way = each.candidate
-        groups.setdefault((way.direction, way.penalty), []).append(each)
-    ahead += [each for group in groups.values() for each in group[: choices.of_each]]
-    names = {each.candidate for each in ahead}
-    behind = [each for each in ranked if each.candidate not in names]
-    return list({each.candidate: each for each in ahead}.values()), behind
+        groups.setdefault((each.direction, each.penalty), []).append(each)
+    best = [each for group in groups.values() for each in group[:per_direction]]
+    return list(dict.fromkeys([*ranked[:keep], *best]))

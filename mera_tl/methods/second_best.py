@@ -18,8 +18,8 @@ from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
-from mera_tl.methods.candidates import Candidate, Tried, choose, steering_of, tabulate
-from mera_tl.methods.race import Choices, Search, divide, fit_all, require_training
+from mera_tl.methods.candidates import Candidate, Trial, choose, steering_of, tabulate
+from mera_tl.methods.race import Choices, Search, divide, fit_probe_sets, require_training
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Calibration as CalibrationRole
@@ -53,21 +53,21 @@ def search_flip(
     require_training(task, activations)
     fit, judge = divide(task, choices.search_share, choices.seed)
     learned, held_out = (activations.subset(torch.tensor(part)) for part in (fit, judge))
-    fitted = fit_all(learned, replace(choices, directions=()))
+    probe_sets = fit_probe_sets(learned, replace(choices, directions=()))
     base, resid = held_out.outcomes, held_out.resid("last")
-    tried = []
-    for penalty, probes in fitted.items():
+    trials = []
+    for penalty, probes in probe_sets.items():
         scores = probes.probe.score(resid, base.predictions)
         for layer, score in enumerate(scores):
-            for threshold in choices.gates if penalty is None else choices.thresholds:
-                name = Candidate("flip", penalty, (layer,), "final", threshold)
+            for threshold in choices.gate_thresholds if penalty is None else choices.thresholds:
+                candidate = Candidate("flip", penalty, (layer,), "final", threshold)
                 gains = flipped(base, score, threshold).gain(base, choices.metric)
-                tried.append(Tried(name, gains))
-    chosen = choose(tried, choices.caution)
-    probes = fitted[chosen.penalty]
+                trials.append(Trial(candidate, gains))
+    chosen = choose(trials, choices.caution)
+    probes = probe_sets[chosen.penalty]
     steering = steering_of(chosen, probes.probe, None)
     details = {"n_fit": len(fit), "n_search": len(judge), "notes": ()}
-    return Search(chosen, steering, tabulate(tried, choices.caution), details)
+    return Search(chosen, steering, tabulate(trials, choices.caution), details)
 
 
 def reading_hooks(steering: Steering) -> FwdHooks:

@@ -1,0 +1,105 @@
+"""What a shift would do, to first order: one backward pass instead of a trial of every candidate.
+
+For every judging example, the derivative of the true option's log-odds with respect to the residual
+stream after each layer, at the final prompt token, times the shift that a candidate would make
+there (attribution patching). It says which candidates are worth a trial, and decides nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from mera_tl.inference.answers import ReadSettings, option_tokens
+from mera_tl.inference.decoding import Decoding, hooked_pass
+from mera_tl.inference.evaluation import run_batches, tokenize_task
+from mera_tl.inference.outcomes import Metric, Outcomes
+from mera_tl.models.model import Model, resid_post
+from mera_tl.steering.many import Stack
+from mera_tl.steering.spaces import SAESpace
+from mera_tl.steering.steering import Steering
+from mera_tl.tasks.task import Task
+
+CERTAIN = 1e-4
+"""A probability is taken no nearer to 0 or 1 than this: log-odds would be infinite."""
+
+
+def log_odds_gradients(
+    model: Model,
+    task: Task[Any],
+    resid: Float[Tensor, "layer example d_model"],
+    settings: ReadSettings,
+) -> Float[Tensor, "layer example d_model"]:
+    """Return the gradients of log P(true option) at the final prompt token, after each layer.
+
+    `resid` is the unsteered residual stream there. Options are compared by their first tokens.
+    """
+    options = option_tokens(model, task, settings)
+    if not options.tokens:
+        first = tuple(tuple({ids[0] for ids in variants}) for variants in options.continuations)
+        options = replace(options, tokens=first)
+    prompts, labels = tokenize_task(model, task, settings), torch.tensor(task.labels)
+    gradients = torch.zeros_like(resid)
+
+    def run(batch: list[int]) -> None:
+        rows = torch.arange(len(batch), device=model.device)
+        shape = (len(batch), 1, model.d_model)
+        leaves = [torch.zeros(shape, device=model.device, requires_grad=True) for _ in resid]
+        hooks = [
+            (resid_post(layer), lambda x, hook, leaf=leaf: x + leaf.to(x))  # noqa: ARG005
+            for layer, leaf in enumerate(leaves)
+        ]
+        with torch.no_grad(), hooked_pass(model, ()):
+            decoding = Decoding(model, [prompts[i] for i in batch], ())
+            decoding.prompt()
+        with torch.enable_grad(), hooked_pass(model, hooks):
+            fork = decoding.fork(rows, hooks)
+            logits = fork.resume(0, resid[0, batch][:, None].to(model.device))
+            chosen = options.class_logits(logits).log_softmax(-1)
+            chosen.gather(1, labels[batch, None].to(chosen.device)).sum().backward()
+        for layer, leaf in enumerate(leaves):
+            if leaf.grad is not None:
+                gradients[layer, batch] = leaf.grad[:, 0].float().cpu()
+
+    run_batches(prompts, run, settings, "gradients")
+    return gradients
+
+
+def foreseen_gains(
+    steerings: Sequence[Steering],
+    resid: Float[Tensor, "layer example d_model"],
+    gradients: Float[Tensor, "layer example d_model"],
+    base: Outcomes,
+    metric: Metric,
+) -> Float[Tensor, " steering"]:
+    """Return the mean gain that each steering would have if its shifts acted to first order.
+
+    All steerings are of one space. Of the metric `correct` the answer is taken to be right where
+    P(true option) exceeds one half; the fall of the error breaks ties.
+    """
+    stack, answers = Stack(tuple(steerings)), base.predictions.clamp(min=0)
+    change = torch.zeros(len(steerings), len(base))
+    for number, layer in stack.layers.items():
+        steps = layer.steps[:, answers if layer.steps.shape[1] > 1 else torch.zeros_like(answers)]
+        if isinstance(layer.space, SAESpace):
+            steps = layer.space.decode(steps, number).cpu()
+        effect = einsum(gradients[number], steps, "example d, slot example d -> slot example")
+        acting = (layer.slot >= 0).nonzero()[:, 0]
+        slot = layer.slot[acting]
+        score = layer.scores(resid[number][:, None], answers)[..., 0].cpu()[layer.reader[slot]]
+        amount = torch.zeros_like(score)
+        for place, rule in enumerate(layer.rules):
+            these = layer.rule[acting] == place
+            amount[these] = rule.amount(score[these])
+        change[acting] += amount * effect[slot]
+    p = (1 - base.error.double()).clamp(CERTAIN, 1 - CERTAIN)
+    # d log-odds = d log P / (1 - P): log-odds bend less than P, which a large shift carries to 1.
+    after = torch.sigmoid(torch.logit(p) + change.double() / (1 - p))
+    fall = (after - p).mean(-1)
+    if metric == "error":
+        return fall
+    return ((after > 0.5).double() - base.correct.double()).mean(-1) + 1e-3 * fall
