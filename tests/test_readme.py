@@ -10,7 +10,7 @@ def test_the_readme_runs(capsys):
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(code) == 1
     exec(code[0], {})
-    decision, accuracy = capsys.readouterr().out.strip().splitlines()
+    decision, _, accuracy = capsys.readouterr().out.strip().splitlines()
     assert decision.startswith(("STEER", "ABSTAIN"))
     assert 0.3 < float(accuracy) <= 1
 
