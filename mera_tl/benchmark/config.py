@@ -100,8 +100,8 @@ class RunOptions:
     """GPUs to spread the model's layers over."""
     engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
     """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
-    chat: bool = False
-    """Wrap prompts in the tokenizer's chat template."""
+    chat: bool = True
+    """Put prompts into the tokenizer's chat template, where it has one."""
 
     def __post_init__(self) -> None:
         check(self)

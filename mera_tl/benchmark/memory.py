@@ -135,7 +135,7 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def _outline(config: RunConfig) -> Model:
-    return load_model(config.model, dtype=config.dtype, device="meta", chat=config.chat)
+    return load_model(config.model, dtype=config.dtype, device="meta", chat=config.chat and None)
 
 
 def weight_bytes(model: Model) -> int:

@@ -413,7 +413,7 @@ def load_configured(config: RunConfig) -> Model:
         config.model,
         dtype=config.dtype,
         device=config.device,
-        chat=config.chat,
+        chat=config.chat and None,  # None: where there is a template
         n_devices=config.n_devices,
         engine=config.engine,
     )
