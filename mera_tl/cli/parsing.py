@@ -68,12 +68,13 @@ ALIASES = {
     "task": ("-t", "--tasks"),
     "tasks": ("-t", "--task"),
     "out": ("-o", "--output-path"),
-    "chat": ("--apply-chat-template",),
     "verbose": ("-v",),
     "quiet": ("-q",),
     "run": (),
 }
 """Short names, and what users of lm-evaluation-harness type (`_` and `-` are the same)."""
+DEFAULTS = ("--chat", "--apply-chat-template", "--apply_chat_template")
+"""Flags that say what holds anyway: taken, and passed over. The opposite is --no-chat."""
 METAVARS = {
     "train": "N|ROWS",
     "calibration": "N|ROWS",
@@ -104,7 +105,7 @@ LEFT_OUT = {
 
 def parse(argv: Sequence[str]) -> Any:
     """Return the command that was asked for; exit with 2 and a box that says what is wrong."""
-    argv = _with_file(argv)
+    argv = [word for word in _with_file(argv) if word not in DEFAULTS]
     by_name = {kind.__name__.lower(): kind for kind in COMMANDS}
     if argv and argv[0] in by_name:
         kind = by_name[argv[0]]
@@ -213,6 +214,8 @@ def _with_file(argv: Sequence[str]) -> list[str]:
         raise ValueError(f"{path} holds no options; write them as `name: value`, one a line.")
     told: list[str] = []
     for name, value in values.items():
+        if value is False and f"--{name}" in DEFAULTS:
+            told.append(f"--no-{name}")
         if value is None or value is False:
             continue
         listed = value if isinstance(value, list) else [] if value is True else [value]
