@@ -146,4 +146,4 @@ def test_it_is_json_a_figure_and_html(case):
     assert np.array(plain["before"]).shape == (3, len(plain["tokens"]))
     assert len(ledger.figure().data) == 3
     assert len(ledger.frame()) == 3 * len(ledger.tokens)
-    assert "plotly" in ledger._repr_html_()
+    assert isinstance(ledger._repr_mimebundle_(), dict)  # as plotly shows it where it is shown

@@ -112,6 +112,7 @@ def grid(columns: tuple[str, str], value: str) -> pd.DataFrame:
 def tokens() -> pd.DataFrame:
     rows = [
         {"pos": p, "token": t, "layer": i, "before": 0.2, "after": 0.1, "shift": 0.01 * p}
+        | {"valid": p == 3}
         for p, t in enumerate(["is", "it", "it", "?"])
         for i in range(2)
     ]
@@ -357,3 +358,12 @@ def test_the_ledger_keeps_tokens_that_occur_twice_apart():
     figure = FIGURES["ledger"]
     assert np.array(figure.data[0].z).shape == (2, 4)
     assert list(figure.layout.xaxis3.ticktext) == ["is", "it", "it", "?"]
+
+
+def test_predictions_where_the_probe_is_not_valid_are_greyed_out():
+    figure = FIGURES["ledger"]
+    greyed = sorted((shape.x0 + 0.5, shape.xref) for shape in figure.layout.shapes)
+    assert greyed == sorted((p, x) for p in (0, 1, 2) for x in ("x", "x2"))  # not the shifts
+    assert "grey" in figure.layout.title.subtitle.text
+    everywhere = plots.ledger(tokens().assign(valid=True), title="Row 7")
+    assert not everywhere.layout.shapes

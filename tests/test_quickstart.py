@@ -37,7 +37,7 @@ def test_it_is_short_and_its_outputs_are_stripped():
 
 def test_every_value_has_a_rich_display(executed):
     pages = shown(executed, "text/html")
-    for words in ("resid_post", "LinearProbe", "STEER: ", "examples</b>: accuracy"):
+    for words in ("resid_post", "LinearProbe", "certified at least", "examples</b>: accuracy"):
         assert any(words in page for page in pages), words
 
 

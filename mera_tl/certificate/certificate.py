@@ -23,6 +23,8 @@ from mera_tl.certificate.sample_sizes import Effect, continuous_sample_size, sam
 from mera_tl.certificate.terms import Terms
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mera_tl.models.model import Model
     from mera_tl.steering.spaces import Space
     from mera_tl.steering.steering import Steering
@@ -304,6 +306,32 @@ class Calibration:
         if self.abstained:
             return f"Calibration(ABSTAIN, {rows})"
         return f"Calibration(STEER at {self.best.candidate}, {rows})"
+
+    def frame(self, method: str = "") -> "pd.DataFrame":
+        """Return the evidence, one row per candidate, with the terms in every row, for figures."""
+        import pandas as pd
+
+        knobs = {key for row in self.evidence for key in row.steering}
+        knob = "threshold" if "threshold" in knobs else "strength"
+        counts = ("recoveries", "regressions", "gain", "lower", "p", "level")
+        rows = [{name: getattr(row, name) for name in counts} for row in self.evidence]
+        known = self.base is not None and self.terms.metric == "correct"
+        return pd.DataFrame(rows).assign(
+            threshold=[row.steering.get(knob, i) for i, row in enumerate(self.evidence)],
+            chosen=[i == self.chosen for i in range(len(rows))],
+            method=method,
+            knob=knob,
+            n=self.n,
+            min_gain=self.min_gain,
+            confidence=1 - self.terms.delta,
+            base=self.base if known else float("nan"),
+        )
+
+    def plot(self) -> Any:
+        """Draw the gain and its lower bound over the candidates, as a plotly figure."""
+        from mera_tl.plots import steering_curve
+
+        return steering_curve(self.frame("accuracy"))
 
     def _repr_html_(self) -> str:
         names = ("recoveries", "regressions", "gain", "lower", "p")

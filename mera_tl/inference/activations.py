@@ -98,6 +98,15 @@ class Activations:
         tensors = storage.map_tensors(Path(folder) / "activations.safetensors")
         return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
+    def plot(self, layer: int = -1, position: Position = "last") -> Any:
+        """Draw the two leading principal axes of a layer, by correctness, as a plotly figure."""
+        from mera_tl.plots import cloud
+
+        resid = self.resid(position)[layer].float()
+        _, _, axes = torch.pca_lowrank(resid, q=2)
+        x, y = ((resid - resid.mean(0)) @ axes).T.tolist()
+        return cloud(x, y, self.correct.tolist(), layer=layer % len(self.resid(position)))
+
     def __repr__(self) -> str:
         model, task = self.manifest.get("model"), self.manifest.get("task")
         shapes = ", ".join(f"{p} {tuple(t.shape)}" for p, t in self.by_position.items())

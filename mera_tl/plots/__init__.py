@@ -13,6 +13,7 @@ from mera_tl.plots.comparing import (
 )
 from mera_tl.plots.guarantee import sample_size_curves
 from mera_tl.plots.reading import (
+    cloud,
     geometry,
     predicted_error,
     probe_error,
@@ -29,6 +30,7 @@ from mera_tl.plots.style import colour_of
 
 __all__ = [
     "calibration_evidence",
+    "cloud",
     "colour_of",
     "error_before_after",
     "geometry",

@@ -1,5 +1,6 @@
 """Where errors can be read: held-out error per layer, what a probe predicts, its direction."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,21 @@ def geometry(
         told = f"; {df['in_plane'].mean():.0%} of a shift's length lies in this plane"
         told += _FIXED if fixed else ""
     return finish(figure, "Which way is error, and which way it moves", caption + told, height=520)
+
+
+def cloud(
+    x: Sequence[float], y: Sequence[float], correct: Sequence[bool], *, layer: int
+) -> go.Figure:
+    """Draw activations in the plane of two axes, one point an example."""
+    figure, rows = go.Figure(), pd.DataFrame({"x": x, "y": y, "correct": correct})
+    for is_correct, name, colour in _ANSWERS:
+        some = rows_where(rows, correct=is_correct)
+        marker = {"color": colour, "size": 6, "opacity": 0.7}
+        figure.add_scatter(x=some["x"], y=some["y"], mode="markers", name=name, marker=marker)
+    figure.update_xaxes(title="first principal axis", zeroline=False)
+    figure.update_yaxes(title="second principal axis", zeroline=False)
+    caption = f"layer {layer}, {len(rows):,} examples; axes of greatest variance, not of error"
+    return finish(figure, "Activations and answers", caption)
 
 
 def _shifts(figure: go.Figure, moved: pd.DataFrame) -> None:

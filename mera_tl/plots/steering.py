@@ -1,5 +1,6 @@
 """What one steering does: over the threshold, by example, by layer, token by token."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -206,8 +207,9 @@ def steered_share(df: pd.DataFrame, *, method: str, n: int) -> go.Figure:
 def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     """Draw one prompt, tokens by layers: predicted error before and after, and the shifts.
 
-    Takes columns `pos`, `token`, `layer`, `before`, `after` (predicted error) and `shift` (length
-    of the shift relative to the residual).
+    Takes columns `pos`, `token`, `layer`, `before`, `after` (predicted error), `shift` (length of
+    the shift relative to the residual) and `valid`: predictions at other tokens, which the probe
+    was not fitted to, are greyed out.
     """
     tokens = df.drop_duplicates("pos").sort_values("pos")
     titles = ("predicted error before", "predicted error after", "shift / residual norm")
@@ -230,6 +232,13 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
             row=row,
             col=1,
         )
+    grey = [pos for pos, valid in zip(tokens["pos"], tokens["valid"], strict=True) if not valid]
+    for pos, row in product(grey, (1, 2)):
+        panel: dict[str, Any] = {"row": row, "col": 1}
+        colour = "rgba(128,128,128,.82)"
+        figure.add_vrect(x0=pos - 0.5, x1=pos + 0.5, fillcolor=colour, line_width=0, **panel)
+    if grey:
+        caption += "; grey: tokens that the probe was not fitted to"
     figure.update_xaxes(tickvals=list(tokens["pos"]), showgrid=False)
     figure.update_xaxes(ticktext=list(tokens["token"]), tickangle=-60, row=3, col=1)
     figure.update_yaxes(title="layer", type="category", showgrid=False)

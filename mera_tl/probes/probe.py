@@ -166,6 +166,12 @@ class LinearProbe:
             f"best layer {self.best_layer} of {self.n_layers}{per})"
         )
 
+    def plot(self, metric: str = "auroc") -> Any:
+        """Draw a held-out metric over the layers (rmse, auroc, r2), as a plotly figure."""
+        from mera_tl.plots import probe_error
+
+        return probe_error(self.table.assign(probe=f"{self.kind}, {self.position}"), metric=metric)
+
     def _repr_html_(self) -> str:
         shown = [name for name in _SHOWN if self.metrics and name in self.metrics[0]]
         rows = self.table[shown].to_html(index=False, float_format="%.3f") if shown else ""

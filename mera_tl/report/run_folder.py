@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,12 @@ class RunFolder:
     @cached_property
     def certificates(self) -> dict[str, Calibration]:
         """The certificates, in the order of the records."""
-        paths = {r["method"]: self.path / "certificates" / r["method"] for r in self.records}
-        return {name: Calibration.load(path) for name, path in paths.items() if path.exists()}
+        asked = [r["method"] for r in self.records if r["decision"] is not None]
+        return {name: Calibration.load(self.path / "certificates" / name) for name in asked}
 
     def evidence(self, method: str) -> pd.DataFrame:
         """Return the evidence of a certificate, for `plots.steering_curve`."""
-        return evidence_frame(self.certificates[method], method)
+        return self.certificates[method].frame(method)
 
     @property
     def main_method(self) -> str | None:
@@ -299,25 +299,6 @@ def _other_axis(
     rest = centred - centred @ probes.T @ probes
     _, vectors = torch.linalg.eigh(rest.T @ rest)
     return torch.cat([probes, vectors[:, -1:].T]), vectors[:, -1]
-
-
-def evidence_frame(certificate: Calibration, method: str) -> pd.DataFrame:
-    """Return a certificate's evidence, one row per threshold, with its terms in every row."""
-    frame = pd.DataFrame([asdict(row) for row in certificate.evidence])
-    frame = frame.drop(columns=["steering", "gains"])
-    knobs = {key for row in certificate.evidence for key in row.steering}
-    knob = "threshold" if "threshold" in knobs else "strength"
-    known = certificate.base is not None and certificate.terms.metric == "correct"
-    return frame.assign(
-        threshold=[row.steering.get(knob, i) for i, row in enumerate(certificate.evidence)],
-        chosen=[i == certificate.chosen for i in range(len(frame))],
-        method=method,
-        knob=knob,
-        n=certificate.n,
-        min_gain=certificate.min_gain,
-        confidence=1 - certificate.terms.delta,
-        base=certificate.base if known else np.nan,
-    )
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:

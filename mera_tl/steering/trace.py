@@ -52,6 +52,12 @@ class Ledger:
     """Before and after; None where no option was answered."""
     probs: tuple[tuple[float, ...], tuple[float, ...]]
     """P(option) before and after."""
+    position: str = "last"
+    """Where the probe was fitted; predictions elsewhere are no predictions."""
+
+    def is_valid(self, pos: int) -> bool:
+        """Whether the probe was fitted to predict from tokens at this place."""
+        return pos == self.n_prompt - 1 if self.position == "last" else pos >= self.n_prompt - 1
 
     @property
     def fired(self) -> int:
@@ -68,6 +74,7 @@ class Ledger:
                 "before": self.before[i, pos],
                 "after": self.after[i, pos],
                 "shift": self.shift[i, pos],
+                "valid": self.is_valid(pos),
             }
             for pos, token in enumerate(self.tokens)
             for i, layer in enumerate(self.layers)
@@ -87,6 +94,7 @@ class Ledger:
             "row",
             "tokens",
             "n_prompt",
+            "position",
             "layers",
             "options",
             "label",
@@ -117,8 +125,9 @@ class Ledger:
             f"{self.shift.max():.2f} of the residual's norm"
         )
 
-    def _repr_html_(self) -> str:
-        return self.figure().to_html(full_html=False, include_plotlyjs="cdn")
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **more: Any) -> Any:
+        # As plotly shows its own figures: nothing is downloaded.
+        return self.figure()._repr_mimebundle_(include, exclude, **more)
 
 
 def explain(
@@ -160,7 +169,8 @@ def explain(
             "choose a shorter one."
         )
     runs = [_Run(model, readers, tokens, example, fwd, settings) for fwd in ([], hooks)]
-    return _ledger(model, example, readers, tokens[0], runs)
+    told = _ledger(model, example, readers, tokens[0], runs)
+    return told if probe is None else replace(told, position=probe.position)
 
 
 def _ledger(

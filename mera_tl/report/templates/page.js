@@ -81,7 +81,6 @@ const explore = box => {
   const choose = (row, line) => {
     chosen = row.row;
     for (const each of body.children) each.setAttribute("aria-selected", each === line);
-    if (line) line.scrollIntoView({ block: "nearest" });
     const verdict = { "0->1": ["recovered", "better"], "1->0": ["regressed", "worse"],
       "0->0": ["still wrong", ""], "1->1": ["still right", ""] }[row.change];
     const head = make("p", `Row ${row.row}: `);
@@ -143,15 +142,15 @@ const explore = box => {
     if (!row) return;
     kind.value = "all"; words.value = "";
     list();
-    choose(row, [...body.children].find(line => line.firstChild.textContent === String(row.row)));
+    const line = [...body.children].find(each => each.firstChild.textContent === String(row.row));
+    choose(row, line);
+    line.scrollIntoView({ block: "nearest" });
     box.scrollIntoView();
   }));
   kind.addEventListener("change", list);
   words.addEventListener("input", list);
   list();
-  const first = rows.find(KINDS[kind.value]);
-  if (first) choose(first);
-  list();
+  if (body.firstChild) body.firstChild.click();
 };
 document.querySelectorAll(".explorer").forEach(explore);
 
