@@ -241,8 +241,8 @@ def _look(run: Run) -> Search:
 def _flip(run: Run) -> Treatment:
     """Answer the second-best option where the predicted error is too high."""
     choices = Choices(metric=run.config.metric, seed=run.config.seed)
-    look = partial(search_flip, run.splits.train, run.activations, choices=choices)
-    found = _search(run, "flip", look)
+    train, learned = run.splits.train, run.activations
+    found = _search(run, "flip", lambda _: search_flip(train, learned, choices=choices))
     options = {"terms": run.terms("flip"), "min_gain": run.config.min_gain, "settings": run.read}
     certify = partial(certify_flip, run.model, run.splits.calibration, found, **options)
     decision = run.decide("flip", certify)
@@ -257,12 +257,12 @@ def _flip(run: Run) -> Treatment:
     return Treatment(hooks, calibration=decision, details=details, probe=probe, answer=answer)
 
 
-def _search(run: Run, name: str, look: Callable[[], Search], space: Space = RAW) -> Search:
-    """Search once per run."""
+def _search(run: Run, name: str, look: Callable[[Path], Search], space: Space = RAW) -> Search:
+    """Search once per run, in a folder that keeps what was tried if the run is ended."""
 
     def make(folder: Path) -> None:
         run.splits.train.require_classes()
-        look().save(folder)
+        look(folder).save(folder)
 
     return run.kept(f"searches/{name}", "search.json", make, partial(Search.load, space=space))
 
