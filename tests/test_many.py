@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import make_task, random_probe, talking_task
 
-from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.certificate import DEFAULT_THRESHOLDS
+from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.models import load_model
-from mera_tl.probes import LinearProbe
-from mera_tl.steering import Adaptive, Additive, Gated, Steering, evaluate_many
+from mera_tl.probes import LinearProbe, fit_error_probe
+from mera_tl.sae import fit_latent_probe, load_saes
+from mera_tl.steering import Adaptive, Additive, Gated, SAESpace, Steering, evaluate_many
+from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
 COUNTS = ("n_steered", "n_steerable", "n_tokens", "n_layers")
@@ -82,3 +85,50 @@ def check_each(model, readout):
         assert_same(cheap, whole, name)
         moved += int((whole.probs - plain.probs).abs().max() > 1e-3)
     assert moved >= 9  # most of them do something
+
+
+def organism_task(n=60):
+    return load_task("spam_cue").split(0, train=240, calibration=n, test=10)
+
+
+def test_in_the_latents_of_an_sae_each_equals_itself_alone():
+    model, splits = load_model("organism", device="cpu"), organism_task(24)
+    space = SAESpace(load_saes("organism", (1, 2), model))
+    probe = fit_latent_probe(collect(model, splits.train, settings=QUIET), space)
+    layer = space.layers[:1]
+    steerings = [
+        Steering(probe, space=space, layers=layer, positions="last").at(t) for t in (0.2, 0.5)
+    ] + [Steering(probe, space=space).at(0.3)]
+    outcomes = evaluate_many(model, splits.calibration, steerings, settings=QUIET)
+    for steering, cheap in zip(steerings, outcomes, strict=True):
+        whole = evaluate(model, splits.calibration, steering.fwd_hooks(), settings=QUIET)
+        assert_same(cheap, whole, steering.rule)
+        assert (whole.n_steered > 0).any()
+
+
+def tokens_through_blocks(model, work):
+    """Count the (token, layer) pairs that are run."""
+    counts = []
+    handles = [
+        block.register_forward_hook(lambda module, args, out: counts.append(out[..., 0].numel()))  # noqa: ARG005
+        for block in model.hooked.blocks
+    ]
+    try:
+        work()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counts)
+
+
+def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
+    model, splits = load_model("organism", device="cpu"), organism_task()
+    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    steering = Steering(probe, layers="best")
+    grid = [steering.at(t) for t in DEFAULT_THRESHOLDS]
+    one = tokens_through_blocks(model, lambda: evaluate(model, splits.calibration, settings=QUIET))
+    ten = tokens_through_blocks(
+        model, lambda: evaluate_many(model, splits.calibration, grid, settings=QUIET)
+    )
+    assert len(grid) == 10
+    assert one < ten <= 4 * one
