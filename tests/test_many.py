@@ -11,7 +11,7 @@ from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.models import load_model
 from mera_tl.probes import LinearProbe, fit_error_probe
 from mera_tl.sae import fit_latent_probe, load_saes
-from mera_tl.steering import Adaptive, Additive, Gated, SAESpace, Steering, evaluate_many
+from mera_tl.steering import Adaptive, Additive, Gated, Steering, evaluate_many
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
@@ -93,7 +93,7 @@ def organism_task(n=60):
 
 def test_in_the_latents_of_an_sae_each_equals_itself_alone():
     model, splits = load_model("organism", device="cpu"), organism_task(24)
-    space = SAESpace(load_saes("organism", (1, 2), model))
+    space = load_saes("organism", (1, 2), model)
     probe = fit_latent_probe(collect(model, splits.train, settings=QUIET), space)
     layer = space.layers[:1]
     steerings = [
