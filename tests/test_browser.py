@@ -12,6 +12,7 @@ from test_plots import FIGURES, evidence
 
 from mera_tl import plots
 from mera_tl.report import render
+from mera_tl.report.html import _environment
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -110,3 +111,58 @@ def test_a_broken_figure_is_noticed(page):
     found = dump(broken)
     assert root(found, "problems") is not None
     assert 'data-drawn="yes"' not in found
+
+
+CLICKS = """
+<script>
+window.addEventListener("load", () => setTimeout(() => {
+  const say = (name, value) => document.documentElement.setAttribute("data-" + name, value);
+  const box = document.querySelector(".explorer"), detail = () => box.querySelector(".detail");
+  const rows = () => [...box.querySelectorAll("tbody tr")];
+  const first = () => rows()[0].firstChild.textContent;
+  say("first", first());
+  rows().at(-1).click();
+  say("chosen", rows().at(-1).getAttribute("aria-selected"));
+  say("prompt", detail().querySelector("pre").textContent);
+  say("bars", detail().querySelectorAll(".bar").length);
+  box.querySelector("th button").click();
+  say("sorted", first());
+  const kind = box.querySelector(".kind");
+  kind.value = "regressed";
+  kind.dispatchEvent(new Event("change"));
+  say("regressed", rows().length);
+  const slider = document.querySelector(".slider input");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  say("says", document.querySelector(".slider .says").textContent);
+}, 1500));
+</script>
+"""
+
+
+def test_examples_are_chosen_sorted_and_filtered_and_the_threshold_moves(tmp_path):
+    changes = ["0->1", "0->1", "1->0"]
+    rows = [
+        {"row": i, "label": "a", "change": change, "before": "b", "after": "a", "reply": None}
+        | {"error_before": 0.9, "error_after": 0.1, "prompt": f"prompt {i}"}
+        | {"p_before": [0.1, 0.9], "p_after": [0.9, 0.1]}
+        for i, change in enumerate(changes)
+    ]
+    slider = {"labels": ["0.1", "0.5"], "says": ["3 recovered", "1 recovered"], "marks": [{}, {}]}
+    body = _environment().from_string(
+        "{% extends 'page.html' %}{% block body %}{{ parts.slider(slider, 'threshold') }}"
+        "{{ parts.explorer(value, 'explorer') }}{% endblock %}"
+    )
+    shared = {"title": "Examples", "specs": {}, "plotly": "", "blocks": []}
+    text = body.render(
+        shared
+        | {"slider": slider | {"chosen": 1, "note": ""}}
+        | {"value": {"options": ["a", "b"], "rows": rows}}
+    )
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", CLICKS + "</body>"), encoding="utf-8")
+    text = dump(page)
+    assert root(text, "problems") is None
+    seen = [root(text, name) for name in ("first", "chosen", "prompt", "bars", "sorted")]
+    assert seen == ["0", "true", "prompt 2", "4", "2"]
+    assert root(text, "regressed") == "1" and root(text, "says") == "3 recovered"
