@@ -24,6 +24,7 @@ def decided(models):
     """A model, a task and a decision to steer (there is hardly anything that is not promised)."""
     model = models["llama"]
     task = talking_task(model).subset(range(20), role="calibration")
+    torch.manual_seed(1)
     direction = torch.randn(2, model.n_layers, model.d_model)
     steering = Steering(random_probe(model), direction, layers=(0, 2), positions="last")
     grid = [steering.at(threshold) for threshold in (0.3, 0.5)]

@@ -89,7 +89,9 @@ class Steering:
         layers = self.layers if isinstance(self.layers, str) else ",".join(map(str, self.layers))
         return (
             f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {self.rule}, "
-            f"{self.space.name} space, layers {layers}, positions {self.positions})"
+            f"{self.space.name} space, layers {layers}, positions {self.positions}"
+            + ("" if self.certificate is None else f", {type(self.certificate).__name__}")
+            + ")"
         )
 
     def _repr_html_(self) -> str:
