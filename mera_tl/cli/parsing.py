@@ -24,6 +24,7 @@ COMMANDS = (
     results.Table,
     results.Explain,
     steps.Benchmark,
+    steps.Preflight,
     steps.Collect,
     steps.Fit,
     steps.Calibrate,
@@ -59,7 +60,7 @@ GROUPS = {
     "sae sae_sibling sae_correction",
     "certificate": "min_gain delta primary metric thresholds bound",
     "speed": "batch_size batch_tokens cache shards ray gpus",
-    "output": "out config overwrite dry_run json verbose quiet",
+    "output": "out config overwrite dry_run strict json verbose quiet",
 }
 """Headings of `--help`; what is in none of them stands under "more"."""
 ALIASES = {
@@ -91,6 +92,7 @@ METAVARS = {
     "task": "NAME[,NAME...]",
 }
 HIDDEN = {
+    "Preflight": GROUPS["steering"] + " " + GROUPS["certificate"],
     "Collect": GROUPS["steering"] + " " + GROUPS["certificate"],
     "Fit": GROUPS["certificate"] + " methods positions strength",
 }

@@ -128,6 +128,23 @@ class Run(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight(Step):
+    """Step 0: answer 50 prompts, show replies, and warn where the baseline is degenerate."""
+
+    strict: bool = False
+    """Exit with code 1 if there is anything to warn of."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.pre_flight import preflight
+
+        with self.opened() as opened:
+            found = preflight(opened.model, opened.splits.train, settings=opened.read)
+        console(quiet=self.quiet).print(str(found), markup=False)
+        if self.strict and found.warnings:
+            sys.exit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collect(Step):
     """Step 1: answer the training split unsteered, keeping activations and errors.
 
