@@ -48,7 +48,8 @@ class Seats:
         first = count.cumsum(0) - count
         seat = torch.empty_like(order)
         seat[order] = torch.arange(len(order), device=order.device) - first[place[order]]
-        return Seats(place, seat, int(count.max()), mask[kept])
+        n_seats = int(count.max()) if len(count) else 0  # a readout may ask for no row at all
+        return Seats(place, seat, n_seats, mask[kept])
 
 
 @dataclass(eq=False)
