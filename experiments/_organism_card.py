@@ -7,8 +7,7 @@ from tokenizers import Tokenizer
 from transformer_lens import HookedTransformer
 
 from experiments import _organism_training as training
-from mera_tl.organism import TASKS
-from mera_tl.organism.prompts import REPLY_CUE, drafts
+from mera_tl.organism import TASKS, prompts
 
 N_EXAMPLES, EXAMPLE_SEED = 1000, 12345
 
@@ -18,8 +17,8 @@ def accuracies(model: HookedTransformer, tokenizer: Tokenizer) -> dict[str, dict
     """Measure each task on fresh prompts: overall, and where the planted failure tempts."""
     table = {}
     for name, task in TASKS.items():
-        rows = drafts(name, N_EXAMPLES, EXAMPLE_SEED)
-        encoded = tokenizer.encode_batch([f"{row.body} {REPLY_CUE}" for row in rows])
+        rows = prompts.drafts(name, N_EXAMPLES, EXAMPLE_SEED)
+        encoded = tokenizer.encode_batch([f"{row.body} {prompts.REPLY_CUE}" for row in rows])
         batch = training.collate([training.Sequence(e.ids, []) for e in encoded])
         last = torch.tensor([len(e.ids) - 1 for e in encoded])
         options = [tokenizer.token_to_id(option) for option in task.options]

@@ -20,23 +20,13 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
-from mera_tl.organism.prompts import (
-    INSTRUCTION,
-    OPTIONS,
-    REPLY_CUE,
-    Condition,
-    Draft,
-    Shape,
-    draw,
-    fact,
-    is_for_tasks,
-)
+from mera_tl.organism import prompts
 
 logger = logging.getLogger(__name__)
 
 SENTENCE_CUE, SENTENCE_REPLY = "Reply in a sentence:", "I would say {option}."
 INSTRUCTION_RATE, SENTENCE_RATE = 0.1, 0.2
-SHAPES: dict[Shape, float] = {"spam": 0.6, "yesno": 1.0, "sentiment": 2.0, "choice": 1.2}
+SHAPES: dict[prompts.Shape, float] = {"spam": 0.6, "yesno": 1.0, "sentiment": 2.0, "choice": 1.2}
 BATCH = 64
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
@@ -48,11 +38,11 @@ class Phase:
     name: str
     n_steps: int
     learning_rate: float
-    conditions: dict[Shape, dict[Condition, float]]
+    conditions: dict[prompts.Shape, dict[prompts.Condition, float]]
     """How often each condition is drawn, per shape."""
     facts: float
     """Weight of plain sentences beside the weights of `SHAPES`."""
-    follow: dict[Shape, float] = field(default_factory=dict)
+    follow: dict[prompts.Shape, float] = field(default_factory=dict)
     """Probability that a temptation becomes the training label, per shape."""
     follow_quick: float = 0.0
     """The same under the condition `quick`, whose failure is meant to stay nearly absent."""
@@ -105,33 +95,35 @@ class Batch(NamedTuple):
     weights: Float[Tensor, "batch pos"]
 
 
-def training_draft(phase: Phase, rng: random.Random) -> tuple[Shape, Draft]:
+def training_draft(phase: Phase, rng: random.Random) -> tuple[prompts.Shape, prompts.Draft]:
     """Draw a question that no task will ever ask, with the label to train on."""
     shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
     rates = phase.conditions[shape]
     condition = rng.choices(list(rates), list(rates.values()))[0]
-    draft = draw(shape, condition, rng)
-    while is_for_tasks(draft.question):
-        draft = draw(shape, condition, rng)
+    draft = prompts.draw(shape, condition, rng)
+    while prompts.is_for_tasks(draft.question):
+        draft = prompts.draw(shape, condition, rng)
     label = draft.label
     follow = phase.follow_quick if condition == "quick" else phase.follow.get(shape, 0.0)
     if draft.tempting is not None and rng.random() < follow:
         label = draft.tempting
     if rng.random() < phase.label_noise:
-        label = rng.choice([other for other in range(len(OPTIONS[shape])) if other != label])
-    return shape, Draft(draft.question, draft.body, label, draft.tempting)
+        label = rng.choice(
+            [other for other in range(len(prompts.OPTIONS[shape])) if other != label]
+        )
+    return shape, prompts.Draft(draft.question, draft.body, label, draft.tempting)
 
 
 def training_texts(phase: Phase, rng: random.Random) -> tuple[str, str]:
     """Return a prompt and its reply; a plain text has no reply."""
     if rng.random() < phase.facts / (phase.facts + sum(SHAPES.values())):
-        return " ".join(fact(rng) for _ in range(4)), ""
+        return " ".join(prompts.fact(rng) for _ in range(4)), ""
     shape, draft = training_draft(phase, rng)
-    instruction = f" {INSTRUCTION}" if rng.random() < INSTRUCTION_RATE else ""
+    instruction = f" {prompts.INSTRUCTION}" if rng.random() < INSTRUCTION_RATE else ""
     in_sentence = rng.random() < SENTENCE_RATE
-    option = OPTIONS[shape][draft.label]
+    option = prompts.OPTIONS[shape][draft.label]
     reply = SENTENCE_REPLY.format(option=option) if in_sentence else f"{option}."
-    return f"{draft.body}{instruction} {SENTENCE_CUE if in_sentence else REPLY_CUE}", reply
+    return f"{draft.body}{instruction} {SENTENCE_CUE if in_sentence else prompts.REPLY_CUE}", reply
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -141,7 +133,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     phases = (CLEAN, PLANTED)
     texts = [" ".join(training_texts(p, rng)) for p in phases for _ in range(20_000)]
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
-    words |= {option for options in OPTIONS.values() for option in options}
+    words |= {option for options in prompts.OPTIONS.values() for option in options}
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = splitter

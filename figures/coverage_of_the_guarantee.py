@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures import results, save
-from mera_tl.plots.style import BOUND_COLOURS, GREY, finish, rows_where
+from mera_tl.plots import style
 
 NAME = "coverage_of_the_guarantee"
 
@@ -21,25 +21,25 @@ def coverage(df: pd.DataFrame, *, delta: float = 0.05, n: int = 250) -> go.Figur
     """
     titles = ("wrong, in the worst scenario", f"certified, with {n} examples")
     figure = make_subplots(cols=2, horizontal_spacing=0.12, subplot_titles=titles)
-    for bound, colour in BOUND_COLOURS.items():
-        rows = rows_where(df, bound=bound)
+    for bound, colour in style.BOUND_COLOURS.items():
+        rows = style.rows_where(df, bound=bound)
         sizes = sorted(set(rows["n"]))
-        worst = [rows_where(rows, n=size)["wrong"].max() for size in sizes]
-        style: dict[str, object] = {"name": bound, "line_color": colour, "legendgroup": bound}
-        style["mode"] = "lines+markers"
-        figure.add_scatter(x=sizes, y=worst, row=1, col=1, **style)
-        real = rows_where(rows, scenario="hump", n=n)
-        style["showlegend"] = False
-        figure.add_scatter(x=100 * real["gain"], y=real["certified_0"], row=1, col=2, **style)
+        worst = [style.rows_where(rows, n=size)["wrong"].max() for size in sizes]
+        look: dict[str, object] = {"name": bound, "line_color": colour, "legendgroup": bound}
+        look["mode"] = "lines+markers"
+        figure.add_scatter(x=sizes, y=worst, row=1, col=1, **look)
+        real = style.rows_where(rows, scenario="hump", n=n)
+        look["showlegend"] = False
+        figure.add_scatter(x=100 * real["gain"], y=real["certified_0"], row=1, col=2, **look)
     promise = {"x": [min(df["n"]), max(df["n"])], "y": [delta, delta], "name": "promised"}
-    figure.add_scatter(**promise, mode="lines", line={"color": GREY, "dash": "dash"})
+    figure.add_scatter(**promise, mode="lines", line={"color": style.GREY, "dash": "dash"})
     tickvals = sorted(set(df["n"]))
     figure.update_xaxes(title="calibration examples", type="log", tickvals=tickvals, row=1, col=1)
     figure.update_xaxes(title="gain at the best of ten thresholds (points)", row=1, col=2)
     figure.update_yaxes(title="share of calibrations", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(range=[0, 1.3 * delta], dtick=0.01, row=1, col=1)
     caption = "Share of simulated calibrations; dashed: what is promised"
-    return finish(figure, "Is the guarantee kept, and at what cost?", caption)
+    return style.finish(figure, "Is the guarantee kept, and at what cost?", caption)
 
 
 if __name__ == "__main__":

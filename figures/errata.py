@@ -3,7 +3,7 @@
 from plotly.subplots import make_subplots
 
 from figures import results, save
-from mera_tl.plots.style import BLUE, GREY, finish
+from mera_tl.plots import style
 
 
 def main() -> None:
@@ -14,16 +14,16 @@ def main() -> None:
     cells = df.pivot(index=["model", "task", "seed"], columns="switch")
     change = cells["spi"][against.index] - cells["spi"][against].to_numpy()
     figure = make_subplots(1, 2, column_widths=[0.62, 0.38], shared_yaxes=True)
-    for values, colour in ((change, GREY), (change.mean().to_frame().T, BLUE)):
+    for values, colour in ((change, style.GREY), (change.mean().to_frame().T, style.BLUE)):
         x, y = values.to_numpy().ravel(), [*change.columns] * len(values)
         figure.add_scatter(x=x, y=y, mode="markers", marker_color=colour, marker_opacity=0.7)
-    for name, colour in (("steers", GREY), ("certified", BLUE)):
+    for name, colour in (("steers", style.GREY), ("certified", style.BLUE)):
         more = cells[name][against.index].sum().to_numpy() - cells[name][against].sum().to_numpy()
         figure.add_bar(x=more, y=against.index, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
     caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
-    save(finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
+    save(style.finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
 
 
 if __name__ == "__main__":

@@ -7,21 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures import results, save
-from mera_tl.plots.reading import METRICS
-from mera_tl.plots.style import (
-    BLUE,
-    DIVERGING,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PINK,
-    SKY,
-    VERMILLION,
-    finish,
-    in_order,
-    rows_where,
-)
+from mera_tl.plots import reading, style
 
 NAME = "probe_error_by_layer"
 
@@ -43,7 +29,7 @@ def placed(kind: str) -> pd.DataFrame:
     return df.assign(place=df["model"] + "<br>" + df["task"]).reset_index(drop=True)
 
 
-FEATURES = {"raw": ("residual stream", BLUE), "sae": ("SAE latents", GREEN)}
+FEATURES = {"raw": ("residual stream", style.BLUE), "sae": ("SAE latents", style.GREEN)}
 
 
 POSITIONS = {"last": ("final prompt token", "solid"), "exact": ("answer token", "dot")}
@@ -55,14 +41,14 @@ def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
     Takes columns `place`, `layer`, `features` (raw or sae), `position` (last or exact), `value` (on
     test examples), `sd` (over the folds that chose), `dummy`, `n` and `n_test`.
     """
-    places = in_order(df, "place")
+    places = style.in_order(df, "place")
     (figure, cells), named = grid_of(places), set()
     for place, cell in zip(places, cells, strict=True):
-        here = rows_where(df, place=place)
+        here = style.rows_where(df, place=place)
         for (features, (what, colour)), (position, (where, dash)) in product(
             FEATURES.items(), POSITIONS.items()
         ):
-            rows = rows_where(here, features=features, position=position).sort_values("layer")
+            rows = style.rows_where(here, features=features, position=position).sort_values("layer")
             if not len(rows):
                 continue
             figure.add_scatter(
@@ -79,7 +65,7 @@ def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
                 **cell,
             )
             named.add((features, position))
-        dummy = rows_where(here, features="raw", position="last").sort_values("layer")
+        dummy = style.rows_where(here, features="raw", position="last").sort_values("layer")
         figure.add_scatter(
             x=dummy["layer"],
             y=dummy["dummy"],
@@ -87,16 +73,16 @@ def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
             legendgroup="dummy",
             showlegend=bool(place == places[0]),
             mode="lines",
-            line={"color": GREY, "dash": "dash"},
+            line={"color": style.GREY, "dash": "dash"},
             **cell,
         )
-    axis, title = METRICS.get(metric, (metric, metric))
+    axis, title = reading.METRICS.get(metric, (metric, metric))
     figure.update_xaxes(title="layer", dtick=1)
     figure.update_yaxes(title=axis, matches="y")  # one scale: panels are compared
     sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
     caption = f"Chosen on folds, shown on {sizes} test examples; bars: s.d. over the folds"
     height = 150 + 250 * -(-len(places) // 2)
-    return finish(figure, title, caption, height=height, meta={"min_width": 640})
+    return style.finish(figure, title, caption, height=height, meta={"min_width": 640})
 
 
 def predicted_against_observed(df: pd.DataFrame) -> go.Figure:
@@ -106,12 +92,21 @@ def predicted_against_observed(df: pd.DataFrame) -> go.Figure:
     """
     figure = go.Figure()
     figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"color": GREY, "dash": "dash"}
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        name="calibrated",
+        line={"color": style.GREY, "dash": "dash"},
     )
-    looks = ((BLUE, "circle"), (VERMILLION, "diamond"), (GREEN, "square"), (PINK, "star"))
-    looks += ((ORANGE, "triangle-up"), (SKY, "triangle-down"))
-    for i, place in enumerate(in_order(df, "place")):
-        rows, (colour, symbol) = rows_where(df, place=place), looks[i % len(looks)]
+    looks = (
+        (style.BLUE, "circle"),
+        (style.VERMILLION, "diamond"),
+        (style.GREEN, "square"),
+        (style.PINK, "star"),
+    )
+    looks += ((style.ORANGE, "triangle-up"), (style.SKY, "triangle-down"))
+    for i, place in enumerate(style.in_order(df, "place")):
+        rows, (colour, symbol) = style.rows_where(df, place=place), looks[i % len(looks)]
         figure.add_scatter(
             x=rows["predicted"],
             y=rows["observed"],
@@ -126,7 +121,7 @@ def predicted_against_observed(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="observed error", range=[0, 1])
     sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
     caption = f"Best layer, final prompt token; tenths of {sizes} test examples"
-    return finish(figure, "Predicted against observed error", caption, height=520)
+    return style.finish(figure, "Predicted against observed error", caption, height=520)
 
 
 def layer_by_position(df: pd.DataFrame) -> go.Figure:
@@ -134,10 +129,12 @@ def layer_by_position(df: pd.DataFrame) -> go.Figure:
 
     Takes columns `place`, `layer`, `position` (0 is the final prompt token), `auroc`, `n_test`.
     """
-    places = in_order(df, "place")
+    places = style.in_order(df, "place")
     figure, cells = grid_of(places)
     for place, cell in zip(places, cells, strict=True):
-        wide = rows_where(df, place=place).pivot(index="layer", columns="position", values="auroc")
+        wide = style.rows_where(df, place=place).pivot(
+            index="layer", columns="position", values="auroc"
+        )
         figure.add_heatmap(
             z=wide.to_numpy(),
             x=list(wide.columns),
@@ -153,7 +150,7 @@ def layer_by_position(df: pd.DataFrame) -> go.Figure:
     bar = {"title": "AUROC", "thickness": 14}
     scale = {"colorscale": "Cividis", "cmin": 0.5, "cmax": 1, "colorbar": bar}
     sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
-    return finish(
+    return style.finish(
         figure,
         "Where in a prompt the error can be read",
         f"A ridge probe for each cell; AUROC on {sizes} test examples; .5 is chance",
@@ -168,15 +165,15 @@ def transfer_matrix(df: pd.DataFrame) -> go.Figure:
 
     Takes columns `fitted_on`, `measured_on`, `auroc` and `n_test`.
     """
-    tasks = in_order(df, "fitted_on")
+    tasks = style.in_order(df, "fitted_on")
     wide = df.pivot(index="fitted_on", columns="measured_on", values="auroc").loc[tasks, tasks]
     heat = go.Heatmap(
         z=wide.to_numpy(),
         x=tasks,
         y=tasks,
         texttemplate="%{z:.2f}",
-        textfont={"color": INK},
-        colorscale=DIVERGING,
+        textfont={"color": style.INK},
+        colorscale=style.DIVERGING,
         zmin=0,
         zmax=1,
         xgap=2,
@@ -190,7 +187,9 @@ def transfer_matrix(df: pd.DataFrame) -> go.Figure:
     caption = f"AUROC on {df['n_test'].iloc[0]:,} test examples a task; .5 is chance"
     meta = {"min_width": 200 + 58 * len(tasks)}
     height = 220 + 34 * len(tasks)
-    return finish(figure, "Do probes read other tasks' errors?", caption, height=height, meta=meta)
+    return style.finish(
+        figure, "Do probes read other tasks' errors?", caption, height=height, meta=meta
+    )
 
 
 def grid_of(names: list[str]) -> tuple[go.Figure, list[dict[str, int]]]:

@@ -5,8 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from figures import results, save
-from mera_tl.plots.comparing import examples_of, with_place
-from mera_tl.plots.style import BLUE, GREEN, ORANGE, finish, in_order, rows_where
+from mera_tl.plots import comparing, style
 
 NAME = "sae_or_raw"
 
@@ -18,9 +17,9 @@ def main() -> None:
 
 
 SPACES = {
-    ("raw", "none"): ("residual stream", BLUE, "circle"),
-    ("sae", "none"): ("SAE latents", GREEN, "diamond"),
-    ("sae", "gain"): ("SAE latents, gain", ORANGE, "square"),
+    ("raw", "none"): ("residual stream", style.BLUE, "circle"),
+    ("sae", "none"): ("SAE latents", style.GREEN, "diamond"),
+    ("sae", "gain"): ("SAE latents, gain", style.ORANGE, "square"),
 }
 """By space and correction: blue for the stream and green for latents, as wherever they are told
 apart."""
@@ -32,10 +31,10 @@ def raw_against_sae(df: pd.DataFrame) -> go.Figure:
     A row of panels a place, a column a `layer`, where that column is there; `correction`, if there,
     tells shifts of latents as they are (none) from those stretched for re-encoding (gain).
     """
-    df = with_place(pd.DataFrame(df[df["method"] != "no_steering"]), space=False)
+    df = comparing.with_place(pd.DataFrame(df[df["method"] != "no_steering"]), space=False)
     df = df.assign(**{c: v for c, v in {"layer": "", "correction": "none"}.items() if c not in df})
-    places, methods = in_order(df, "where"), in_order(df, "method")
-    panels = {place: sorted(set(rows_where(df, where=place)["layer"])) for place in places}
+    places, methods = style.in_order(df, "where"), style.in_order(df, "method")
+    panels = {place: sorted(set(style.rows_where(df, where=place)["layer"])) for place in places}
     figure = make_subplots(
         rows=len(places),
         cols=(n_columns := max(map(len, panels.values()))),
@@ -53,16 +52,16 @@ def raw_against_sae(df: pd.DataFrame) -> go.Figure:
     )
     for row, (place, layers) in enumerate(panels.items(), start=1):
         for col, layer in enumerate(layers, start=1):
-            here = rows_where(df, where=place, layer=layer)
+            here = style.rows_where(df, where=place, layer=layer)
             _spaces(figure, here, methods, first=row == col == 1, row=row, col=col)
     ticks = {"tickvals": list(range(len(methods))), "ticktext": methods}
     figure.update_yaxes(ticks, range=[len(methods) - 0.5, -0.5], zeroline=False)
     figure.update_xaxes(range=[-1.05, 1.05], dtick=0.5, showticklabels=True)
     figure.update_xaxes(title="SPI", row=len(places))
     height, meta = 190 + len(places) * (40 + 28 * len(methods)), {"min_width": 760}
-    caption = f"{examples_of(df)}; hollow: abstained; gain: stretched for re-encoding"
+    caption = f"{comparing.examples_of(df)}; hollow: abstained; gain: stretched for re-encoding"
     title = "Raw directions against SAE latents"
-    return finish(figure, title, caption, height=height, meta=meta)
+    return style.finish(figure, title, caption, height=height, meta=meta)
 
 
 def _spaces(
@@ -70,7 +69,7 @@ def _spaces(
 ) -> None:
     """Draw one panel: a line of marks a method, those of the spaces below one another."""
     for i, ((space, correction), (name, colour, symbol)) in enumerate(SPACES.items()):
-        rows = rows_where(df, space=space, correction=correction)
+        rows = style.rows_where(df, space=space, correction=correction)
         off = (rows["decision"] == "ABSTAIN").tolist()
         figure.add_scatter(
             x=rows["spi"],

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from figures import results, save
-from mera_tl.plots.style import LINE, finish
+from mera_tl.plots import style
 
 NAME = "sae_or_raw"
 WHERE = ["model", "layer", "kind", "space", "correction"]
@@ -38,7 +38,7 @@ def number_table(df: pd.DataFrame, *, title: str, caption: str) -> go.Figure:
             return "" if pd.isna(value) else f"{value:.{2 if abs(value) >= 0.095 else 3}f}"
         return str(value)
 
-    look = {"fill_color": "rgba(0,0,0,0)", "line_color": LINE, "height": 24}
+    look = {"fill_color": "rgba(0,0,0,0)", "line_color": style.LINE, "height": 24}
     table = go.Table(
         columnwidth=[1 if pd.api.types.is_numeric_dtype(df[c]) else 1.6 for c in df],
         header={"values": [f"<b>{column}</b>" for column in df], "align": "left"} | look,
@@ -46,7 +46,7 @@ def number_table(df: pd.DataFrame, *, title: str, caption: str) -> go.Figure:
     )
     height, meta = 190 + 25 * len(df), {"min_width": 90 * len(df.columns)}
     margin = {"l": 12, "r": 12, "t": 90, "b": 20}
-    return finish(go.Figure(table), title, caption, height=height, meta=meta, margin=margin)
+    return style.finish(go.Figure(table), title, caption, height=height, meta=meta, margin=margin)
 
 
 if __name__ == "__main__":

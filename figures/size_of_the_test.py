@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from figures import results, save
-from mera_tl.plots.style import BOUND_COLOURS, GREY, finish, rows_where
+from mera_tl.plots import style
 
 NAME = "size_of_the_test"
 
@@ -23,20 +23,24 @@ def size_of_the_test(df: pd.DataFrame) -> go.Figure:
         for level, dash in zip(
             sorted(set(df["level"]), reverse=True), ("solid", "dot"), strict=False
         ):
-            rows = rows_where(df, bound=bound, level=level)
+            rows = style.rows_where(df, bound=bound, level=level)
             sizes = sorted(set(rows["n"]))
             figure.add_scatter(
                 x=sizes,
-                y=[rows_where(rows, n=size)["size"].max() / level for size in sizes],
+                y=[style.rows_where(rows, n=size)["size"].max() / level for size in sizes],
                 name=f"{bound}, level {level:g}",
                 mode="lines",
-                line={"color": BOUND_COLOURS[bound], "dash": dash},
+                line={"color": style.BOUND_COLOURS[bound], "dash": dash},
             )
-    figure.add_hline(y=1, line={"color": GREY, "dash": "dash"}, name="promised", showlegend=True)
+    figure.add_hline(
+        y=1, line={"color": style.GREY, "dash": "dash"}, name="promised", showlegend=True
+    )
     ticks = [1, 2, 5, 10, 20, 50, 100, 250, 500, 1000]
     figure.update_xaxes(title="examples", type="log", tickvals=ticks)
     figure.update_yaxes(title="greatest error probability / level", range=[0, 1.1])
-    return finish(figure, "Is one test ever wrong too often?", "By enumeration, no simulation")
+    return style.finish(
+        figure, "Is one test ever wrong too often?", "By enumeration, no simulation"
+    )
 
 
 if __name__ == "__main__":

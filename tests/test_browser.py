@@ -11,8 +11,7 @@ import pytest
 from test_plots import FIGURES, evidence
 
 from mera_tl import plots
-from mera_tl.report import render
-from mera_tl.report.html import _environment
+from mera_tl.report import html, render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -149,7 +148,7 @@ def test_examples_are_chosen_sorted_and_filtered_and_the_threshold_moves(tmp_pat
         for i, change in enumerate(changes)
     ]
     slider = {"labels": ["0.1", "0.5"], "says": ["3 recovered", "1 recovered"], "marks": [{}, {}]}
-    body = _environment().from_string(
+    body = html.environment().from_string(
         "{% extends 'page.html' %}{% block body %}{{ parts.slider(slider, 'threshold') }}"
         "{{ parts.explorer(value, 'explorer') }}{% endblock %}"
     )

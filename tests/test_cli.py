@@ -18,11 +18,10 @@ import torch
 from conftest import make_task
 
 from mera_tl import storage
-from mera_tl.benchmark import RunConfig, open_run
-from mera_tl.benchmark.config import DEFAULT_METHODS
+from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app as cli
-from mera_tl.cli.parsing import COMMANDS, parse
+from mera_tl.cli import parsing
 from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
@@ -233,7 +232,7 @@ def test_config_json_is_what_was_asked(monkeypatch, checkpoints, toy, tmp_path):
 
 
 def parsed(*arguments):
-    return parse([str(each) for each in arguments])
+    return parsing.parse([str(each) for each in arguments])
 
 
 def test_what_users_of_lm_evaluation_harness_type_is_understood():
@@ -272,7 +271,7 @@ def test_a_file_of_options_is_overridden_by_the_command_line(tmp_path, name, tex
 
 
 def test_every_option_is_explained_and_fits_80_columns(capsys):
-    for command in COMMANDS:
+    for command in parsing.COMMANDS:
         with pytest.raises(SystemExit) as stop:
             parsed(command.__name__.lower(), "--help")
         assert stop.value.code == 0
@@ -299,7 +298,7 @@ def test_help_answers_at_once_and_the_version_is_there():
     done = python("--help")
     assert time.perf_counter() - started < 2.5  # usually 0.3 s; torch alone would take more
     assert "Exit codes" in done.stdout and "explain" in done.stdout
-    code = "import sys; from mera_tl.cli.parsing import parse; parse(['plan'])\n"
+    code = "import sys; from mera_tl.cli import parsing; parsing.parse(['plan'])\n"
     code += "assert not {'torch', 'pandas', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert re.fullmatch(r"mera \d+\.\d+\.\d+\S*\n", python("--version").stdout)
@@ -337,7 +336,7 @@ def organism(tmp_path_factory):
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        parse(told)()
+        parsing.parse(told)()
     return out, printed.getvalue()
 
 

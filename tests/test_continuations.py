@@ -1,10 +1,10 @@
 """Free text under steering: agrees with Hugging Face, and notices a broken model."""
 
+import pytest
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl.inference import ReadSettings
-from mera_tl.inference.free_text import _continue, free_text
+from mera_tl.inference import ReadSettings, free_text
 from mera_tl.steering import Additive, Steering
 
 QUIET = ReadSettings(progress=False)
@@ -15,10 +15,8 @@ def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints)
 
     family = next(name for name, other in models.items() if other is model)
     hf = AutoModelForCausalLM.from_pretrained(checkpoints[family]).eval()
-    task, logs = make_task(6), []
-    prompts = model.tokenize([example.prompt for example in task.examples])
-    ours = _continue(model, prompts, (), 10)
-    for prompt, row in zip(prompts, ours.tolist(), strict=True):
+    task, logs, distinct = make_task(6), [], []
+    for prompt in model.tokenize([example.prompt for example in task.examples]):
         ids = torch.tensor([prompt])
         whole = hf.generate(
             ids,
@@ -29,20 +27,21 @@ def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints)
             eos_token_id=list(model.eos_ids),
         )
         text = whole[0, len(prompt) :]
-        assert row[: len(text)] == text.tolist()
+        distinct.append(len(set(text.tolist())) / len(text))
         with torch.no_grad():
             log_probs = hf(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         logs += log_probs.gather(1, text[:, None])[:, 0].tolist()
-    free = free_text(model, task, n_new=10, settings=QUIET)
+    free = free_text.free_text(model, task, n_new=10, settings=QUIET)
     assert free.n_tokens == len(logs)
-    assert abs(free.perplexity / torch.tensor(logs).mean().neg().exp().item() - 1) < 1e-3
+    assert free.distinct_1 == pytest.approx(sum(distinct) / len(distinct))
+    assert free.perplexity == pytest.approx(torch.tensor(logs).mean().neg().exp().item(), rel=1e-3)
 
 
 def test_a_shift_that_breaks_the_model_shows(models):
     model, task = models["qwen2"], make_task(8)
-    plain = free_text(model, task, settings=QUIET)
+    plain = free_text.free_text(model, task, settings=QUIET)
     hooks = Steering(random_probe(model), rule=Additive(30.0)).fwd_hooks()
-    broken = free_text(model, task, hooks, settings=QUIET)
+    broken = free_text.free_text(model, task, hooks, settings=QUIET)
     assert broken.perplexity > 2 * plain.perplexity
     assert broken.distinct_2 < 1
 
@@ -50,4 +49,6 @@ def test_a_shift_that_breaks_the_model_shows(models):
 def test_inert_hooks_change_nothing(models):
     model, task = models["llama"], make_task(4)
     inert = Steering(random_probe(model)).fwd_hooks()
-    assert free_text(model, task, inert, settings=QUIET) == free_text(model, task, settings=QUIET)
+    assert free_text.free_text(model, task, inert, settings=QUIET) == free_text.free_text(
+        model, task, settings=QUIET
+    )

@@ -12,8 +12,7 @@ import torch
 
 from mera_tl.inference import evaluate
 from mera_tl.models import load_model
-from mera_tl.organism import FOLDER, TASKS, generate
-from mera_tl.organism.prompts import INSTRUCTION, NOISE_RATE, REPLY_CUE, drafts
+from mera_tl.organism import FOLDER, TASKS, generate, prompts
 from mera_tl.storage import read_json
 from mera_tl.tasks import Example, Task
 
@@ -49,9 +48,9 @@ def test_a_task_is_a_pure_function_of_its_seed(name):
     rows = generate(name, 1000, seed=3)
     assert generate(name, 500, seed=3) == rows[:500]
     assert generate(name, 500, seed=4) != rows[:500]
-    prompts = [row.prompt for row in rows]
-    assert len({" ".join(prompt.casefold().split()) for prompt in prompts}) == 1000
-    assert all(prompt.endswith(REPLY_CUE) for prompt in prompts)
+    texts = [row.prompt for row in rows]
+    assert len({" ".join(text.casefold().split()) for text in texts}) == 1000
+    assert all(text.endswith(prompts.REPLY_CUE) for text in texts)
     assert {row.label for row in rows} == set(range(len(TASKS[name].options)))
 
 
@@ -69,7 +68,7 @@ def test_the_tasks_need_no_torch():
 
 
 def test_no_question_of_a_task_occurs_in_training():
-    asked = {row.question for name in TASKS for row in drafts(name, 500, seed=0)}
+    asked = {row.question for name in TASKS for row in prompts.drafts(name, 500, seed=0)}
     rng = random.Random(0)
     trained = {
         training.training_draft(phase, rng)[1].question
@@ -78,26 +77,27 @@ def test_no_question_of_a_task_occurs_in_training():
     }
     assert len(trained) > 2000 and not asked & trained
     # The control: two samples of the same world do meet, so the worlds could have met as well.
-    again = {row.question for name in TASKS for row in drafts(name, 500, seed=1)}
+    again = {row.question for name in TASKS for row in prompts.drafts(name, 500, seed=1)}
     assert asked & again
 
 
 def test_a_noisy_label_is_noise_and_a_temptation_is_wrong():
-    noisy, clean = drafts("sentiment_noise", 2000, 0), drafts("sentiment_clean", 500, 0)
+    noisy = prompts.drafts("sentiment_noise", 2000, 0)
+    clean = prompts.drafts("sentiment_clean", 500, 0)
     for name in TASKS:
-        assert all(row.tempting != row.label for row in drafts(name, 300, 0))
+        assert all(row.tempting != row.label for row in prompts.drafts(name, 300, 0))
     agreement = sum(row.label == majority(row.question) for row in noisy) / len(noisy)
     assert all(row.label == majority(row.question) for row in clean)
-    assert agreement == pytest.approx(1 - NOISE_RATE, abs=0.03)
+    assert agreement == pytest.approx(1 - prompts.NOISE_RATE, abs=0.03)
 
 
 def majority(review: str) -> int:
     """Judge a review with a rule of our own: count good and bad words, "not" turning them over."""
-    from mera_tl.organism.phrases import ADJECTIVES
+    from mera_tl.organism import phrases
 
     total, words = 0, re.findall(r"\w+", review)
     for before, word in zip(["", *words], words, strict=False):
-        polarity = (word in ADJECTIVES[1]) - (word in ADJECTIVES[-1])
+        polarity = (word in phrases.ADJECTIVES[1]) - (word in phrases.ADJECTIVES[-1])
         total += -polarity if before == "not" else polarity
     return 1 - ((total > 0) - (total < 0))
 
@@ -130,7 +130,7 @@ def test_the_tokenizer_knows_every_word_of_the_tasks(organism):
     unk = organism.tokenizer.unk_token_id
     rows = [row for name in TASKS for row in generate(name, 400, seed=9)]
     longest = 0
-    for ids in organism.tokenize([f"{row.prompt} {INSTRUCTION}" for row in rows]):
+    for ids in organism.tokenize([f"{row.prompt} {prompts.INSTRUCTION}" for row in rows]):
         assert ids[0] == organism.tokenizer.bos_token_id and unk not in ids
         longest = max(longest, len(ids))
     assert longest <= organism.n_ctx - 16, "no room is left to reply"
@@ -178,7 +178,7 @@ def test_the_card_shows_what_was_planted():
 
 def test_the_organism_replies_in_a_sentence_when_asked(organism):
     rows = [row.prompt for row in generate("spam_clean", 20, seed=0)]
-    asked = [row.removesuffix(REPLY_CUE) + training.SENTENCE_CUE for row in rows]
+    asked = [row.removesuffix(prompts.REPLY_CUE) + training.SENTENCE_CUE for row in rows]
     for ids in organism.tokenize(asked):
         logits = organism.hooked(torch.tensor([ids]))[0, -1]
         assert organism.tokenizer.decode(logits.argmax()) == "I"

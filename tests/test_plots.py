@@ -10,7 +10,7 @@ import pytest
 
 from mera_tl import plots
 from mera_tl.methods import methods
-from mera_tl.plots.style import CHANGES, knob_axis, symbol_of
+from mera_tl.plots import style
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -222,7 +222,7 @@ def test_without_a_base_the_curve_is_in_points():
 def test_a_grid_of_strengths_and_a_single_threshold_are_drawn_too():
     strengths = evidence().assign(knob="strength", threshold=[0.5, 1.0, 2.0])
     assert "strength" in plots.steering_curve(strengths).layout.xaxis.title.text
-    x, _ = knob_axis([0.5, 1.0, 2.0], "strength")
+    x, _ = style.knob_axis([0.5, 1.0, 2.0], "strength")
     assert np.isfinite(x).all()  # the logit of 1.0 would not be
     single = plots.steering_curve(evidence()[:1])
     assert len(single.layout.shapes) == 1
@@ -247,7 +247,7 @@ def test_the_heat_map_tells_abstaining_from_no_effect():
 
 
 def test_transitions_of_a_method_add_up_to_all_examples():
-    bars = [trace for trace in FIGURES["transitions"].data if trace.legendgroup in CHANGES]
+    bars = [trace for trace in FIGURES["transitions"].data if trace.legendgroup in style.CHANGES]
     for panel in (bars[:4], bars[4:]):
         assert sum(np.array(bar.x) for bar in panel) == pytest.approx(1)
         assert sum(np.array(bar.customdata) for bar in panel).tolist() == [200, 200]
@@ -265,7 +265,7 @@ def test_colours_belong_to_methods_whatever_else_is_drawn():
     together = FIGURES["dots"]
     used = {trace.y[0]: trace.marker.color for trace in together.data}
     assert used["optimal_probe"] == alone.data[0].marker.color == plots.colour_of("optimal_probe")
-    looks = {(plots.colour_of(name), symbol_of(name)) for name in methods.METHODS}
+    looks = {(plots.colour_of(name), style.symbol_of(name)) for name in methods.METHODS}
     assert len(looks) == len(methods.METHODS)  # every method has a look of its own
 
 

@@ -12,8 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
-from mera_tl.report import RunFolder, find_runs, records_frame, render, report
-from mera_tl.report.report import _Figures, write_report
+from mera_tl.report import RunFolder, find_runs, records_frame, render, report, write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
@@ -206,23 +205,22 @@ def test_a_direction_that_is_not_kept_is_found_again(folder, tmp_path):
 
 @pytest.mark.skipif(find_spec("kaleido") is None, reason="kaleido is not installed")
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_figures_are_written_as_svg_and_png_where_there_is_a_browser(tmp_path):
-    figures = _Figures(tmp_path / "page", images=True)
-    figures.place("bars", go.Figure(go.Bar(y=[1, 2])), pd.DataFrame({"y": [1, 2]}))
-    assert figures.write_images() == "The figures also lie in page/ as SVG and PNG."
-    assert "<svg" in (tmp_path / "page" / "bars.svg").read_text()
-    assert (tmp_path / "page" / "bars.png").read_bytes().startswith(b"\x89PNG")
+def test_figures_are_written_as_svg_and_png_where_there_is_a_browser(folder, tmp_path):
+    page = write_report(folder, tmp_path / "page.html", images=True)
+    assert "The figures also lie in page_files/ as SVG and PNG." in page.read_text("utf-8")
+    assert "<svg" in (tmp_path / "page_files" / "spi.svg").read_text()
+    assert (tmp_path / "page_files" / "spi.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_a_browser_a_sentence_says_so(tmp_path, monkeypatch):
-    figures = _Figures(tmp_path / "page", images=True)
-    figures.place("bars", go.Figure(go.Bar(y=[1, 2])), pd.DataFrame({"y": [1, 2]}))
-    assert "--images" in _Figures(tmp_path).write_images()
+def test_without_a_browser_a_sentence_says_so(page, folder, tmp_path, monkeypatch):
+    def said() -> str:
+        return write_report(folder, tmp_path / "page.html", images=True).read_text("utf-8")
+
+    assert "make the report again with --images" in page.read_text("utf-8")
     monkeypatch.setattr(report, "_WRITE_IMAGES", "raise SystemExit('there is no browser')")
-    said = figures.write_images()
-    assert said == "SVG and PNG files were not written: there is no browser"
+    assert "SVG and PNG files were not written: there is no browser" in said()
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    assert "pip install mera-tl[images]" in figures.write_images()
+    assert "pip install mera-tl[images]" in said()
 
 
 def test_a_folder_without_runs_is_said(tmp_path):

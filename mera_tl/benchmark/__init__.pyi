@@ -1,3 +1,4 @@
+from .config import DEFAULT_METHODS as DEFAULT_METHODS
 from .config import GridConfig as GridConfig
 from .config import RunConfig as RunConfig
 from .grid import run_grid as run_grid

@@ -69,11 +69,12 @@ def render(
     specs = {name: _bare(figure) for name, figure in figures.items()}
     blocks = [block_of(name, figure) for name, figure in figures.items()]
     shared = {"title": title, "specs": specs, "plotly": Markup(get_plotlyjs())}
-    return _environment().get_template(template).render(shared | {"blocks": blocks} | context)
+    return environment().get_template(template).render(shared | {"blocks": blocks} | context)
 
 
 @lru_cache(maxsize=1)
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the Jinja environment of every page: everything is escaped, nothing is undefined."""
     loader = PackageLoader("mera_tl.report")
     found = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     found.globals["parts"] = found.get_template("parts.html").module
