@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_search import SMALL, WIDE, organism, planted
+from test_race import SMALL, WIDE, organism, planted
 
 import mera_tl.methods
 from mera_tl.benchmark import Run, RunConfig

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import save_random_checkpoint
-from test_models_hugging_face import BIASES, GEMMA, SHAPE
+from test_hugging_face import BIASES, GEMMA, SHAPE
 
 from mera_tl.models import cache_folder, load_model
 
