@@ -232,10 +232,10 @@ def _searched(run: Run) -> Treatment:
     return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
 
 
-def _look(run: Run) -> Search:
+def _look(run: Run, folder: Path) -> Search:
     choices = Choices(metric=run.config.metric, seed=run.config.seed)
-    train, learned = run.splits.train, run.activations
-    return search(run.model, train, learned, choices=choices, settings=run.read, space=run.space)
+    options = {"settings": run.read, "space": run.space, "folder": folder}
+    return search(run.model, run.splits.train, run.activations, choices=choices, **options)
 
 
 def _flip(run: Run) -> Treatment:
