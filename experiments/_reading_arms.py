@@ -120,9 +120,9 @@ class Cell:
         """Measure the shift against the activation, and the direction against two others."""
         layer, directions = chosen.layers[0], fitted.directions
         d = directions[chosen.direction].vectors[..., layer, :]
-        w = fitted.probe.weights[..., layer, :]
+        w = weights = fitted.probe.weights[..., layer, :]
         if fitted.probe.per_answer:
-            w = w[self.test.outcomes.predictions.clamp(min=0)]
+            w = weights[self.test.outcomes.predictions.clamp(min=0)]
         excess = score - torch.logit(torch.tensor(chosen.threshold))
         per_row = d if d.ndim == 1 else d[self.test.outcomes.predictions.clamp(min=0)]
         slope = (per_row * w).sum(-1)
@@ -133,7 +133,7 @@ class Cell:
         return {
             "moved_share": float(moved.float().mean()),
             "relative_shift": float(size.median()) if len(size) else None,
-            "cosine_to_probe": float(cosine(d, w, dim=-1).mean()),
+            "cosine_to_probe": float(cosine(d, weights, dim=-1).mean()),
             "cosine_to_controlled": float(
                 cosine(d, directions["controlled_contrastive"].vectors[layer], dim=-1).mean()
             ),

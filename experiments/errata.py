@@ -37,7 +37,8 @@ ORGANISM_TASKS = (
     "spam_cue", "spam_hint", "yesno_bias", "yesno_hint", "sentiment_fan", "sentiment_hint",
     "choice_hint", "sentiment_quick", "sentiment_noise", "choice_unknown",
 )  # fmt: skip
-QUIET = ReadSettings(progress=False, batch_size=100)
+QUIET = ReadSettings("exact", progress=False, batch_size=100)
+"""As published: the reply is decoded, so that there is a generated token to read."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import tyro
 from einops import rearrange
 
 import mera_tl
-from mera_tl.inference import Activations, left_pad
+from mera_tl.inference import Activations, ReadSettings, left_pad
 from mera_tl.models import resid_post
 from mera_tl.probes import (
     Examples,
@@ -44,6 +44,8 @@ from mera_tl.storage import fingerprint, write_records
 
 RESULTS = Path(__file__).parent / "results" / "probe_error_by_layer"
 RIDGE = (0.01, 0.1, 1.0, 3.0, 10.0)
+READ = ReadSettings("exact", progress=False)
+"""Only a readout that decodes has an answer token to read at."""
 LATENTS = {"ridge": RIDGE, "logistic": (1.0,)}
 
 
@@ -84,7 +86,8 @@ def read(config: Config, model: mera_tl.Model, name: str) -> Read:
     splits = task.split(
         train=config.n, calibration=min(100, config.n), test=config.n_test, seed=config.seed
     )
-    return Read(splits, *(mera_tl.collect(model, part) for part in (splits.train, splits.test)))
+    parts = (splits.train, splits.test)
+    return Read(splits, *(mera_tl.collect(model, part, settings=READ) for part in parts))
 
 
 def by_layer(config: Config, model: mera_tl.Model, each: Read) -> pd.DataFrame:

@@ -73,9 +73,8 @@ def main(config: Config) -> None:
             if run_config.sae and not Path(run_config.sae, f"layer_{layer}").exists():
                 train = Run(run_config, Path()).splits.train
                 train_saes(model, train, (layer,), run_config.sae)
-            with open_run(
-                run_config, f"{scratch}/{task}-{space}-{where}", load=lambda _, m=model: m
-            ) as run:
+            folder = f"{scratch}/{task}-{layer}-{space}-{correction}"
+            with open_run(run_config, folder, load=lambda _, m=model: m) as run:
                 records = [{**timed(run, method), **where} for method in METHODS]
                 kept["records"].append(pd.DataFrame(records))
                 where |= {"task": task, "space": space}
