@@ -51,7 +51,7 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
     from mera_tl.benchmark import grid, run
 
     counts = {"collect": 0, "load": 0}
-    monkeypatch.setattr(grid, "_latest_model", grid._LatestModel())
+    monkeypatch.setattr(grid, "_latest_model", grid.LatestModel())
     real_collect, real_load = run.collect, grid.load_configured
 
     def counted(name, function):
@@ -67,6 +67,10 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
     assert counts == {"collect": 4, "load": 1}
     run_grid(config, tmp_path, progress=False)  # everything is found again
     assert counts == {"collect": 4, "load": 1}  # not even the model is needed
+
+
+LOOK = 1 + 30
+"""Prompts of a pre-flight: one to warm up, then the training split, which is small."""
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_a_second_grid_computes_no_prompt_twice(config, tmp_path, forwards, undi
     cache = tmp_path / "cache"
     first = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
     run_grid(first, tmp_path / "first", progress=False, cache=cache)
-    assert sum(forwards) == 30 + 15 + 15  # training, test unsteered and steered
+    assert sum(forwards) == LOOK + 30 + 15 + 15  # training, test unsteered and steered
     forwards.clear()
     other = replace(first, layers="1")  # another run, of the same activations
     run_grid(other, tmp_path / "other", progress=False, cache=cache)
@@ -102,7 +106,7 @@ def test_a_second_grid_computes_no_prompt_twice(config, tmp_path, forwards, undi
     assert len(same) == len(METHODS)
     forwards.clear()
     run_grid(more, tmp_path / "alone", progress=False)
-    assert sum(forwards) - with_cache == 30 + 15
+    assert sum(forwards) - with_cache == LOOK + 30 + 15
     n_kept = len(list(cache.iterdir()))
     again = replace(more, layers="1", methods=("optimal_probe",))
     run_grid(again, tmp_path / "third", progress=False, cache=cache)
@@ -118,7 +122,7 @@ def test_other_content_is_not_found_in_the_cache(config, tmp_path, forwards):
     for change in ({"template": str(wording)}, {"readout": "last"}, {"seeds": (1,)}):
         forwards.clear()
         run_grid(replace(base, **change), tmp_path / str(change)[2:6], progress=False, cache=cache)
-        assert sum(forwards) == 30 + 15 + 15
+        assert sum(forwards) == LOOK + 30 + 15 + 15
 
 
 def test_a_failing_job_is_a_record_and_the_others_go_on(

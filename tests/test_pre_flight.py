@@ -1,13 +1,16 @@
 """The look before a run: it says what is wrong with a baseline, and nothing where all is well."""
 
+import html
 from dataclasses import replace
 
 import pytest
 from conftest import make_task
+from test_cli import arguments, mera, write_task
 
-from mera_tl.benchmark import Preflight, preflight
+from mera_tl.benchmark import Preflight, preflight, run
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.models import load_model
+from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
@@ -49,8 +52,46 @@ def test_what_is_printed_fits_a_terminal(sound):
 def test_a_random_model_is_seen_through_and_its_replies_are_shown(models, readout):
     task, settings = make_task(30), replace(QUIET, readout=readout)
     flight = preflight(models["llama"], task, settings, n=20)
-    run = evaluate(models["llama"], task, settings=settings)
+    answers = evaluate(models["llama"], task, settings=settings)
     assert flight.degenerate and flight.n == 20 and len(flight.shown) == 3
     first = flight.shown[0]
-    assert first["said"] == (run.replies[0] if readout == "exact" else flight.shown[0]["answer"])
+    assert first["said"] == (
+        answers.replies[0] if readout == "exact" else flight.shown[0]["answer"]
+    )
     assert task.examples[0].prompt.endswith(first["prompt"])
+
+
+def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, monkeypatch, capsys):
+    task = write_task(tmp_path)
+    told = arguments(checkpoints, task, tmp_path / "run", methods="no_steering,optimal_probe")
+    assert mera(monkeypatch, "run", *told, "--strict") == 2
+    said = capsys.readouterr().err
+    assert "--strict" in said and not (tmp_path / "run" / "activations").exists()
+    monkeypatch.setattr(run, "preflight", None)  # what is kept is not repeated
+    assert mera(monkeypatch, "run", *told) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    opened = RunFolder.open(tmp_path / "run")
+    for warning in opened.warnings:
+        assert warning in said and printed.count(f"WARNING: {warning}") == 1
+        assert f"WARNING, toy: {warning}" in printed  # again beside the verdict
+        assert f"Baseline: {warning}" in str(opened.certificates["optimal_probe"])
+        page = html.unescape((tmp_path / "run" / "report.html").read_text("utf-8"))
+        assert "The baseline is doubtful" in page and f"<p>{warning}</p>" in page
+        assert all(warning in record["warnings"] for record in opened.records)
+        for kind in ("csv", "markdown", "text"):
+            assert mera(monkeypatch, "table", tmp_path / "run", "--format", kind) == 0
+            assert warning in " ".join(capsys.readouterr().out.split())
+    assert opened.warnings and "estimate: collect " in printed and "at most" in printed
+    assert mera(monkeypatch, "run", *told, "--quiet") == 0
+    assert opened.warnings[0] in " ".join(capsys.readouterr().err.split())
+
+
+def test_every_task_is_checked_before_the_first_one_runs(
+    checkpoints, tmp_path, monkeypatch, capsys
+):
+    good, bad = write_task(tmp_path), write_task(tmp_path, name="one", rows=5)
+    told = arguments(checkpoints, f"{good},{bad}", tmp_path / "runs", methods="no_steering")
+    assert mera(monkeypatch, "run", *told) == 2 and "one" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    told[told.index(f"{good},{bad}")] = f"{good},{good}"
+    assert mera(monkeypatch, "run", *told) == 2 and "each task once" in capsys.readouterr().err

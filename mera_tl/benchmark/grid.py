@@ -115,7 +115,7 @@ def _failure(config: RunConfig, method: str, error: Exception) -> Record:
     return {**names, **place, "failure": f"{type(error).__name__}: {error}"}
 
 
-class _LatestModel:
+class LatestModel:
     """Loads a model once for all runs in a row that ask for it; never holds two."""
 
     def __init__(self) -> None:
@@ -123,6 +123,7 @@ class _LatestModel:
         self._model: Model | None = None
 
     def __call__(self, config: RunConfig) -> Model:
+        """Return the model that a configuration names, at hand or loaded."""
         placed = (config.device, config.n_devices, config.engine)
         key = (config.model, config.dtype, config.chat, *placed)
         if self._model is None or key != self._key:
@@ -131,5 +132,5 @@ class _LatestModel:
         return self._model
 
 
-_latest_model = _LatestModel()
+_latest_model = LatestModel()
 """Of this process: a worker that does one job after another loads each model once."""

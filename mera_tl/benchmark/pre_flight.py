@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -87,6 +87,13 @@ class Preflight:
         """Return plain values, for a record."""
         return {**asdict(self), "warnings": list(self.warnings)}
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Preflight":
+        """Rebuild what `to_json` returned."""
+        parts = {each.name: value[each.name] for each in fields(cls)}
+        parts["shown"] = tuple(parts["shown"])
+        return cls(**parts | {"reading": {o: tuple(v) for o, v in parts["reading"].items()}})
+
     def __str__(self) -> str:
         shares = ", ".join(f"{option} {share:.0%}" for option, share in self.answers.items())
         lines = [
@@ -123,7 +130,7 @@ def preflight(
     n = min(n, len(task))
     some = task.subset([i * len(task) // n for i in range(n)])
     options = option_tokens(model, some, settings)
-    evaluate(model, some.subset([0]), settings=settings)  # the first pass pays for set-up
+    evaluate(model, some.subset([0]), settings=settings, title="warm-up")
     start = time.perf_counter()
     outcomes = evaluate(model, some, settings=settings, title="pre-flight")
     seconds = (time.perf_counter() - start) / n

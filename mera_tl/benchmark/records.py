@@ -81,5 +81,6 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row |= {name: record[name] for name in ("precision", "recall", "f1")}
         text = record["free_text"] or {}
         row |= {name: text.get(name) for name in ("perplexity", "distinct_1", "distinct_2")}
+        row["warnings"] = " ".join(record.get("warnings", ()))
     threshold = float("nan") if record["threshold"] is None else record["threshold"]
     return row | {"decision": record["decision"] or "", "threshold": threshold}

@@ -3,9 +3,9 @@
     collect -> fit -> calibrate or abstain -> evaluate -> record
 
 A run lives in a folder. What a step has written is found again by the next, or by a second start:
-activations/, probes/<kind>/, searches/, certificates/<method>/, reach/<method>.safetensors,
-outcomes/<method>.jsonl, records.jsonl. A folder goes on with the options, the data and the weights
-it began with, or is refused.
+preflight.json, activations/, probes/<kind>/, searches/, certificates/<method>/,
+reach/<method>.safetensors, outcomes/<method>.jsonl, records.jsonl. A folder goes on with the
+options, the data and the weights it began with, or is refused.
 """
 
 import logging
@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers, parse_thresholds
+from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, scores, versions
 from mera_tl.benchmark.resources import choose_threads
 from mera_tl.certificate.calibration import calibrate
@@ -34,6 +35,7 @@ from mera_tl.inference.free_text import free_text
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods import methods
 from mera_tl.methods.methods import METHODS, Treatment, find_method, find_methods
+from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -50,6 +52,9 @@ if TYPE_CHECKING:  # an abstract property may be overridden by a property only
 
 FORMAT = 1
 """Of records; raised when a field changes its meaning."""
+SHARE_OF_TRIAL = 0.02
+"""What a candidate of a search costs on one example, of a prompt: it shares the prompt's run, and
+about half are not run at all."""
 Content = TypeVar("Content")
 logger = logging.getLogger(__name__)
 
@@ -215,6 +220,40 @@ class Run(methods.Run):
         return storage.kept(self.folder / name, last, make, load, cache=cache, key=key)
 
     @cached_property
+    def preflight(self) -> Preflight:
+        """What a few training prompts told before anything was spent."""
+        name = "preflight.json"
+
+        def make(folder: Path) -> None:
+            found = preflight(self.model, self.splits.train, settings=self.read)
+            storage.write_json(folder / name, found.to_json())
+
+        def load(folder: Path) -> Preflight:
+            return Preflight.from_json(storage.read_json(folder / name))
+
+        key = partial(self._key, self.splits.train)
+        return self.kept("", name, make, load, key=lambda: key() | {"preflight": 1})
+
+    def seconds(self, methods: Sequence[str]) -> dict[str, float]:
+        """Estimate each stage from the measured rate; what is kept already is not deducted.
+
+        A candidate costs at most a prompt: where it moves nothing it costs nothing.
+        """
+        found, sizes = find_methods(methods), [len(split) for split in self.splits]
+        grid = len(parse_thresholds(self.config.thresholds))
+        certified = [each.name for each in found if each.certifies]
+        passes = [2 if name in ("searched", "flip", "withhold") else grid + 1 for name in certified]
+        prompts = {"collect": sizes[0]}
+        if "searched" in certified:
+            choices = Choices()
+            tried = planned_trials(
+                sum(choices.keep), round(choices.search_share * sizes[0]), choices
+            )
+            prompts["search"] = round(SHARE_OF_TRIAL * tried)
+        prompts |= {"calibrate": sum(passes) * sizes[1], "test": len(found) * sizes[2]}
+        return {stage: self.preflight.seconds(n) for stage, n in prompts.items()}
+
+    @cached_property
     def activations(self) -> Activations:
         """Of the training split, unsteered."""
         train = self.splits.train
@@ -303,7 +342,8 @@ class Run(methods.Run):
         """Certify in another way than `calibrate`, once per name."""
 
         def make(folder: Path) -> None:
-            certify().save(folder / name)
+            decision, warnings = certify(), list(self.preflight.warnings)
+            replace(decision, setup={**decision.setup, "warnings": warnings}).save(folder / name)
 
         def load(folder: Path) -> Calibration:
             return Calibration.load(folder / name, space=self.space)
@@ -373,6 +413,7 @@ class Run(methods.Run):
             **decision_of(treatment),
             "delta": None if treatment.calibration is None else treatment.calibration.terms.delta,
             "familywise_delta": self.familywise_delta,
+            "warnings": list(self.preflight.warnings),
             "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),

@@ -502,9 +502,11 @@ def _terms_sentence(calibration: Calibration) -> str:
     if terms.run_delta is not None:
         shared = f", {1 - terms.run_delta:.4g} for all certificates of the run"
     unused = f" ({calibration.unused} repeated texts unused)" if calibration.unused else ""
+    warnings = " ".join(calibration.setup.get("warnings", ()))
+    baseline = f" Baseline: {warnings}" if warnings else ""
     return (
         f"Confidence {1 - terms.delta:.4g} over the draw of {calibration.n} calibration examples"
         f"{unused}{shared}; {_TESTS[terms.test]}, {n} candidate{'s' if n > 1 else ''}{chosen}"
         f"{counts}, min_gain {calibration.min_gain:g}. Holds on average for data drawn as these "
-        "were, not for a subgroup, other prompts or another model."
+        f"were, not for a subgroup, other prompts or another model.{baseline}"
     )

@@ -37,7 +37,8 @@ class Table:
             return terminal.print_json(records)
         if self.format == "text":
             console().print(terminal.shared_words(records), style="dim")
-            return console().print(terminal.records_table(records))
+            console().print(terminal.records_table(records))
+            return terminal.print_warnings(console(), records)
         frame = table_of(records, full=True)
         writers: dict[str, Callable[[], str]] = {
             "csv": lambda: frame.to_csv(index=False),

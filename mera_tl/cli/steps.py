@@ -94,6 +94,8 @@ class Run(Step):
       $ mera run --config run.toml --min-gain 0.02 --dry-run
     """
 
+    strict: bool = False
+    """Exit with code 2 where the baseline is degenerate, before anything is spent."""
     overwrite: bool = False
     """Delete what an earlier run left in the folder."""
     dry_run: bool = False
@@ -102,6 +104,7 @@ class Run(Step):
     """Print the records as JSON, and nothing else on stdout."""
 
     def __call__(self) -> None:
+        from mera_tl.benchmark.grid import LatestModel
         from mera_tl.benchmark.run import open_run
         from mera_tl.methods.methods import find_methods
 
@@ -111,11 +114,18 @@ class Run(Step):
         find_methods(self.methods, self.space)
         if self.dry_run:
             return _dry_run(each, self.methods)
+        load = LatestModel()
+        if len(each) > 1:
+            _check_all(each, load)
+        for _, folder in each if self.overwrite else ():
+            _clear(folder)
+        opening: dict[str, Any] = {"cache": self.cache, "load": load}
         for config, folder in each:
-            if self.overwrite:
-                _clear(folder)
-            with open_run(config, folder, cache=self.cache) as opened:
+            with open_run(config, folder, **opening) as opened:
                 _say_splits(out, opened)
+                _say_preflight(out, opened, self.methods, strict=self.strict)
+        for config, folder in each:
+            with open_run(config, folder, **opening) as opened:
                 _say_reconstruction(out, opened)
                 for record in opened.records(self.methods):
                     logger.info("%s: %s", record["method"], record["decision"] or "measured")
@@ -132,16 +142,11 @@ class Preflight(Step):
     """Step 0: answer 50 prompts, show replies, and warn where the baseline is degenerate."""
 
     strict: bool = False
-    """Exit with code 1 if there is anything to warn of."""
+    """Exit with code 2 if there is anything to warn of."""
 
     def __call__(self) -> None:
-        from mera_tl.benchmark.pre_flight import preflight
-
         with self.opened() as opened:
-            found = preflight(opened.model, opened.splits.train, settings=opened.read)
-        console(quiet=self.quiet).print(str(found), markup=False)
-        if self.strict and found.warnings:
-            sys.exit(1)
+            _say_preflight(console(quiet=self.quiet), opened, self.methods, strict=self.strict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +249,7 @@ class Benchmark(GridConfig):
         if done:
             console().print(terminal.shared_words(done))
             console().print(terminal.records_table(done))
+            terminal.print_warnings(console(), done)
         for record in records:
             if "failure" in record:
                 job = ", ".join(str(record[name]) for name in ("model", "task", "method", "seed"))
@@ -337,6 +343,7 @@ class Demo:
             folders.append(self.out / f"{task}-seed{self.seed}")
             with open_run(config, folders[-1]) as opened:
                 _say_splits(out, opened)
+                _say_warnings(out, opened.preflight)
                 for record in opened.records(DEMO_METHODS):
                     logger.info("%s: %s", record["method"], record["decision"] or "measured")
         _summarise(out, folders, self.out, verbose=self.verbose, started=started)
@@ -379,6 +386,8 @@ def _summarise(
                 out.print(f"\n[bold]{found.records[0]['task']}, {method}[/bold]\n{certificate}")
     out.print()
     out.print(terminal.verdict_table(runs))
+    records = [record for found in runs for record in found.records]
+    terminal.print_warnings(out, records)
     lines = [f"\nReport: {page} ({time.perf_counter() - started:.0f} s)", "Try next:"]
     lines += [
         f"  mera report {whole} --open",
@@ -388,7 +397,7 @@ def _summarise(
     for line in lines:
         # Never broken, so that it can be copied.
         out.print(line, soft_wrap=True, style="bold" if "Report" in line else "dim")
-    return [record for found in runs for record in found.records]
+    return records
 
 
 def _say_splits(out: Any, opened: Any) -> None:
@@ -396,6 +405,43 @@ def _say_splits(out: Any, opened: Any) -> None:
     dropped = sum(opened.splits.train.source.get("split", {}).get("dropped", {}).values())
     note = f"; {dropped} rows that recur in a later split are left out" if dropped else ""
     out.print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", markup=False)
+
+
+def _check_all(each: Sequence[tuple[RunConfig, Path]], load: Any) -> None:
+    """Check names, data and layers of every task before the first one runs or leaves anything."""
+    from mera_tl.benchmark import run as benchmark
+
+    folders = [folder for _, folder in each]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"Two tasks would share the folder {folders[0]}; name each task once.")
+    for config, folder in each:
+        benchmark.Run(config, folder, progress=False, load=load).check()
+
+
+def _say_preflight(out: Any, opened: Any, methods: Sequence[str], *, strict: bool) -> None:
+    """Print what a few prompts told, and the time that what follows will take.
+
+    Raises:
+        ValueError: if `strict` and there is anything to warn of.
+    """
+    found = opened.preflight
+    out.print(str(found), markup=False)
+    stages = opened.seconds(methods)
+    said = ", ".join(f"{stage} {terminal.duration(n)}" for stage, n in stages.items())
+    out.print(f"estimate: {said}; at most {terminal.duration(sum(stages.values()))}", markup=False)
+    if strict and found.warnings:
+        raise ValueError(
+            f"--strict, and the baseline of {found.model} on {found.task} is degenerate: "
+            f"{' '.join(found.warnings)}"
+        )
+    if out.quiet:
+        _say_warnings(out, found)
+
+
+def _say_warnings(out: Any, found: Any) -> None:
+    """Print what a pre-flight warns of, also where only warnings are wanted."""
+    shown = console(stderr=True) if out.quiet else out
+    terminal.print_warnings(shown, [{"task": found.task, "warnings": found.warnings}])
 
 
 def _say_reconstruction(out: Any, opened: Any, n: int = 100) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,6 +109,28 @@ def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
     }
     same = {name: {record[name] for record in records} for name in words}
     return ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def print_warnings(out: Console, records: Sequence[Mapping[str, Any]]) -> None:
+    """Print what is wrong with the baselines of records, if anything is."""
+    if said := baseline_warnings(records):
+        out.print(said, markup=False, style="yellow")
+
+
+def baseline_warnings(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line per warning of the baselines that records stand on; nothing if all is well."""
+    said = {(r["task"], text): None for r in records for text in r.get("warnings", ())}
+    lines = [f"WARNING, {task}: {text}" for task, text in said]
+    wrap = textwrap.TextWrapper(width=WIDTH, subsequent_indent="    ")
+    return "\n".join(map(wrap.fill, lines))
 
 
 def markdown(frame: Any) -> str:

@@ -127,6 +127,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "id": prefix,
         "title": run.title,
         "verdict": verdict,
+        "warnings": run.warnings,
         **{name: first[name] for name in ("model", "task", "n", "n_train", "n_calibration")},
         "constant": _constant(run),
         "winner": list(_winner(run)),

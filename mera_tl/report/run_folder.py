@@ -97,6 +97,11 @@ class RunFolder:
         methods = [record["method"] for record in self.records]
         return " ".join([*parts, "--methods", *methods, "--out", shlex.quote(self.path.name)])
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its pre-flight found wrong with the baseline."""
+        return warnings_of(self.records)
+
     def record(self, method: str) -> dict[str, Any]:
         """Return the record of a method."""
         return next(record for record in self.records if record["method"] == method)
@@ -313,6 +318,11 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         ends.append(known or (np.nan, np.nan))
     low, high = zip(*ends, strict=True)
     return pd.DataFrame(list(records)).assign(spi_low=low, spi_high=high)
+
+
+def warnings_of(records: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return what is wrong with the baselines of records, each sentence once."""
+    return tuple(dict.fromkeys(w for record in records for w in record.get("warnings", ())))
 
 
 def find_runs(folders: str | Path | Sequence[str | Path]) -> list[RunFolder]:
