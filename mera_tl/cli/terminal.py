@@ -66,7 +66,10 @@ def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = [name for name in (rows[0] if rows else ()) if any(cell(row[name]) for row in rows)]
     for name in names:
         number = all(isinstance(row[name], int | float | None) for row in rows)
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        # Words of a header may stand below one another; a word is never cut.
+        table.add_column(
+            name.replace("_", " "), justify="right" if number else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(escape(cell(row[name])) for name in names))
     return table
