@@ -6,6 +6,7 @@ import pytest
 from test_cli import write_task
 
 from mera_tl.benchmark import Run, RunConfig, open_run
+from mera_tl.report import RunFolder
 
 CONFIG = RunConfig(model="organism", task="spam_cue")
 METHODS = ("optimal_probe", "no_steering", "flip", "searched")
@@ -83,3 +84,27 @@ def test_a_damaged_file_of_a_folder_is_named(name, checkpoints, tmp_path):
     path.write_text(path.read_text("utf-8")[:20], "utf-8")
     with pytest.raises(ValueError, match=name), open_run(config, out, progress=False) as run:
         run.record("no_steering")
+
+
+@pytest.mark.parametrize(("limit", "decision"), [(0.2, "STEER"), (0.001, "ABSTAIN")])
+def test_a_limit_on_regressions_is_certified_together_with_the_gain(limit, decision, tmp_path):
+    sizes = {"train": "300", "calibration": "150", "test": "60", "layers": "1"}
+    config = replace(CONFIG, positions="last", max_regressions=limit, **sizes)
+    with open_run(config, tmp_path, progress=False) as run:
+        record = run.record("flip")
+    assert record["decision"] == decision
+    found = RunFolder.open(tmp_path)
+    (row,) = found.certificates["flip"].evidence
+    assert row.lower > 0  # the gain alone would do
+    if decision == "STEER":
+        promise = "at least +0.0 points and at most 20.0 % of answers turned wrong"
+        assert promise in record["certificate"]
+        assert found.verdict.sentence == "STEER (certified >= +0.0 points, <= 20 % turned wrong)"
+    else:
+        assert "allowed 0.1 %" in record["certificate"] and row.regressed_at_most > limit
+
+
+def test_prefix_and_system_prompt_reach_the_model(tmp_path):
+    with pytest.raises(ValueError, match="system prompt needs a chat template"):
+        _ = Run(replace(CONFIG, system="Be brief."), tmp_path).model
+    assert Run(replace(CONFIG, answer_prefix="It is"), tmp_path).read.answer_prefix == "It is"

@@ -69,6 +69,11 @@ class RunOptions:
     primary: str | None = None
     """Method that gets all of delta, the others nothing. Default: the methods of a run share it,
     `searched` getting half."""
+    max_regressions: float | None = None
+    """Greatest share of answers that steering may turn from right to wrong, certified together with
+    the gain. Default: not asked for."""
+    max_risk: float = 0.05
+    """Greatest share of wrong answers among those that `withhold` gives."""
     bound: Literal["unconditional", "mcnemar", "betting", "hoeffding"] | None = None
     """Test behind the certificate. Default: unconditional for correct, betting for error."""
     probe_penalty: float | None = None
@@ -81,6 +86,9 @@ class RunOptions:
     readout: Literal["options", "last", "exact", "exact_anywhere"] = "options"
     """How answers are read: score every option whole (options), read the final prompt token (last),
     or decode a reply that begins with an option (exact) or contains one (exact_anywhere)."""
+    answer_prefix: str | None = None
+    """Text that begins the assistant's turn of a chat, such as "Answer:", which is the default for
+    readout options; the others have none."""
     max_new_tokens: int = 8
     """Tokens decoded at most before an example counts as unanswered."""
     truncate: bool = False
@@ -102,6 +110,8 @@ class RunOptions:
     """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
     chat: bool = True
     """Put prompts into the tokenizer's chat template, where it has one."""
+    system: str | None = None
+    """System prompt, for a model with a chat template. Default: the template's own."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -218,10 +228,11 @@ _SEED = (_from(0, 2**32 - 1), "a whole number from 0 to 4294967295")
 _TEXT = (lambda text: bool(str(text).strip()), "a name or a path, not blank")
 _POSITIVE = (_between(0.0, math.inf), "a finite number above 0")
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("model", "task", "data_dir", "template", "sae", "primary"), _TEXT),
-    **dict.fromkeys(("delta", "power"), _SHARE),
+    **dict.fromkeys(("model", "task", "data_dir", "template", "sae", "primary", "system"), _TEXT),
+    **dict.fromkeys(("delta", "power", "max_regressions", "max_risk"), _SHARE),
     **dict.fromkeys(("min_gain", "floor"), (_between(-1.0, 1.0), "a gain between -1 and 1")),
     "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1"),
+    "base_risk": (lambda risk: 0 < risk < 1, "a share of wrong answers between 0 and 1"),
     "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
     **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),
     **dict.fromkeys(("pairs", "free_text", "row"), _COUNT_OR_0),
@@ -271,6 +282,13 @@ def check(options: Any) -> None:
                 f"bound={values['bound']!r} counts correct answers and the metric is 'error'; "
                 "pass betting or hoeffding."
             )
+        if values.get("metric") == "error" and values.get("max_regressions") is not None:
+            raise ValueError(
+                "max_regressions counts answers that become wrong and the metric is 'error'; pass "
+                "metric correct."
+            )
+        if values.get("system") is not None and not values.get("chat", True):
+            raise ValueError("system is a prompt for a chat template; pass it without --no-chat.")
 
 
 def _kinds(kind: Any) -> tuple[Any, ...]:

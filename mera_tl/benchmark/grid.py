@@ -125,7 +125,7 @@ class LatestModel:
     def __call__(self, config: RunConfig) -> Model:
         """Return the model that a configuration names, at hand or loaded."""
         placed = (config.device, config.n_devices, config.engine)
-        key = (config.model, config.dtype, config.chat, *placed)
+        key = (config.model, config.dtype, config.chat, config.system, *placed)
         if self._model is None or key != self._key:
             self._model = None  # the old one goes before the new one comes
             self._key, self._model = key, load_configured(config)

@@ -135,7 +135,8 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def _outline(config: RunConfig) -> Model:
-    return load_model(config.model, dtype=config.dtype, device="meta", chat=config.chat and None)
+    told: Any = {"chat": config.chat and None, "system": config.system}
+    return load_model(config.model, dtype=config.dtype, device="meta", **told)
 
 
 def weight_bytes(model: Model) -> int:

@@ -76,6 +76,7 @@ class Run(methods.Run):
         self._probes: dict[str, LinearProbe] = {}
         self.read = ReadSettings(
             readout=config.readout,
+            answer_prefix=config.answer_prefix,
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
             max_new_tokens=config.max_new_tokens,
@@ -168,6 +169,7 @@ class Run(methods.Run):
             metric=config.metric,
             bound=config.bound,
             seed=config.seed,
+            max_regressions=config.max_regressions,
         )
 
     def check(self) -> None:
@@ -455,6 +457,7 @@ def load_configured(config: RunConfig) -> Model:
         dtype=config.dtype,
         device=config.device,
         chat=config.chat and None,  # None: where there is a template
+        system=config.system,
         n_devices=config.n_devices,
         engine=config.engine,
     )

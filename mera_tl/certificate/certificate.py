@@ -200,6 +200,11 @@ class Calibration:
         return max(self.evidence, key=lambda row: (row.gain, row.lower))
 
     @property
+    def promised(self) -> float:
+        """The gain that is promised where it steers: the lower bound, if the terms allow it."""
+        return self.best.lower if self.terms.promises_bounds else self.min_gain
+
+    @property
     def threshold(self) -> float | None:
         """The certified threshold; None when abstaining, or for a rule without one."""
         return None if self.abstained else self.best.threshold
@@ -319,6 +324,7 @@ class Calibration:
         return pd.DataFrame(rows).assign(
             threshold=[row.steering.get(knob, i) for i, row in enumerate(self.evidence)],
             chosen=[i == self.chosen for i in range(len(rows))],
+            certified=[self._is_certified(row) for row in self.evidence],
             method=method,
             knob=knob,
             n=self.n,
@@ -468,10 +474,11 @@ def _steer_sentence(calibration: Calibration) -> str:
     if base is not None:
         after = base + best.gain if correct else base - best.gain
         moved = f"{'' if correct else 'mean error '}{100 * base:.0f} % -> {100 * after:.0f} %"
-    certain = best.lower if calibration.terms.promises_bounds else calibration.min_gain
     kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
     fall = "" if correct else " less error"
-    return f"STEER: {moved}, certified at least {_at_least(certain)} points{fall}{kept}"
+    return (
+        f"STEER: {moved}, certified at least {_at_least(calibration.promised)} points{fall}{kept}"
+    )
 
 
 def _abstain_sentence(calibration: Calibration) -> str:

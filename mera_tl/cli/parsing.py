@@ -55,10 +55,10 @@ Exit codes:
 GROUPS = {
     "required": "action model models task tasks",
     "data": "data_dir template train calibration test limit seed seeds truncate free_text",
-    "model": "chat readout max_new_tokens dtype engine device n_devices",
+    "model": "chat system readout answer_prefix max_new_tokens dtype engine device n_devices",
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
     "sae sae_sibling sae_correction",
-    "certificate": "min_gain delta primary metric thresholds bound",
+    "certificate": "min_gain delta max_regressions max_risk primary metric thresholds bound",
     "speed": "batch_size batch_tokens cache shards ray gpus",
     "output": "out config overwrite dry_run strict json verbose quiet",
 }

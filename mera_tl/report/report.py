@@ -261,7 +261,7 @@ def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
             mark[f"{prefix}predicted"] = (row["threshold"], None)
         sure = ""
         if "lower" in row:
-            certified = "certified" if row["lower"] >= row["min_gain"] else "not certified"
+            certified = "certified" if row["certified"] else "not certified"
             sure = f"; gain at least {100 * row['lower']:+.1f} points: {certified}"
         says.append(
             f"{row['recoveries']:.0f} recovered, {row['regressions']:.0f} regressed of "

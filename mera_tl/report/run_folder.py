@@ -136,10 +136,12 @@ class RunFolder:
         certificate = self.certificates.get(method or "")
         if method is not None and certificate is not None and not certificate.abstained:
             # Rounded down: a promise must not grow by rounding.
-            lower = math.floor(1000 * certificate.best.lower + 1e-9) / 10
+            lower = math.floor(1000 * certificate.promised + 1e-9) / 10
             promise = f"{math.floor(lower):+d}" if lower >= 1 else f"{lower:+.1f}"
             what = "" if certificate.terms.metric == "correct" else " of error"
-            sentence = f"STEER (certified >= {promise} points{what})"
+            limit = certificate.terms.max_regressions
+            harm = "" if limit is None else f", <= {100 * limit:g} % turned wrong"
+            sentence = f"STEER (certified >= {promise} points{what}{harm})"
             return Verdict(method, base, self.record(method)["accuracy"], sentence)
         gains = [row.gain for each in self.certificates.values() for row in each.evidence]
         said = f"ABSTAIN (best seen {100 * max(gains):+.1f} points)" if gains else "no certificate"
