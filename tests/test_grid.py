@@ -1,9 +1,11 @@
 """A grid of runs survives kills, failures and a second process, and ends with the same records."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +125,20 @@ def test_other_content_is_not_found_in_the_cache(config, tmp_path, forwards):
         forwards.clear()
         run_grid(replace(base, **change), tmp_path / str(change)[2:6], progress=False, cache=cache)
         assert sum(forwards) == LOOK + 30 + 15 + 15
+
+
+def test_another_models_work_is_not_found_in_the_cache(config, tmp_path):
+    cache, name = tmp_path / "cache", Path(config.models[0]).name
+    base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
+    run_grid(base, tmp_path / "base", progress=False, cache=cache)
+    n_kept = len(list(cache.iterdir()))
+    weights = shutil.copytree(config.models[0], tmp_path / name) / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1  # one bit of one neuron; name, tokens and data are the same
+    weights.write_bytes(changed)
+    other = replace(base, models=(str(tmp_path / name),))
+    run_grid(other, tmp_path / "other", progress=False, cache=cache)
+    assert len(list(cache.iterdir())) == 2 * n_kept > 0
 
 
 def test_a_failing_job_is_a_record_and_the_others_go_on(

@@ -273,6 +273,22 @@ def test_a_search_sees_nothing_but_training_data():
         search(organism(), splits.train.subset(range(50)), activations)
 
 
+def test_examples_that_judge_fit_nothing():
+    splits, activations = planted()
+    only = {"directions": ("controlled_contrastive",), "layers": ((1,),), "thresholds": (0.1,)}
+    choices = replace(SMALL, **only, gate_thresholds=())
+    fit, judge = divide(splits.train, choices.search_share, choices.seed)
+    probes = []
+    for blank in ([], judge, fit[:30]):
+        resid = activations.by_position["last"].clone()
+        resid[blank] = 0
+        seen = replace(activations, by_position={"last": resid})
+        result = search(organism(), splits.train, seen, choices=choices, settings=WIDE)
+        probes.append(result.steering.probe.weights)
+    assert torch.equal(probes[0], probes[1])
+    assert not torch.equal(probes[0], probes[2])  # the control
+
+
 def test_searched_and_certified_once_it_corrects_a_planted_failure_on_test():
     splits, _ = planted()
     result = found()
