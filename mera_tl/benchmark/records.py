@@ -31,6 +31,7 @@ def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
         "error_change": outcomes.mean_error - base.mean_error,
         "transitions": outcomes.transitions(base),
         "unanswered": int((~outcomes.answered).sum()),
+        "risk": 1 - outcomes.correct.sum().item() / max(1, int(outcomes.answered.sum())),
         "steered_share": outcomes.steered_share,
         "tokens_steered": outcomes.n_tokens.double().mean().item(),
         "layers_steered": outcomes.n_layers.double().mean().item(),
@@ -41,13 +42,18 @@ def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
 
 def decision_of(treatment: Treatment) -> dict[str, Any]:
     """Return a record's fields about the certificate."""
-    decision = treatment.calibration
+    decision, trust = treatment.calibration, treatment.withholding
+    if trust is not None:
+        said = "ABSTAIN" if trust.threshold is None else "WITHHOLD"
+        told = {"certificate": str(trust), "delta": trust.delta}
+        return {"decision": said, "threshold": trust.threshold, **told}
     if decision is None:
-        return {"decision": None, "threshold": None, "certificate": None}
+        return dict.fromkeys(("decision", "threshold", "certificate", "delta"))
     return {
         "decision": decision.decision.value,
         "threshold": decision.strength if decision.threshold is None else decision.threshold,
         "certificate": str(decision),
+        "delta": decision.terms.delta,
     }
 
 

@@ -413,7 +413,6 @@ class Run(methods.Run):
             "seed": self.config.seed,
             **scores(outcomes, base),
             **decision_of(treatment),
-            "delta": None if treatment.calibration is None else treatment.calibration.terms.delta,
             "familywise_delta": self.familywise_delta,
             "warnings": list(self.preflight.warnings),
             "free_text": self._free_text(treatment),

@@ -38,4 +38,5 @@ from .withholding import certify_withholding as certify_withholding
 from .withholding import least_answered as least_answered
 from .withholding import least_withheld as least_withheld
 from .withholding import withholding_size as withholding_size
+from .withholding import withholding_table as withholding_table
 from .withholding import withholding_thresholds as withholding_thresholds

@@ -8,8 +8,9 @@ take quantiles of the predicted error on training examples. Imports neither torc
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -54,6 +55,21 @@ class Withholding:
     def threshold(self) -> float | None:
         """Answer where the predicted error is at most this; None: withhold everything."""
         return None if self.chosen is None else self.chosen.threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Withholding":
+        """Rebuild what `to_json` returned, deriving every bound again from its counts."""
+        rows = tuple(
+            Answered(t, n, wrong, upper_share(wrong, n, value["delta"]))
+            for t, n, wrong in (
+                (row["threshold"], row["answered"], row["wrong"]) for row in value["rows"]
+            )
+        )
+        return cls(**{**value, "rows": rows})
 
     def __str__(self) -> str:
         row = self.chosen
@@ -122,16 +138,40 @@ def certify_withholding(
 
 
 def withholding_thresholds(
-    predicted_error: Float[np.ndarray, " example"], n: int, *, alpha: float, delta: float = 0.05
+    predicted_error: Float[np.ndarray, " example"],
+    n: int,
+    *,
+    alpha: float,
+    delta: float = 0.05,
+    correct: Bool[np.ndarray, " example"] | None = None,
 ) -> tuple[float, ...]:
     """Return thresholds to test on `n` examples: quantiles of the predicted error in training.
 
-    The strictest lets so many answers pass that a third of alpha wrong among them is expected to
-    be certified: a sequence that begins with too few answers ends where it begins.
+    A sequence that begins where nothing can be certified ends there. So the strictest is the one
+    with the greatest chance, if `n` examples are like those of training, where `correct` says which
+    answers were; without, so many answers pass that a third of alpha wrong among them would do.
     """
-    answers = withholding_size(1.0, alpha / 3, alpha, delta=delta, target=0.7) or n
-    first = min(0.9, max(0.1, answers / n))
+    shares = np.linspace(0.05, 1, 20)
+    if correct is None:
+        answers = withholding_size(1.0, alpha / 3, alpha, delta=delta, target=0.7) or n
+        first = min(0.9, max(0.1, answers / n))
+    else:
+        wrong = ~correct[np.argsort(predicted_error)]
+        counts = [math.ceil(share * len(wrong)) for share in shares]
+        chances = [
+            _chance(max(1, int(share * n)), float(wrong[:count].mean()), alpha, delta)
+            for share, count in zip(shares, counts, strict=True)
+        ]
+        first = float(shares[int(np.argmax(chances))])
     return tuple(np.unique(np.quantile(predicted_error, np.linspace(first, 1, 10))).tolist())
+
+
+def _chance(answered: int, risk: float, alpha: float, delta: float) -> float:
+    """Return the probability that so many answers certify `alpha`, if a `risk` of them is wrong."""
+    # Most wrong answers at which the exact test still rejects: its level rises with their number.
+    counts = np.arange(answered + 1)
+    most = int(np.searchsorted(special.bdtr(counts, answered, alpha), delta, side="right")) - 1
+    return float(special.bdtr(most, answered, risk)) if most >= 0 else 0.0
 
 
 def least_withheld(base: float, alpha: float) -> float:
@@ -167,10 +207,7 @@ def withholding_size(
         return None
 
     def reached(answered: int) -> float:
-        # Most wrong answers at which the exact test still rejects, by bisection over its quantile.
-        counts = np.arange(answered + 1)
-        most = int(np.searchsorted(special.bdtr(counts, answered, alpha), delta, side="right")) - 1
-        return float(special.bdtr(most, answered, risk)) if most >= 0 else 0.0
+        return _chance(answered, risk, alpha, delta)
 
     high = least_answered(alpha, delta)
     while reached(high) < target:
@@ -182,6 +219,23 @@ def withholding_size(
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) >= target else (middle, high)
     return math.ceil(high / share)
+
+
+def withholding_table(
+    base: float, alpha: float, *, delta: float = 0.05, target: float = 0.8
+) -> list[dict[str, float | int | None]]:
+    """Return the examples needed to certify `alpha`, by the risk that is left among the answers.
+
+    For each risk the share that is answered at most: `(1 - base) / (1 - risk)`, by a probe that
+    withholds errors and nothing else. A real one answers less and needs more.
+    """
+    least_withheld(base, alpha)
+    rows = []
+    for risk in (0.0, alpha / 4, alpha / 2, 3 * alpha / 4):
+        share = min(1.0, (1 - base) / (1 - risk))
+        n = withholding_size(share, min(risk, base), alpha, delta=delta, target=target)
+        rows.append({"risk": risk, "answered": share, "n": n})
+    return rows
 
 
 def _check_probability(name: str, value: float, *, one: bool = False) -> None:

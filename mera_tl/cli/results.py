@@ -120,6 +120,8 @@ class Explain:
         if probe is None:
             raise ValueError(f"{name} reads no probe; choose a method that does.")
         told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
+        if treatment.answer is not None:
+            told = _answered_otherwise(told, treatment, opened, example)
         if not hooks:
             print(f"{name} abstained: this prompt is answered as it is.", file=sys.stderr)
         where = "prompt" if self.prompt is not None else example.row
@@ -142,6 +144,7 @@ class Plan:
 
       $ mera plan --gain 0.06 --churn low
       $ mera plan --pilot 18 2 288
+      $ mera plan --max-risk 0.05 --base-risk 0.2
     """
 
     gain: float | None = None
@@ -160,6 +163,10 @@ class Plan:
     """Candidates to be tested: 10 for a grid of thresholds, 1 after a search."""
     power: float = 0.8
     """Probability of being certified, if the expectation is right."""
+    max_risk: float | None = None
+    """Plan for `withhold` instead: the greatest share of wrong answers among those given."""
+    base_risk: float | None = None
+    """Share of wrong answers where nothing is withheld; with --max-risk."""
     figure: Path | None = None
     """Where to write the sample-size curves (HTML); without --gain and --pilot only."""
     json: bool = False
@@ -168,6 +175,8 @@ class Plan:
     def __call__(self) -> None:
         from mera_tl.certificate.sample_sizes import Effect, likely_effects, sample_size_table
 
+        if self.max_risk is not None or self.base_risk is not None:
+            return self._withholding()
         if self.pilot is not None:
             effects = [Effect.of_pilot(*self.pilot)]
         elif self.gain is not None:
@@ -195,6 +204,39 @@ class Plan:
             sample_size_curves(pd.DataFrame(rows)).write_html(self.figure)
             print(f"\nfigure in {self.figure}")
         return None
+
+    def _withholding(self) -> None:
+        """Say what share must be withheld at least, and how many examples show that it is enough.
+
+        Raises:
+            ValueError: if one of the two risks is missing, or a gain is planned for as well.
+        """
+        from mera_tl.certificate.withholding import (
+            least_answered,
+            least_withheld,
+            withholding_table,
+        )
+
+        alpha, base = self.max_risk, self.base_risk
+        others = (self.gain, self.pilot, self.base, self.figure)
+        if alpha is None or base is None or any(other is not None for other in others):
+            raise ValueError(
+                "Withholding is planned for by --max-risk and --base-risk together, without "
+                "--gain, --pilot, --base and --figure."
+            )
+        least = least_withheld(base, alpha)
+        rows = withholding_table(base, alpha, delta=self.delta, target=self.power)
+        if self.json:
+            return terminal.print_json([{"least_withheld": least, **row} for row in rows])
+        print(
+            f"To have at most {alpha:.3g} of the answers wrong, at least {least:.1%} of all must "
+            f"be withheld,\nby a probe that knows every error; a real one withholds more.\n"
+            f"At least {least_answered(alpha, self.delta):,} answers must be tested, if none of "
+            "them is wrong.\n\n"
+            f"calibration examples (n) for a certificate with probability {self.power:g}, by the "
+            "risk left:\n"
+        )
+        return console().print(terminal.rich_table(rows))
 
 
 @dataclass(frozen=True)
@@ -293,6 +335,23 @@ class Doctor(RunOptions):
         print(found)
         if not found.fits:
             sys.exit(1)
+
+
+def _answered_otherwise(told: Any, treatment: Any, opened: Any, example: Any) -> Any:
+    """Return a ledger with the answer that a method gives without moving anything, and why."""
+    import torch
+
+    from mera_tl.tasks.task import Task
+
+    outcomes = treatment.apply(opened, Task("one", (example,), "all"))
+    said, probs = int(outcomes.predictions[0]), outcomes.probs[0].tolist()
+    predicted = float(torch.sigmoid(outcomes.peak[0]))
+    return replace(
+        told,
+        answers=(told.answers[0], example.options[said] if said >= 0 else None),
+        probs=(told.probs[0], tuple(round(p, 6) for p in probs)),
+        instead=f"predicted error {predicted:.3g}, and {treatment.instead}",
+    )
 
 
 def _example(command: Explain, folder: Any, opened: Any, method: str) -> Any:

@@ -208,7 +208,8 @@ class Calibrate(Step):
         with self.opened() as opened:
             opened.announce(self.methods)
             for method in find_methods(self.methods, self.space):
-                decision = method.treat(opened).calibration or "needs no certificate"
+                treatment = method.treat(opened)
+                decision = treatment.calibration or treatment.withholding or "needs no certificate"
                 out.print(f"[bold]{method.name}[/bold]: {decision}")
             out.print(f"\ncertificates in {opened.folder / 'certificates'}")
 
@@ -387,6 +388,9 @@ def _summarise(
     out.print()
     out.print(terminal.verdict_table(runs))
     records = [record for found in runs for record in found.records]
+    for found in runs:
+        if found.trust:
+            out.print(f"{found.records[0]['task']}: {found.trust}", markup=False)
     terminal.print_warnings(out, records)
     lines = [f"\nReport: {page} ({time.perf_counter() - started:.0f} s)", "Try next:"]
     lines += [

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mera_tl import storage
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
+from mera_tl.certificate.withholding import Withholding
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
@@ -23,6 +25,7 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods.candidates import RAW, features
 from mera_tl.methods.race import Choices, Search, search
 from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
+from mera_tl.methods.trusting import certify_trust, withheld
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import fit_direction
@@ -81,6 +84,10 @@ class Treatment:
     probe: LinearProbe | None = None
     answer: Callable[[Outcomes], Outcomes] | None = None
     """What becomes of the answers, for a method that changes them and not the activations."""
+    instead: str = ""
+    """In words, when and how that is done."""
+    withholding: Withholding | None = None
+    """The certificate of a method that withholds answers, and corrects none."""
 
     def apply(self, run: Run, task: Task[Any]) -> Outcomes:
         """Answer a task under this treatment."""
@@ -254,7 +261,38 @@ def _flip(run: Run) -> Treatment:
         return flipped(outcomes, outcomes.peak, threshold)
 
     hooks = reading_hooks(found.steering)
-    return Treatment(hooks, calibration=decision, details=details, probe=probe, answer=answer)
+    instead = f"above {threshold:.3g} the second-best option is answered"
+    told: dict[str, Any] = {"details": details, "probe": probe, "instead": instead}
+    return Treatment(hooks, calibration=decision, answer=answer, **told)
+
+
+def _withhold(run: Run) -> Treatment:
+    """Answer where the predicted error is low, and certify how few of those answers are wrong."""
+    steering = replace(run.steering(run.probe("ridge")), layers="best")
+    terms, alpha = run.terms("withhold"), run.config.max_risk
+    details = {**_of(steering.probe), "max_risk": alpha}
+    if terms.delta == 0:
+        return Treatment(details=details, probe=steering.probe)  # another method is primary
+    calibration = run.splits.calibration
+    certify = partial(certify_trust, run.model, calibration, steering, run.activations)
+    name = "withholding.json"
+
+    def make(folder: Path) -> None:
+        told = {"alpha": alpha, "delta": terms.delta, "seed": terms.seed, "settings": run.read}
+        storage.write_json(folder / name, certify(**told).to_json())
+
+    def load(folder: Path) -> Withholding:
+        return Withholding.from_json(storage.read_json(folder / name))
+
+    found = run.kept("withholding", name, make, load)
+    threshold, row = found.threshold, found.chosen or found.rows[0]
+    details |= {"answered": row.answered / found.n, "wrong_at_most": row.wrong_at_most}
+    told: dict[str, Any] = {"details": details, "probe": steering.probe, "withholding": found}
+    if threshold is None:
+        return Treatment(**told)
+    instead = f"above {threshold:.3g} no answer is given"
+    answer = partial(withheld, threshold=threshold)
+    return Treatment(reading_hooks(steering), answer=answer, instead=instead, **told)
 
 
 def _search(run: Run, name: str, look: Callable[[Path], Search], space: Space = RAW) -> Search:
@@ -331,5 +369,11 @@ for _name, _idea, _of_what, _about in _ROWS:
     _row(_name, _about, _treat, in_latents=_latents, certifies=_certifies)
 _row("searched", "Search direction, layers, scope, threshold in training; certify one.", _searched)
 _row("flip", "Answer the second-best option where predicted error is high; steer nothing.", _flip)
+_row(
+    "withhold",
+    "Answer only where predicted error is low; certify how few answers are wrong.",
+    _withhold,
+    in_latents=False,
+)
 BUILT_IN = frozenset(METHODS)
 """Names that no user's method may take."""

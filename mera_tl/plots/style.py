@@ -36,6 +36,7 @@ _METHODS = {
     "no_steering": (GREY, "circle"),
     "prompt_steering": (GREY, "diamond"),
     "flip": (PINK, "circle"),
+    "withhold": (PINK, "diamond"),
     "additive_probe": (ORANGE, "circle"),
     "additive_logistic_probe": (ORANGE, "diamond"),
     "additive_sub_probe": (ORANGE, "triangle-down"),

@@ -130,7 +130,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "warnings": run.warnings,
         **{name: first[name] for name in ("model", "task", "n", "n_train", "n_calibration")},
         "constant": _constant(run),
-        "winner": list(_winner(run)),
+        "winner": [*_winner(run), *filter(None, [run.trust])],
         "certificate": str(certificate or ""),
         "evidence": list(_evidence(run, figures, prefix, asked)) if asked else [],
         "slider": _slider(run, prefix, asked) if asked else None,
@@ -351,7 +351,7 @@ def _methods(run: RunFolder) -> pd.DataFrame:
             "SPI": frame["SPI"],
             "recovered": frame["0->1"],
             "regressed": frame["1->0"],
-            "steered": frame["steered"].where(frame["method"] != "flip"),
+            "steered": frame["steered"].where(~frame["method"].isin(["flip", "withhold"])),
             "threshold": frame["threshold"],
         }
     )

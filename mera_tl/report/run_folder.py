@@ -102,6 +102,12 @@ class RunFolder:
         """What its pre-flight found wrong with the baseline."""
         return warnings_of(self.records)
 
+    @property
+    def trust(self) -> str:
+        """Which answers may be trusted, in a sentence, where `withhold` was asked."""
+        said = [r["certificate"] for r in self.records if r["method"] == "withhold"]
+        return (said[0] or "").split("\n")[0] if said else ""
+
     def record(self, method: str) -> dict[str, Any]:
         """Return the record of a method."""
         return next(record for record in self.records if record["method"] == method)
@@ -109,7 +115,11 @@ class RunFolder:
     @cached_property
     def certificates(self) -> dict[str, Calibration]:
         """The certificates, in the order of the records."""
-        asked = [r["method"] for r in self.records if r["decision"] is not None]
+        asked = [
+            r["method"]
+            for r in self.records
+            if r["decision"] is not None and r["method"] != "withhold"
+        ]
         return {name: Calibration.load(self.path / "certificates" / name) for name in asked}
 
     def evidence(self, method: str) -> pd.DataFrame:
@@ -123,8 +133,10 @@ class RunFolder:
         if steering:
             return max(steering, key=lambda method: steering[method])
         changed = {
-            r["method"]: r["transitions"]["0->1"] + r["transitions"]["1->0"] for r in self.records
-        }
+            r["method"]: r["transitions"]["0->1"] + r["transitions"]["1->0"]
+            for r in self.records
+            if r["method"] != "withhold"
+        } or {"no_steering": 0}
         most = max(changed, key=lambda method: changed[method])
         return most if changed[most] else None
 
@@ -211,7 +223,7 @@ class RunFolder:
         details, threshold = record["details"], record["threshold"]
         searched = self.path / "searches" / record["method"]
         folder = self.path / "probes" / str(details.get("probe"))
-        if record["method"] == "flip":
+        if record["method"] in ("flip", "withhold"):
             return None
         if (searched / "search.json").exists():
             steering = Search.load(searched).steering

@@ -54,6 +54,8 @@ class Ledger:
     """P(option) before and after."""
     position: str = "last"
     """Where the probe was fitted; predictions elsewhere are no predictions."""
+    instead: str = ""
+    """What was done where no activation was moved, in words."""
 
     def is_valid(self, pos: int) -> bool:
         """Whether the probe was fitted to predict from tokens at this place."""
@@ -95,6 +97,7 @@ class Ledger:
             "tokens",
             "n_prompt",
             "position",
+            "instead",
             "layers",
             "options",
             "label",
@@ -119,7 +122,7 @@ class Ledger:
 
     def _moved(self) -> str:
         if not self.fired:
-            return "Nothing was moved"
+            return "Nothing was moved" + (f"; {self.instead}" if self.instead else "")
         return (
             f"{self.fired} of {self.shift.size} (layer, token) pairs moved, by up to "
             f"{self.shift.max():.2f} of the residual's norm"

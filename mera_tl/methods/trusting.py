@@ -1,0 +1,70 @@
+"""Correct nothing, but say which answers to trust: withhold those with a high predicted error.
+
+Where errors cannot be corrected they can be withheld. The probe is the ridge probe at its best
+layer, read at the final prompt token; what is promised is P(wrong | answered) <= alpha.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mera_tl.certificate.calibration import distinct
+from mera_tl.certificate.withholding import (
+    Withholding,
+    certify_withholding,
+    withholding_thresholds,
+)
+from mera_tl.inference.activations import Activations
+from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.evaluation import evaluate
+from mera_tl.inference.outcomes import Outcomes
+from mera_tl.methods.second_best import reading_hooks
+from mera_tl.models.model import Model
+from mera_tl.steering.steering import Steering
+from mera_tl.tasks.task import Calibration as CalibrationRole
+from mera_tl.tasks.task import Task
+
+
+def predicted_error(score: Float[Tensor, " example"]) -> Float[np.ndarray, " example"]:
+    """Return scores of an error probe as errors between 0 and 1."""
+    return torch.sigmoid(score.double()).numpy()
+
+
+def withheld(outcomes: Outcomes, threshold: float) -> Outcomes:
+    """Return the outcomes without an answer where the predicted error exceeds the threshold.
+
+    The predicted error is that of the highest score the hooks have read.
+    """
+    silent = torch.from_numpy(predicted_error(outcomes.peak) > threshold)
+    probs = outcomes.probs.masked_fill(silent[:, None], 0.0)
+    return replace(outcomes, probs=probs, predictions=outcomes.predictions.masked_fill(silent, -1))
+
+
+def certify_trust(
+    model: Model,
+    task: Task[CalibrationRole],
+    steering: Steering,
+    learned: Activations,
+    *,
+    alpha: float,
+    delta: float,
+    seed: int = 0,
+    settings: ReadSettings | None = None,
+) -> Withholding:
+    """Certify up to which predicted error the answers of a calibration split may be given.
+
+    `learned` are activations of the training split, whose predicted errors fix the thresholds. Of
+    examples with the same text one is used, by a seeded choice.
+    """
+    task = task.subset(distinct([example.key for example in task.examples], seed))
+    probe, (layer,) = steering.probe, steering.layer_numbers
+    seen = predicted_error(probe.score(learned.resid("last"))[layer])
+    right = learned.correct.numpy()
+    thresholds = withholding_thresholds(seen, len(task), alpha=alpha, delta=delta, correct=right)
+    read = evaluate(model, task, reading_hooks(steering), settings=settings, title="withhold")
+    predicted, correct = predicted_error(read.peak), read.correct.numpy()
+    options = {"alpha": alpha, "delta": delta, "thresholds": thresholds}
+    return certify_withholding(predicted, correct, **options)

@@ -1,0 +1,96 @@
+"""Withholding as a method: what is answered is right as often as promised."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_cli import mera
+
+from mera_tl import storage
+from mera_tl.benchmark import RunConfig, open_run
+from mera_tl.certificate import Withholding, withholding_thresholds
+from mera_tl.report import RunFolder
+
+CONFIG = RunConfig(
+    model="organism",
+    task="spam_cue",
+    train="600",
+    calibration="300",
+    test="300",
+    layers="1",
+    positions="last",
+    max_risk=0.1,
+    batch_size=150,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trust") / "run"
+    with open_run(CONFIG, path, progress=False) as run:
+        list(run.records(["no_steering", "flip", "withhold"]))
+    return path
+
+
+def test_what_is_answered_is_right_as_often_as_promised(folder):
+    run = RunFolder.open(folder)
+    record, base = run.record("withhold"), run.record("no_steering")
+    assert record["decision"] == "WITHHOLD" and record["delta"] == 0.025  # flip has the other half
+    assert base["risk"] > 0.2 and record["risk"] <= 0.1
+    details = record["details"]
+    assert details["wrong_at_most"] <= 0.1 and 0.2 < details["answered"] < 0.9
+    assert 1 - record["unanswered"] / record["n"] == pytest.approx(details["answered"], abs=0.1)
+    assert record["transitions"]["0->1"] == 0 and record["steered_share"] == 0
+    changes = run.changes("withhold")
+    given = changes[changes["prediction_after"].notna()]
+    assert (given["prediction_before"] == given["prediction_after"]).all()
+    assert run.main_method == "flip" and set(run.certificates) == {"flip"}
+
+
+def test_it_is_found_again_and_its_decision_follows_from_its_counts(folder):
+    path = folder / "withholding" / "withholding.json"
+    plain = storage.read_json(path)
+    found = Withholding.from_json(plain)
+    assert found == Withholding.from_json(found.to_json()) and found.threshold is not None
+    for row in plain["rows"]:
+        row["wrong"] = row["answered"]
+    assert Withholding.from_json(plain).threshold is None  # not by its bounds
+
+
+def test_it_is_said_in_table_report_and_explanation(folder, monkeypatch, capsys):
+    assert mera(monkeypatch, "table", folder) == 0 and "WITHHOLD" in capsys.readouterr().out
+    assert mera(monkeypatch, "report", folder) == 0
+    assert RunFolder.open(folder).trust.split("(")[0] in (folder / "report.html").read_text("utf-8")
+    changes = RunFolder.open(folder).changes("withhold")
+    silent = changes[changes["prediction_after"].isna()]["row"].iloc[0]
+    capsys.readouterr()
+    assert mera(monkeypatch, "explain", folder, "--method", "withhold", "--row", silent) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "becomes nothing" in said and "no answer is given" in said
+    assert mera(monkeypatch, "explain", folder, "--method", "flip") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "becomes" in said and "second-best option is answered" in said
+
+
+def test_without_a_trustworthy_answer_nothing_is_promised_and_nothing_changes(tmp_path):
+    sizes = {"train": "120", "calibration": "40", "test": "40"}
+    with open_run(replace(CONFIG, max_risk=0.001, **sizes), tmp_path, progress=False) as run:
+        record = run.record("withhold")
+        assert torch.equal(run.treat("withhold").apply(run, run.splits.test).probs, run.base.probs)
+    assert record["decision"] == "ABSTAIN" and "NO ANSWER CAN BE TRUSTED" in record["certificate"]
+
+
+def test_a_primary_method_leaves_it_nothing(tmp_path):
+    sizes = {"train": "120", "calibration": "40", "test": "40", "primary": "flip"}
+    with open_run(replace(CONFIG, **sizes), tmp_path, progress=False) as run:
+        records = list(run.records(["flip", "withhold"]))
+    assert records[1]["decision"] is None and records[1]["unanswered"] == 0
+
+
+def test_thresholds_begin_where_training_says_that_something_can_be_certified():
+    rng = np.random.default_rng(0)
+    predicted = rng.random(1000)
+    correct = rng.random(1000) > (predicted > 0.4) * 0.6  # none wrong among the lowest two fifths
+    first = withholding_thresholds(predicted, 240, alpha=0.05, correct=correct)[0]
+    assert 0.2 < first < 0.5 < withholding_thresholds(predicted, 240, alpha=0.05)[0]
