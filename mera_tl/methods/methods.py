@@ -241,8 +241,15 @@ def _searched(run: Run) -> Treatment:
 
 def _look(run: Run, folder: Path) -> Search:
     choices = Choices(metric=run.config.metric, seed=run.config.seed)
-    options = {"settings": run.read, "space": run.space, "folder": folder}
-    return search(run.model, run.splits.train, run.activations, choices=choices, **options)
+    return search(
+        run.model,
+        run.splits.train,
+        run.activations,
+        choices=choices,
+        settings=run.read,
+        space=run.space,
+        folder=folder,
+    )
 
 
 def _flip(run: Run) -> Treatment:
