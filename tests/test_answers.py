@@ -20,6 +20,7 @@ from mera_tl.inference import (
     evaluate,
     hooked_pass,
     is_over,
+    multiple_choice,
     option_tokens,
     read_again,
     tokenize_task,
@@ -77,6 +78,23 @@ def test_options_are_scored_as_hugging_face_scores_them(family, options, models,
         assert (together.probs[i] - torch.tensor(sums) / sum(sums)).abs().max() < 1e-5
         assert together.predictions[i] == max(range(len(sums)), key=sums.__getitem__)
     assert together.answered.all() and together.probs.std(0).max() > 1e-3  # control: they differ
+
+
+def test_variants_of_unequal_length_are_added_up(models, originals):
+    model = models["llama"]
+    prompt = model.tokenize(["yes no"])[0]
+    with torch.inference_mode(), hooked_pass(model, ()):
+        decoding = Decoding(model, [prompt], ())
+        logits = decoding.prompt()
+        variants = (((5,), (7, 8)), ((6,),))
+        found = multiple_choice.option_log_probs(decoding, logits, variants, batch_tokens=100)
+
+    def by_hand(*ids: int) -> float:
+        logits = originals["llama"](torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().exp().item()
+
+    wanted = [by_hand(5) + by_hand(7, 8), by_hand(6)]
+    assert found.exp()[0].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="sms-llama is not at hand")
