@@ -7,7 +7,7 @@ import pytest
 from conftest import make_task
 from test_cli import arguments, mera, write_task
 
-from mera_tl.benchmark import Preflight, preflight, run
+from mera_tl.benchmark import Preflight, RunConfig, open_run, preflight, run
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.models import load_model
 from mera_tl.report import RunFolder
@@ -84,6 +84,20 @@ def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, mo
     assert opened.warnings and "estimate: collect " in printed and "at most" in printed
     assert mera(monkeypatch, "run", *told, "--quiet") == 0
     assert opened.warnings[0] in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_estimate_is_made_of_what_each_stage_runs(tmp_path):
+    sizes = {"train": "300", "calibration": "100", "test": "50"}
+    seconds = {}
+    for positions in ("all", "last"):
+        config = RunConfig(model="organism", task="spam_cue", positions=positions, **sizes)
+        with open_run(config, tmp_path / positions, progress=False) as opened:
+            rate = opened.preflight.seconds_per_prompt
+            stages = opened.seconds(["no_steering", "optimal_probe", "searched"])
+            assert stages["collect"] == pytest.approx(300 * rate)
+            assert stages["test"] == pytest.approx(150 * rate) and stages["search"] > 0
+            seconds[positions] = stages["calibrate"] / rate
+    assert seconds["all"] == pytest.approx((11 + 2) * 100) and seconds["last"] < 400
 
 
 def test_every_task_is_checked_before_the_first_one_runs(

@@ -79,7 +79,7 @@ class Preflight:
         """Whether there is a warning."""
         return bool(self.warnings)
 
-    def seconds(self, n_prompts: int) -> float:
+    def seconds(self, n_prompts: int | float) -> float:
         """Estimate how long so many prompts will take, each run once."""
         return self.seconds_per_prompt * n_prompts
 
@@ -90,9 +90,10 @@ class Preflight:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preflight":
         """Rebuild what `to_json` returned."""
-        parts = {each.name: value[each.name] for each in fields(cls)}
+        parts: dict[str, Any] = {each.name: value[each.name] for each in fields(cls)}
         parts["shown"] = tuple(parts["shown"])
-        return cls(**parts | {"reading": {o: tuple(v) for o, v in parts["reading"].items()}})
+        parts["reading"] = {option: tuple(read) for option, read in parts["reading"].items()}
+        return cls(**parts)
 
     def __str__(self) -> str:
         shares = ", ".join(f"{option} {share:.0%}" for option, share in self.answers.items())

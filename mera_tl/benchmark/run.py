@@ -52,9 +52,9 @@ if TYPE_CHECKING:  # an abstract property may be overridden by a property only
 
 FORMAT = 1
 """Of records; raised when a field changes its meaning."""
-SHARE_OF_TRIAL = 0.02
-"""What a candidate of a search costs on one example, of a prompt: it shares the prompt's run, and
-about half are not run at all."""
+SHARE_OF_TRIAL = 0.05
+"""What a candidate costs on one example, of a prompt, where it moves the last token only: it shares
+the prompt's run. Measured on the organism, whose prompts are short; less on longer ones."""
 Content = TypeVar("Content")
 logger = logging.getLogger(__name__)
 
@@ -239,19 +239,22 @@ class Run(methods.Run):
     def seconds(self, methods: Sequence[str]) -> dict[str, float]:
         """Estimate each stage from the measured rate; what is kept already is not deducted.
 
-        A candidate costs at most a prompt: where it moves nothing it costs nothing.
+        A candidate costs at most a prompt, and little where it moves the last token only.
         """
         found, sizes = find_methods(methods), [len(split) for split in self.splits]
         grid = len(parse_thresholds(self.config.thresholds))
+        whole = self.config.positions == "all"
+        grid_passes = 1 + grid * (1 if whole else SHARE_OF_TRIAL)
         certified = [each.name for each in found if each.certifies]
-        passes = [2 if name in ("searched", "flip", "withhold") else grid + 1 for name in certified]
-        prompts = {"collect": sizes[0]}
+        single = ("searched", "flip", "withhold")
+        passes = [2 if name in single else grid_passes for name in certified]
+        prompts: dict[str, float] = {"collect": sizes[0]}
         if "searched" in certified:
             choices = Choices()
             tried = planned_trials(
                 sum(choices.keep), round(choices.search_share * sizes[0]), choices
             )
-            prompts["search"] = round(SHARE_OF_TRIAL * tried)
+            prompts["search"] = SHARE_OF_TRIAL * tried
         prompts |= {"calibrate": sum(passes) * sizes[1], "test": len(found) * sizes[2]}
         return {stage: self.preflight.seconds(n) for stage, n in prompts.items()}
 
