@@ -76,7 +76,7 @@ def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, mo
         assert f"WARNING, toy: {warning}" in printed  # again beside the verdict
         assert f"Baseline: {warning}" in str(opened.certificates["optimal_probe"])
         page = html.unescape((tmp_path / "run" / "report.html").read_text("utf-8"))
-        assert "The baseline is doubtful" in page and f"<p>{warning}</p>" in page
+        assert "Read this with care" in page and f"<p>{warning}</p>" in page
         assert all(warning in record["warnings"] for record in opened.records)
         for kind in ("csv", "markdown", "text"):
             assert mera(monkeypatch, "table", tmp_path / "run", "--format", kind) == 0

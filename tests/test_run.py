@@ -41,6 +41,23 @@ def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
     assert "together only with delta 0.1" in caplog.text
 
 
+def test_a_second_run_on_the_same_calibration_examples_is_recognised(tmp_path, caplog):
+    sizes = {"train": "120", "calibration": "40", "test": "40", "layers": "1"}
+    config = replace(CONFIG, positions="last", **sizes)
+
+    def warned(name, method, **changes):
+        with open_run(replace(config, **changes), tmp_path / name, progress=False) as run:
+            return run.record(method)["warnings"]
+
+    assert warned("first", "flip") == warned("again", "flip") == []  # the same promise twice
+    (_, sentence) = warned("other", "optimal_probe")
+    assert "first was certified on 40 of the same" in sentence and "flip" in sentence
+    assert sentence in caplog.text
+    assert warned("plain", "no_steering") == []  # asks for no certificate
+    assert len(warned("stricter", "flip", min_gain=0.1)) == 3
+    assert warned("elsewhere", "flip", seed=1) == []  # other examples
+
+
 def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
     import shutil
 

@@ -26,7 +26,7 @@ from mera_tl.benchmark.records import decision_of, scores, versions
 from mera_tl.benchmark.resources import choose_threads
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.sharing import share_delta
+from mera_tl.certificate.sharing import EarlierRun, share_delta
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -156,6 +156,27 @@ class Run(methods.Run):
     def familywise_delta(self) -> float:
         """Greatest probability that any certificate of this folder is wrong."""
         return self.config.delta * len(self._families)
+
+    @cached_property
+    def earlier(self) -> tuple[str, ...]:
+        """A sentence per run beside this one that was certified on the same examples otherwise."""
+        mine, told = (self.config.to_json(), self._families), list[str]()
+        for path in sorted(self.folder.resolve().parent.glob("*/shares.json")):
+            try:
+                families = storage.read_json(path)["families"]
+                about = storage.read_json(path.with_name("content.json"))
+                same = about["data"]["calibration"] == self.splits.calibration.data_hash
+                config = storage.read_json(path.with_name("config.json"))
+                same = same and config["task"] == self.config.task
+            except (ValueError, KeyError, TypeError, OSError):
+                continue  # the folder of something else, or one that is just begun
+            if same and about["model"] == self.model.fingerprint and mine != (config, families):
+                names = tuple(name for family in families for name in family)
+                total, n = config["delta"] * len(families), len(self.splits.calibration)
+                told.append(str(EarlierRun(path.parent.name, names, total, n)))
+        for sentence in told:
+            logger.warning("%s", sentence)
+        return tuple(told)
 
     def terms(self, method: str) -> Terms:
         """Return the terms of a method's certificate: what is its own of delta."""
@@ -405,7 +426,7 @@ class Run(methods.Run):
         outcomes = base
         if treatment.fwd_hooks or treatment.instruction is not None:
             outcomes = self._apply(name, treatment)
-        seconds = time.perf_counter() - started
+        seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
         return {
             "format": FORMAT,
@@ -417,7 +438,7 @@ class Run(methods.Run):
             **scores(outcomes, base),
             **decision_of(treatment),
             "familywise_delta": self.familywise_delta,
-            "warnings": list(self.preflight.warnings),
+            "warnings": [*self.preflight.warnings, *(self.earlier if asks else ())],
             "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),
