@@ -364,6 +364,7 @@ def test_tables_fit_and_leave_blank_what_is_not_there(monkeypatch, capsys, organ
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
     assert "controlled_contrastive" in printed and "STEER" in printed
+    assert "hold together with probability 0.95 or more" in " ".join(printed.split())
     for kind in ("markdown", "csv", "latex"):
         assert mera(monkeypatch, "table", out, "--format", kind) == 0
         assert not re.search(r"\b(None|nan)\b", capsys.readouterr().out)

@@ -1,7 +1,7 @@
 """What is measured of a method on the test split, as a record and as a table."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -90,3 +90,14 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row["warnings"] = " ".join(record.get("warnings", ()))
     threshold = float("nan") if record["threshold"] is None else record["threshold"]
     return row | {"decision": record["decision"] or "", "threshold": threshold}
+
+
+def promise(records: Sequence[Mapping[str, Any]]) -> str:
+    """Say how surely all certificates of a run hold together; nothing where there is none."""
+    risks = [r.get("familywise_delta") or 0.0 for r in records if r.get("certificate")]
+    if not any(risks):
+        return ""
+    return (
+        f"All certificates of a run hold together with probability {1 - max(risks):.4g} or more "
+        "over the draw of its calibration examples."
+    )

@@ -27,6 +27,7 @@ class Table:
     """Print the records as JSON."""
 
     def __call__(self) -> None:
+        from mera_tl.benchmark.records import promise
         from mera_tl.benchmark.records import table as table_of
         from mera_tl.report.run_folder import find_runs
 
@@ -37,6 +38,7 @@ class Table:
             return terminal.print_json(records)
         if self.format == "text":
             console().print(terminal.shared_words(records), style="dim")
+            console().print(promise(records), style="dim")
             console().print(terminal.records_table(records))
             return terminal.print_warnings(console(), records)
         frame = table_of(records, full=True)

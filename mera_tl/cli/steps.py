@@ -376,6 +376,7 @@ def _summarise(
     out: Any, folders: Sequence[Path], whole: Path, *, verbose: bool, started: float
 ) -> list[dict[str, Any]]:
     """Print verdicts, the report's path and what to try next; return all records."""
+    from mera_tl.benchmark.records import promise
     from mera_tl.report.report import write_report
     from mera_tl.report.run_folder import RunFolder
 
@@ -391,6 +392,7 @@ def _summarise(
     for found in runs:
         if found.trust:
             out.print(f"{found.records[0]['task']}: {found.trust}", markup=False)
+    out.print(promise(records), style="dim", markup=False)
     terminal.print_warnings(out, records)
     lines = [f"\nReport: {page} ({time.perf_counter() - started:.0f} s)", "Try next:"]
     lines += [

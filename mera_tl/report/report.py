@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mera_tl import plots, storage
-from mera_tl.benchmark.records import table
+from mera_tl.benchmark.records import promise, table
 from mera_tl.plots.style import knob_axis
 from mera_tl.report.html import Block, Table, block_of, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
@@ -130,7 +130,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "warnings": run.warnings,
         **{name: first[name] for name in ("model", "task", "n", "n_train", "n_calibration")},
         "constant": _constant(run),
-        "winner": [*_winner(run), *filter(None, [run.trust])],
+        "winner": [*_winner(run), *filter(None, [run.trust, promise(run.records)])],
         "certificate": str(certificate or ""),
         "evidence": list(_evidence(run, figures, prefix, asked)) if asked else [],
         "slider": _slider(run, prefix, asked) if asked else None,
