@@ -16,6 +16,7 @@ from mera_tl.certificate import (
     mcnemar,
     score,
     unconditional,
+    upper_share,
 )
 
 GAINS = (-0.1, -0.02, 0.0, 0.02, 0.05)
@@ -196,3 +197,28 @@ def test_six_points_at_250_examples_are_certified_more_often_than_not():
     power = np.mean([certifies(int(a), int(b), 250, level) for a, b, _ in counts])
     by_range = [math.exp(-250 * max(0, (a - b) / 250) ** 2 / 2) <= level for a, b, _ in counts]
     assert power > 0.35 and not any(by_range)
+
+
+def test_a_bet_sees_only_what_came_before():
+    """The wealth of `betting`, one example at a time: each bet is set before its outcome."""
+    gains = np.random.default_rng(0).choice([-1.0, 0.0, 0.2, 1.0], 40, p=[0.1, 0.4, 0.2, 0.3])
+    for level, min_gain in ((0.05, 0.0), (0.005, 0.1)):
+        null, seen, variance, wealth, best = (1 + min_gain) / 2, [], 0.25, 0.0, 0.0
+        spread = 0.25
+        for unit in (1 + gains) / 2:
+            bet = math.sqrt(2 * math.log(1 / level) / (len(gains) * variance))
+            wealth += math.log1p(min(bet, 0.9 / null) * (unit - null))
+            best = max(best, wealth)
+            seen.append(unit)
+            mean = (0.5 + sum(seen)) / (len(seen) + 1)
+            spread += (unit - mean) ** 2
+            variance = spread / (len(seen) + 1)
+        assert betting(gains, level)(min_gain) == pytest.approx(math.exp(-best), rel=1e-9)
+
+
+def test_an_upper_bound_of_a_share_is_clopper_and_pearsons():
+    for count, n, level in ((0, 20, 0.05), (3, 50, 0.05), (12, 250, 0.005)):
+        exact = stats.beta.ppf(1 - level, count + 1, n - count)
+        assert upper_share(count, n, level) == pytest.approx(exact, rel=1e-9)
+        assert stats.binom.cdf(count, n, exact) == pytest.approx(level, rel=1e-6)
+    assert upper_share(20, 20, 0.05) == 1.0

@@ -339,3 +339,33 @@ def test_unknown_kind():
     planted = one_sided(n=50)
     with pytest.raises(ValueError, match="no direction 'sideways'; pass one of euclidean"):
         fit_directions(Readings(planted), Probe(planted.weights()), ("sideways",))
+
+
+def grouped(counts):
+    """Sums over examples of known means: `counts[label][answer]` of them at distinct corners."""
+    places, labels, predictions = [], [], []
+    for label, row in enumerate(counts):
+        for answer, n in enumerate(row):
+            corner = torch.zeros(4)
+            corner[2 * label + answer] = 1.0
+            places += [corner] * n
+            labels += [label] * n
+            predictions += [answer] * n
+    h = torch.stack(places)[None]
+    parts = torch.tensor(labels), torch.tensor(predictions)
+    return Statistics.of(h, *parts, torch.ones(1, 4), n_options=2)
+
+
+def test_classes_weigh_by_the_variance_of_their_difference():
+    found = controlled_contrastive(grouped([[30, 3], [3, 3]]))[0]
+    first, second = 3 * 30 / 33, 3 * 3 / 6
+    share = first / (first + second)
+    wanted = torch.tensor([-share, share, 1 - share, share - 1])
+    assert torch.allclose(found.float(), wanted, atol=1e-6)
+
+
+def test_the_direction_of_an_answer_is_as_long_as_the_difference_of_means():
+    found = answer_controlled(grouped([[20, 5], [6, 12]]))
+    # Answering 0: from what label 1 looks like when it is answered 1, to what it looks like here.
+    assert torch.allclose(found[0, 0].float(), torch.tensor([0.0, 0.0, 1.0, -1.0]), atol=1e-6)
+    assert torch.allclose(found[1, 0].float(), torch.tensor([-1.0, 1.0, 0.0, 0.0]), atol=1e-6)

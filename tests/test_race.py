@@ -407,6 +407,13 @@ def test_flipping_exchanges_the_two_best_options_where_error_is_predicted():
     assert after.transitions(base) == {"0->0": 2, "0->1": 1, "1->0": 0, "1->1": 1}
 
 
+def test_a_flips_threshold_is_an_error_not_log_odds():
+    base = some_outcomes()
+    score = torch.full((4,), 0.75)  # an error of .68
+    assert torch.equal(flipped(base, score, 0.7).predictions, base.predictions)
+    assert not torch.equal(flipped(base, score, 0.65).predictions, base.predictions)
+
+
 def test_flip_is_searched_certified_and_helps_on_test():
     splits, activations = planted("yesno_hint")
     result = search_flip(splits.train, activations)

@@ -1,6 +1,7 @@
 """The laws of the rule and of its hooks, on all four families."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import make_task, mixed_options, random_probe, talking_task
 from mera_tl.inference import (
     Decoding,
     ReadSettings,
+    Window,
     evaluate,
     hooked_pass,
     left_pad,
@@ -314,3 +316,15 @@ def test_hooks_that_can_move_nothing_say_so(model, recwarn):
     recwarn.clear()
     steering.reading_hooks(), steering.at(0.5).fwd_hooks()
     assert not recwarn
+
+
+def test_the_highest_score_is_that_of_real_tokens(model):
+    """Padding has scores too; an example's highest must not come from there."""
+    probe = random_probe(model)
+    ((_, hook),) = Steering(probe, layers=(1,)).reading_hooks()
+    resid = torch.zeros(2, 3, model.d_model)
+    resid[0, 0] = 100 * probe.weights[1]  # a padded column that the probe finds very wrong
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    point = SimpleNamespace(ctx={"window": Window(real, 3)})
+    assert hook(resid, point) is resid
+    assert torch.equal(point.ctx["peak"], probe.bias[1].expand(2))
