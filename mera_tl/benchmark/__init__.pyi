@@ -5,6 +5,7 @@ from .grid import run_grid as run_grid
 from .grid import run_name as run_name
 from .pre_flight import Preflight as Preflight
 from .pre_flight import preflight as preflight
+from .records import idle as idle
 from .records import scores as scores
 from .records import table as table
 from .run import Run as Run

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pandas as pd
+import torch
 
 from mera_tl.inference.outcomes import (
     Outcomes,
@@ -100,4 +101,15 @@ def promise(records: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"All certificates of a run hold together with probability {1 - max(risks):.4g} or more "
         "over the draw of its calibration examples."
+    )
+
+
+def idle(name: str, outcomes: Outcomes, base: Outcomes) -> tuple[str, ...]:
+    """Warn of a steering that moved tokens while no probability changed."""
+    n_moved = int(outcomes.n_steered.sum())
+    if not n_moved or not torch.allclose(outcomes.probs, base.probs, rtol=0, atol=1e-7):
+        return ()
+    return (
+        f"{name} moved {n_moved:,} (layer, token) pairs and no probability changed: what it moves "
+        "does not reach the answers; steer other layers or positions.",
     )

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers, parse_thresholds
 from mera_tl.benchmark.pre_flight import Preflight, preflight
-from mera_tl.benchmark.records import decision_of, scores, versions
+from mera_tl.benchmark.records import decision_of, idle, scores, versions
 from mera_tl.benchmark.resources import choose_threads
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
@@ -428,6 +428,10 @@ class Run(methods.Run):
             outcomes = self._apply(name, treatment)
         seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
+        in_vain = idle(name, outcomes, base)
+        for sentence in in_vain:
+            logger.warning("%s", sentence)
+        told = (*(self.earlier if asks else ()), *in_vain)
         return {
             "format": FORMAT,
             "model": self.model.name,
@@ -438,7 +442,7 @@ class Run(methods.Run):
             **scores(outcomes, base),
             **decision_of(treatment),
             "familywise_delta": self.familywise_delta,
-            "warnings": [*self.preflight.warnings, *(self.earlier if asks else ())],
+            "warnings": [*self.preflight.warnings, *told],
             "free_text": self._free_text(treatment),
             "details": treatment.details,
             "seconds": round(seconds, 3),
