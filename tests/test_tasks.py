@@ -417,6 +417,59 @@ def test_mmlu_pro_keeps_questions_with_all_ten_choices(tmp_path: Path) -> None:
     assert task.source["left_out"]["without a choice for every option"] == 1
 
 
+def write_truthful(folder: Path, wrong: dict[str, list[str]]) -> Path:
+    """Write questions in the columns of TruthfulQA.csv; the right answer to each is "right"."""
+    folder.mkdir(parents=True)
+    with (folder / "TruthfulQA.csv").open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
+        out.writerows([q, "right", "right; also right", "; ".join(w)] for q, w in wrong.items())
+    return folder
+
+
+def drawn(task: Task) -> dict[str, list[str]]:
+    """Return the four choices of every question, in the order in which they are lettered."""
+    lines = [example.prompt.split("\n") for example in task.examples]
+    return {each[0]: [line[3:] for line in each if line[1:3] == ". "] for each in lines}
+
+
+def test_truthfulqa_letters_the_right_answer_among_three_wrong_ones(tmp_path: Path) -> None:
+    wrong = {f"q{i}": [f"w{i}{c}" for c in "abcdef"[: i % 7]] for i in range(70)}
+    task = load_task("truthfulqa", data_dir=write_truthful(tmp_path / "truthfulqa", wrong))
+    assert rows(task) == [i for i in range(70) if i % 7 >= 3]
+    assert task.source["left_out"] == {"without a choice for every option": 30}
+    choices = drawn(task)
+    for example, (question, four) in zip(task.examples, choices.items(), strict=True):
+        assert four[example.label] == "right" and len(set(four)) == 4
+        assert set(four) - {"right"} <= set(wrong[question])
+    assert set(task.labels) == {0, 1, 2, 3} and max(Counter(task.labels).values()) < 20
+    # The draw and the order are the question's own: other rows around it change nothing.
+    turned = write_truthful(tmp_path / "b", dict(reversed(wrong.items())))
+    assert drawn(load_task("truthfulqa", data_dir=turned)) == choices
+    hub = [("right", 1), *((each, 0) for each in wrong["q6"])]
+    mc1 = {"choices": [[each for each, _ in hub]], "labels": [[mark for _, mark in hub]]}
+    targets = [{name: values[0] for name, values in mc1.items()}]
+    save(tmp_path / "truthfulqa__truthful_qa", {"question": ["q6"], "mc1_targets": targets})
+    (example,) = load_task("truthfulqa", data_dir=tmp_path / "truthfulqa__truthful_qa").examples
+    assert example.prompt == task.examples[rows(task).index(6)].prompt
+
+
+@real_data
+def test_truthfulqa_asks_every_question_with_three_wrong_answers() -> None:
+    task = load_task("truthfulqa", data_dir=DATA)
+    with (DATA / "truthfulqa" / "TruthfulQA.csv").open(encoding="utf-8-sig", newline="") as file:
+        source = list(csv.DictReader(file))
+    assert len(task) == 663 and not straddles(*task.split())
+    for example, four in zip(task.examples, drawn(task).values(), strict=True):
+        assert four[example.label] == source[example.row]["Best Answer"].strip()
+
+
+def test_truthfulqa_without_its_columns_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "TruthfulQA.csv").write_text("Question,Best Answer\nq,a\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no column 'Incorrect Answers'; its columns are Quest"):
+        load_task("truthfulqa", data_dir=tmp_path)
+
+
 def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 

@@ -5,11 +5,15 @@ read from a TOML or YAML file. Wordings are templates: `{name}` stands for a col
 brace for itself, and nothing in the data is ever taken for a field.
 """
 
+import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple
+
+from mera_tl.tasks.files import Row
 
 _FIELD = re.compile(r"\{([^\W\d]\w*)\}")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -32,6 +36,8 @@ class Form:
     """A pattern for each column that says which rows belong to the task; case does not count."""
     label_in_prompt: bool = False
     """Whether a field may show the column of the true option: the answer is then in the prompt."""
+    prepare: Callable[[Callable[[str], Any]], Row] | None = None
+    """From the columns of a row, found by name, the row that is asked; no key of a task file."""
 
     def check(self, title: str) -> None:
         """Refuse a wording that names no field, another one than `text`, or the true answer.
@@ -93,7 +99,7 @@ class Dataset:
 
 
 _SOURCE_KEYS = ("data", "hub", "config", "split", "encoding")
-_FORM_KEYS = tuple(each.name for each in fields(Form))
+_FORM_KEYS = tuple(each.name for each in fields(Form) if each.name != "prepare")
 
 
 class Question(NamedTuple):
@@ -156,6 +162,34 @@ def _sujet(template: str, task_type: str, options: tuple[str, ...]) -> Hub:
     return Hub("sujet-ai/Sujet-Finance-Instruct-177k", "train", form)
 
 
+def _four(question: Any, right: Any, wrong: Iterable[Any]) -> Row:
+    """Letter the right answer among three wrong ones; too few stay too few, and are left out.
+
+    Drawn and shuffled by the question alone: the same wherever, and in whatever order, it is read.
+    """
+    question, right = (str(each or "").strip() for each in (question, right))
+    others = [each for each in dict.fromkeys(str(one).strip() for one in wrong) if each]
+    if right in ("", *others):
+        return {"question": question, "choices": [], "answer": ""}
+    by_question = random.Random(f"truthfulqa/{question}")
+    choices = [right, *by_question.sample(others, min(3, len(others)))]
+    by_question.shuffle(choices)
+    return {"question": question, "choices": choices, "answer": _LETTERS[choices.index(right)]}
+
+
+def _truthful_plain(column: Callable[[str], Any]) -> Row:
+    wrong = str(column("Incorrect Answers") or "").split(";")
+    return _four(column("Question"), column("Best Answer"), wrong)
+
+
+def _truthful_hub(column: Callable[[str], Any]) -> Row:
+    targets = column("mc1_targets")
+    marked = list(zip(targets["choices"], targets["labels"], strict=True))
+    right = [choice for choice, is_right in marked if is_right]
+    wrong = [choice for choice, is_right in marked if not is_right]
+    return _four(column("question"), right[0] if len(right) == 1 else "", wrong)
+
+
 _SENTIMENTS = ("positive", "neutral", "negative")
 DATASETS: dict[str, Dataset] = {
     "sms_spam": Dataset(
@@ -190,6 +224,22 @@ DATASETS: dict[str, Dataset] = {
     ),
     "mmlu_high_school": _mmlu("high_school"),
     "mmlu_professional": _mmlu("professional"),
+    # MC1 has one right choice among two to thirteen. Options are the same for every example here,
+    # so questions with three wrong answers or more are asked, with four choices.
+    "truthfulqa": Dataset(
+        tuple("ABCD"),
+        Plain(
+            "truthfulqa",
+            "TruthfulQA.csv",
+            Form(_CHOICES, "answer", prepare=_truthful_plain),
+        ),
+        Hub(
+            "truthfulqa/truthful_qa",
+            "validation",
+            Form(_CHOICES, "answer", prepare=_truthful_hub),
+            config="multiple_choice",
+        ),
+    ),
     "imdb": Dataset(
         ("positive", "negative"),
         hub=Hub(
@@ -216,7 +266,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def questions(
-    rows: Iterable[Mapping[str, Any]], title: str, form: Form, options: tuple[str, ...]
+    rows: Iterable[Row], title: str, form: Form, options: tuple[str, ...]
 ) -> tuple[list[Question], dict[str, int]]:
     """Ask every row that belongs to the task; also count, by reason, the rows left out.
 
@@ -242,9 +292,11 @@ def questions(
 
 
 def _ask(
-    row: Mapping[str, Any], number: int, title: str, form: Form, options: tuple[str, ...]
+    row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
 ) -> Question | str:
     """Ask one row, or name the reason to leave it out."""
+    if form.prepare is not None:
+        row = form.prepare(partial(_column, row, number=number, title=title))
     for column, pattern in form.keep.items():
         value = str(_column(row, column, number, title)).strip()
         if not re.fullmatch(pattern, value, re.IGNORECASE):
@@ -272,7 +324,7 @@ def _ask(
     return Question(number, prompt, label, texts.get(form.text, ""))
 
 
-def _column(row: Mapping[str, Any], column: str, number: int, title: str) -> Any:
+def _column(row: Row, column: str, number: int, title: str) -> Any:
     if column not in row:
         raise ValueError(
             f"Row {number} of {title} has no column {column!r}; its columns are "
@@ -281,7 +333,7 @@ def _column(row: Mapping[str, Any], column: str, number: int, title: str) -> Any
     return row[column]
 
 
-def _field(row: Mapping[str, Any], name: str, number: int, title: str, form: Form) -> Any:
+def _field(row: Row, name: str, number: int, title: str, form: Form) -> Any:
     """Find what a template's field stands for; the true answer is not among it."""
     columns = form.columns.get(name, name)
     if not isinstance(columns, str):
