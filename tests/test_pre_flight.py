@@ -55,10 +55,25 @@ def test_a_random_model_is_seen_through_and_its_replies_are_shown(models, readou
     answers = evaluate(models["llama"], task, settings=settings)
     assert flight.degenerate and flight.n == 20 and len(flight.shown) == 3
     first = flight.shown[0]
-    assert first["said"] == (
-        answers.replies[0] if readout == "exact" else flight.shown[0]["answer"]
-    )
-    assert task.examples[0].prompt.endswith(first["prompt"])
+    assert first["reply"] == (answers.replies[0] if readout == "exact" else None)
+    assert first["prompt"] and first["prompt"] in task.examples[0].prompt
+    words = " ".join(str(flight).split())
+    assert ("replies '" in words) == (readout == "exact") and f"asked {first['prompt']!r}" in words
+
+
+def test_the_text_is_shown_and_not_the_question_around_it(models):
+    task, asked = make_task(2), "which of the two is it ? answer :"
+    texts = [f"{row} {'a longish text ' * 12}".strip() for row in range(2)]
+    shown = [
+        replace(example, prompt=f"{text} {asked}", text=text)
+        for example, text in zip(task.examples, texts, strict=True)
+    ]
+    flight = preflight(models["llama"], replace(task, examples=tuple(shown)), QUIET)
+    for one, text in zip(flight.shown, texts, strict=True):
+        assert one["prompt"].endswith("...") and len(one["prompt"]) == 150 < len(text)
+        assert text.startswith(one["prompt"][:-3])
+    assert "which of the two" not in str(flight)
+    assert Preflight.from_json(flight.to_json()) == flight
 
 
 def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,8 @@ ONE_ANSWER = 0.95
 """Share of answers from which on a model is said to give one answer only."""
 MOSTLY = 0.5
 """Share of unanswered prompts above which they are the story."""
+SHOWN = 150
+"""Characters of a prompt that are shown."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Preflight:
     answers: Mapping[str, float]
     """Share of each option among all answers given."""
     shown: tuple[Mapping[str, Any], ...]
-    """Three prompts: their end, the reply (or answer), the true option."""
+    """Three prompts: their text, the reply if one was decoded, the answer, the true option."""
     reading: Mapping[str, tuple[str, ...]]
     """How each option is read: the variants that count, as text."""
     seconds_per_prompt: float
@@ -104,9 +106,10 @@ class Preflight:
             f"answers: {shares or 'none'}",
         ]
         lines += [f"{o} is read as {', '.join(map(repr, v))}" for o, v in self.reading.items()]
-        lines += [
-            f"...{one['prompt']!r} -> {one['said']!r} (true: {one['label']})" for one in self.shown
-        ]
+        for one in self.shown:
+            said = "answers" if one["reply"] is None else f"replies {one['reply']!r}, read as"
+            answer = one["answer"] or "no answer"
+            lines += [f"asked {one['prompt']!r}", f"    {said} {answer} (true: {one['label']})"]
         lines.append(
             f"{self.seconds_per_prompt:.3g} s a prompt, {self.seconds(1000) / 60:.2g} minutes "
             f"per 1,000; {self.memory / 2**20:,.0f} MiB of memory so far"
@@ -156,13 +159,13 @@ def preflight(
 
 def _shown(task: Task[Any], outcomes: Outcomes, place: int) -> dict[str, Any]:
     example, said = task.examples[place], int(outcomes.predictions[place])
-    answer = task.options[said] if said >= 0 else None
-    reply = outcomes.replies[place]
+    # Where a prompt has a text of its own, the question around it is the same for all.
+    text = " ".join((example.text or example.prompt).split())
     return {
         "row": example.row,
-        "prompt": example.prompt[-40:],
-        "said": answer if reply is None else reply,
-        "answer": answer,
+        "prompt": text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}...",
+        "reply": outcomes.replies[place],
+        "answer": task.options[said] if said >= 0 else None,
         "label": task.options[example.label],
     }
 

@@ -255,7 +255,7 @@ class Run(methods.Run):
             return Preflight.from_json(storage.read_json(folder / name))
 
         key = partial(self._key, self.splits.train)
-        return self.kept("", name, make, load, key=lambda: key() | {"preflight": 1})
+        return self.kept("", name, make, load, key=lambda: key() | {"preflight": 2})
 
     def seconds(self, methods: Sequence[str]) -> dict[str, float]:
         """Estimate each stage from the measured rate; what is kept already is not deducted.

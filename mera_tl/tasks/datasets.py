@@ -291,9 +291,7 @@ def questions(
     return asked, left_out
 
 
-def _ask(
-    row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
-) -> Question | str:
+def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]) -> Question | str:
     """Ask one row, or name the reason to leave it out."""
     if form.prepare is not None:
         row = form.prepare(partial(_column, row, number=number, title=title))
