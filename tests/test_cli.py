@@ -216,6 +216,16 @@ def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):
             list(run.records(["optimal_probe"]))
 
 
+def test_an_unknown_command_names_the_nearest_and_the_overview_all(monkeypatch, capsys):
+    assert mera(monkeypatch, "tabel") == 2
+    assert "did you mean `mera table`?" in capsys.readouterr().err
+    assert mera(monkeypatch) == 2  # as with a missing option; but it says what there is
+    printed = capsys.readouterr().out
+    for command in parsing.COMMANDS:
+        assert re.search(rf"^  {command.__name__.lower()} ", printed, re.M)
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 def test_lists_name_what_there_is(monkeypatch, capsys):
     assert mera(monkeypatch, "methods") == 0
     assert mera(monkeypatch, "tasks") == 0
@@ -278,8 +288,10 @@ def test_every_option_is_explained_and_fits_80_columns(capsys):
         with pytest.raises(SystemExit) as stop:
             parsed(command.__name__.lower(), "--help")
         assert stop.value.code == 0
-        _, _, box = capsys.readouterr().out.partition("show this help")
-        assert box and max(map(len, box.splitlines())) <= 80
+        page = capsys.readouterr().out
+        about, _, box = page.partition("show this help")
+        about = about.partition("usage: ")[0]
+        assert box and max(map(len, (about + box).splitlines())) <= 80
     help_of_run = texts(capsys, "run")
     for title in ("required", "data", "model", "steering", "certificate", "speed", "output"):
         assert f" {title} options " in help_of_run
@@ -348,7 +360,7 @@ def test_a_run_ends_in_a_line_per_task_the_report_and_what_to_do_next(organism):
     (verdict,) = re.findall(r"^spam_cue +(.*)$", printed, re.M)
     run = RunFolder.open(out)
     lower = run.certificates["controlled_contrastive"].best.lower
-    assert f"-> {run.verdict.after:.0%}".replace("%", " %") in verdict
+    assert run.verdict.change in verdict and "-> " in verdict
     assert f"STEER (certified >= +{math.floor(100 * lower)} points)" in verdict
     assert 100 * lower >= float(re.findall(r">= \+(\d+)", verdict)[0])  # never rounded up
     assert f"Report: {out / 'report.html'}" in "".join(printed.splitlines())

@@ -12,7 +12,15 @@ from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
-from mera_tl.report import RunFolder, find_runs, records_frame, render, report, write_report
+from mera_tl.report import (
+    RunFolder,
+    find_runs,
+    percent,
+    records_frame,
+    render,
+    report,
+    write_report,
+)
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
@@ -297,3 +305,9 @@ def test_after_a_search_the_slider_moves_only_the_threshold():
     assert report._siblings(tried, chosen)["threshold"].tolist() == [0.2, 0.5]
     chosen |= {"direction": "contrastive", "penalty": None, "strength": 2.0}
     assert report._siblings(tried, chosen).index.tolist() == [3]
+
+
+def test_a_last_error_is_not_rounded_away():
+    assert [percent(share) for share in (0.998, 1.0, 0.692, 0.001, 0.0)] == [
+        *("99.8 %", "100 %", "69 %", "0.1 %", "0 %")
+    ]

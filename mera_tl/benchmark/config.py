@@ -53,8 +53,9 @@ class RunOptions:
     sae_correction: Literal["none", "gain"] = "none"
     """Rescale latent shifts so that re-encoding the edited activation recovers them to first order
     (gain)."""
-    positions: Literal["all", "last", "generated"] = "all"
-    """Steered tokens: all, from the final prompt token on (last), or generated ones."""
+    positions: Literal["all", "last", "final", "generated"] = "all"
+    """Steered tokens: all, from the final prompt token on (last), that token alone (final), or
+    generated ones."""
     probe_position: Literal["last", "exact"] = "last"
     """Where probes read: the final prompt token, or the answer token."""
     min_gain: float = 0.0

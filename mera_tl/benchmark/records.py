@@ -80,7 +80,9 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row |= dict(zip(("SPI low", "SPI high"), record["spi_interval"], strict=True))
         row["p"] = record["p_value"]
     row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
-    row["steered"] = record["steered_share"]
+    # What changes answers and no activation has no share of moved tokens, not one of zero.
+    moves = record["method"] not in ("flip", "withhold")
+    row["steered"] = record["steered_share"] if moves else float("nan")
     if full:
         # Records that are older than a measure lack it.
         row["tokens"], row["layers"] = record.get("tokens_steered"), record.get("layers_steered")

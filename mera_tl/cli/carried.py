@@ -104,7 +104,7 @@ class Eval(Carried):
 
     For example:
 
-      $ mera eval --steering spam-steering -m organism --tasks my_task.yaml --limit 200
+      $ mera eval --steering spam-steering -m organism -t my_task.yaml --limit 200
 
     Needs lm-evaluation-harness: pip install 'mera-tl[evals]'. `low` and `high` are a 95 % interval
     of the paired difference.

@@ -1,11 +1,13 @@
 """From a command line to one of the dataclasses that run, in groups and with short names."""
 
 import ast
+import difflib
 import inspect
 import json
+import sys
 import textwrap
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,18 +42,24 @@ COMMANDS = (
     results.Models,
     results.Doctor,
 )
-DESCRIPTION = """Steer a language model away from its own errors, only where that is shown to help.
+DESCRIPTION = """Steer a language model away from its own errors, where that is shown to help.
 
   $ mera demo
   $ mera run -m organism -t spam_cue
-
-Exit codes:
-
+  $ mera run --help"""
+EXIT_CODES = """Exit codes:
   0    done
   1    a job failed, a guarantee is withdrawn, or a run does not fit
   2    what was asked for cannot be done; one sentence says why
-  130  interrupted; the same command resumes
-"""
+  130  interrupted; the same command resumes"""
+OVERVIEW = {
+    "Begin": "demo preflight run benchmark",
+    "Look at results": "report explain table",
+    "Use a certified steering": "generate eval export monitor",
+    "One step at a time": "collect fit calibrate evaluate sae",
+    "Plan, list, check": "plan tasks methods models doctor",
+}
+"""Headings of `mera --help`; a command that is in none of them stands under "More"."""
 GROUPS = {
     "required": "action model models task tasks",
     "data": "data_dir template train calibration test limit seed seeds truncate free_text",
@@ -109,24 +117,47 @@ def parse(argv: Sequence[str]) -> Any:
     """Return the command that was asked for; exit with 2 and a box that says what is wrong."""
     argv = [word for word in _with_file(argv) if word not in DEFAULTS]
     by_name = {kind.__name__.lower(): kind for kind in COMMANDS}
-    if argv and argv[0] in by_name:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(by_name))
+        sys.exit(0 if argv else 2)
+    if argv[0] in by_name:
         kind = by_name[argv[0]]
-        about = inspect.cleandoc(kind.__doc__ or "")
         plain = (tyro.conf.FlagCreatePairsOff,)
         prog = f"mera {argv[0]}"
         helps = not {"-h", "--help"}.isdisjoint(argv)
+        if helps:
+            print(_about(kind) + "\n")
         parsed = tyro.cli(
-            _nested(kind, hide=helps), prog=prog, description=about, args=argv[1:], config=plain
+            _nested(kind, hide=helps), prog=prog, description="", args=argv[1:], config=plain
         )
         command = kind(**_flat(parsed))
         check(command)
         return command
-    overview: Any = None
-    for name, kind in by_name.items():
-        first = (kind.__doc__ or "").partition("\n")[0]
-        named = Annotated[kind, tyro.conf.subcommand(name, description=first)]
-        overview = named if overview is None else overview | named
-    return tyro.cli(overview, prog="mera", description=DESCRIPTION, args=argv)
+    near = difflib.get_close_matches(argv[0], by_name, n=1)
+    advice = f"did you mean `mera {near[0]}`?" if near else "`mera --help` lists the commands."
+    raise ValueError(f"There is no command {argv[0]!r}; {advice}")
+
+
+def _overview(by_name: Mapping[str, type]) -> str:
+    """Return what there is to do, in groups, a line or two per command."""
+    listed = {name for names in OVERVIEW.values() for name in names.split()}
+    more = {"More": " ".join(name for name in by_name if name not in listed)}
+    lines = [DESCRIPTION]
+    for title, names in (OVERVIEW | more).items():
+        lines += [f"\n{title}:"] if names else []
+        for name in names.split():
+            first = (by_name[name].__doc__ or "").partition("\n")[0]
+            lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:<11}", **_HANGING))
+    return "\n".join([*lines, f"\n{EXIT_CODES}"])
+
+
+_HANGING: dict[str, Any] = {"subsequent_indent": " " * 13}
+
+
+def _about(kind: type) -> str:
+    """Return what a command does, in lines of 80 columns; examples stay as they are."""
+    parts = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, 80) for p in parts)
 
 
 def _nested(kind: Any, *, hide: bool = False) -> Any:
@@ -143,7 +174,7 @@ def _nested(kind: Any, *, hide: bool = False) -> Any:
         own = [each for group in groups.values() for each in group]
     else:
         own = [_group(g, groups[g]) for g in (*GROUPS, "more") if g in groups]
-    return make_dataclass(name, own, kw_only=True, namespace={"__doc__": kind.__doc__})
+    return make_dataclass(name, own, kw_only=True, namespace={"__doc__": ""})
 
 
 def _group(name: str, own: list[Any]) -> Any:

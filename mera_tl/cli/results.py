@@ -134,7 +134,8 @@ class Explain:
         storage.write_json(out.with_suffix(".json"), told.to_json())
         if self.json:
             return terminal.print_json(told.to_json())
-        print(f"{told}\n{out}; as JSON: {out.with_suffix('.json').name}")
+        console().print(str(told), markup=False)
+        console().print(f"{out}; as JSON: {out.with_suffix('.json').name}", soft_wrap=True)
         return None
 
 
@@ -303,7 +304,9 @@ class Models:
 
         found = describe_models(self.search)
         shown = found if self.search else found[:12]
-        console().print(terminal.rich_table(shown))
+        # Without the family, names of usual length stay whole in 80 columns.
+        rows = [{name: row[name] for name in row if name != "family"} for row in shown]
+        console().print(terminal.rich_table(rows))
         if len(shown) < len(found):
             print(f"and {len(found) - len(shown)} more: mera models --search llama")
         print("\nand any decoder-only model of the hub, Hugging Face folder or .gguf file")
@@ -323,7 +326,8 @@ class Doctor(RunOptions):
 
         if self.model is None and self.task is None:
             checks = examine()
-            print("\n".join(map(str, checks)))
+            for check in checks:
+                console().print(str(check), markup=False)
             if any(check.works is False for check in checks):
                 sys.exit(1)
             return

@@ -35,8 +35,9 @@ def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     logger = logging.getLogger("mera_tl")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
-    # How rows were split is a detail, not a stage.
-    logging.getLogger("mera_tl.tasks").setLevel(level if verbose else max(level, logging.WARNING))
+    # How rows were split, and what single candidates of a search lack, are details, not stages.
+    for name in ("mera_tl.tasks", "mera_tl.steering.directions"):
+        logging.getLogger(name).setLevel(level if verbose else max(level, logging.WARNING))
 
 
 def _with_seconds(record: logging.LogRecord) -> bool:
@@ -79,6 +80,8 @@ def cell(value: Any) -> str:
     """Return a value in three digits at most; nothing for None and NaN."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.3f}"
     return "" if value is None else str(value)
@@ -150,8 +153,8 @@ def verdict_table(runs: Sequence[Any]) -> Table:
     for run in runs:
         verdict, first = run.verdict, run.records[0]
         name = f"{first['model']}, {first['task']}" if several else first["task"]
-        before, after = f"{verdict.before:.0%}", f"{verdict.after:.0%}"
-        change = f"{before.replace('%', ' %')} -> {after.replace('%', ' %')}"
         style = "green" if verdict.method else "yellow"
-        table.add_row(escape(name), change, f"[{style}]{escape(verdict.sentence)}[/{style}]")
+        table.add_row(
+            escape(name), verdict.change, f"[{style}]{escape(verdict.sentence)}[/{style}]"
+        )
     return table

@@ -351,7 +351,7 @@ def _methods(run: RunFolder) -> pd.DataFrame:
             "SPI": frame["SPI"],
             "recovered": frame["0->1"],
             "regressed": frame["1->0"],
-            "steered": frame["steered"].where(~frame["method"].isin(["flip", "withhold"])),
+            "steered": frame["steered"],
             "threshold": frame["threshold"],
         }
     )

@@ -44,6 +44,12 @@ class Verdict:
     sentence: str
     """The decision in a few words."""
 
+    @property
+    def change(self) -> str:
+        """Accuracy before and after, or what it is and stays."""
+        before, after = percent(self.before), percent(self.after)
+        return f"{before} -> {after}" if self.method else before
+
 
 @dataclass(frozen=True, eq=False)
 class RunFolder:
@@ -318,6 +324,13 @@ def _other_axis(
     rest = centred - centred @ probes.T @ probes
     _, vectors = torch.linalg.eigh(rest.T @ rest)
     return torch.cat([probes, vectors[:, -1:].T]), vectors[:, -1]
+
+
+def percent(share: float) -> str:
+    """Return a share in whole percent; in tenths where that would hide a last error or success."""
+    whole = round(100 * share)
+    hidden = whole in (0, 100) and share not in (0, 1)
+    return f"{100 * share:.1f} %" if hidden else f"{whole} %"
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
