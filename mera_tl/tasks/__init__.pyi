@@ -1,3 +1,5 @@
+from .scorers import SCORERS as SCORERS
+from .scorers import Scorer as Scorer
 from .task import Example as Example
 from .task import Splits as Splits
 from .task import Task as Task

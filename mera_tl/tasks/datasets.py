@@ -8,12 +8,15 @@ brace for itself, and nothing in the data is ever taken for a field.
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from mera_tl.tasks import scored
 from mera_tl.tasks.files import Row
+from mera_tl.tasks.scorers import SCORERS, Scorer, arguments_of
 
 _FIELD = re.compile(r"\{([^\W\d]\w*)\}")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -25,7 +28,7 @@ class Form:
 
     template: str
     label: str = "label"
-    """The column that holds the true option."""
+    """The column that holds the true option; none of a scored task."""
     text: str = ""
     """The field that may be shortened to fit a context; none if empty."""
     columns: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
@@ -96,6 +99,8 @@ class Dataset:
     options: tuple[str, ...]
     plain: Plain | None = None
     hub: Hub | None = None
+    grading: scored.Grading | None = None
+    """How free replies are scored, where no option is to be answered."""
 
 
 _SOURCE_KEYS = ("data", "hub", "config", "split", "encoding")
@@ -109,6 +114,8 @@ class Question(NamedTuple):
     prompt: str
     label: int
     text: str
+    graded: tuple[Any, ...] = ()
+    """Scorer, reference and instruction of a scored question."""
 
 
 _SPAM = """Someone received this text message:
@@ -140,6 +147,15 @@ _FILM = """A viewer wrote about a film:
 
 Is this review positive or negative? Reply with one word.
 Answer:"""
+
+
+_MESSAGE = """Someone received this text message:
+{text}
+
+"""
+_WHY = """Passage: {passage}
+
+Going by the passage alone, {question}? """
 
 
 def _mmlu(subjects: str) -> Dataset:
@@ -262,11 +278,45 @@ DATASETS: dict[str, Dataset] = {
             ),
         ),
     ),
+    "sms_json": Dataset(
+        scored.OPTIONS,
+        Plain(
+            "sms_spam",
+            "SMSSpamCollection",
+            Form(_MESSAGE, "", text="text"),
+            line=r"(?P<label>[^\t]*)\t(?P<text>.*)",
+        ),
+        Hub("ucirvine/sms_spam", "train", Form(_MESSAGE, "", "text", columns={"text": "sms"})),
+        scored.SMS_JSON,
+    ),
+    "boolq_reason": Dataset(
+        scored.OPTIONS,
+        Plain("boolq", "dev.jsonl", Form(_WHY, "", "passage")),
+        Hub("google/boolq", "validation", Form(_WHY, "", "passage")),
+        scored.BOOLQ_REASON,
+    ),
+    "gsm8k": Dataset(
+        scored.OPTIONS,
+        Plain("gsm8k", "test.jsonl", Form("{question}", "", "question")),
+        Hub("openai/gsm8k", "test", Form("{question}", "", "question"), config="main"),
+        scored.GSM8K,
+    ),
+    # The rows whose instructions the scorers of this package can all check.
+    "ifeval": Dataset(
+        scored.OPTIONS,
+        Plain("ifeval", "*.jsonl", Form("{prompt}", "")),
+        Hub("google/IFEval", "train", Form("{prompt}", "")),
+        scored.IFEVAL,
+    ),
 }
 
 
 def questions(
-    rows: Iterable[Row], title: str, form: Form, options: tuple[str, ...]
+    rows: Iterable[Row],
+    title: str,
+    form: Form,
+    options: tuple[str, ...],
+    grading: scored.Grading | None = None,
 ) -> tuple[list[Question], dict[str, int]]:
     """Ask every row that belongs to the task; also count, by reason, the rows left out.
 
@@ -281,6 +331,8 @@ def questions(
     left_out: dict[str, int] = {}
     for number, row in enumerate(rows):
         question = _ask(row, number, title, form, options)
+        if grading is not None and not isinstance(question, str):
+            question = _graded(question, row, grading, title)
         if isinstance(question, str):
             left_out[question] = left_out.get(question, 0) + 1
         else:
@@ -311,7 +363,9 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
         texts[name] = "" if value is None else str(value).strip()
         if not texts[name]:
             return f"with a blank {name}"
-    label = _label(_column(row, form.label, number, title), form.labels, options)
+    label = scored.RIGHT  # of a scored row: what its reply should be
+    if form.label:
+        label = _label(_column(row, form.label, number, title), form.labels, options)
     if label is None:
         raise ValueError(
             f"Row {number} of {title} has the label {row[form.label]!r}, but the options are "
@@ -320,6 +374,20 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
     # One pass over the template: braces inside the data are never looked at.
     prompt = _FIELD.sub(lambda match: texts[match[1]], form.template)
     return Question(number, prompt, label, texts.get(form.text, ""))
+
+
+def _graded(question: Question, row: Row, grading: scored.Grading, title: str) -> Question | str:
+    """Say how the reply is scored, and ask for it where the wording does not."""
+    scorer, prompt = grading.scorer_of(row), question.prompt
+    if scorer is None:
+        return "with an instruction that no scorer checks"
+    if grading.instruction not in prompt:
+        prompt = f"{prompt}{'' if prompt[-1].isspace() else ' '}{grading.instruction}"
+    try:
+        graded = (scorer, grading.reference_of(row), grading.instruction)
+    except ValueError as error:
+        raise ValueError(f"Row {question.row} of {title}: {error}") from None
+    return question._replace(prompt=prompt, graded=graded)
 
 
 def _column(row: Row, column: str, number: int, title: str) -> Any:
@@ -357,16 +425,20 @@ def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> i
     return places.get(mapped.get(key, key).casefold())
 
 
-def definition(keys: Mapping[str, Any], title: str) -> Dataset:
+def definition(keys: Mapping[str, Any], title: str, *, trusted: bool = False) -> Dataset:
     """Make a data set of the keys in a user's file.
 
-    Keys: `options`, `template` and either `data` (the path of a csv, tsv, jsonl or parquet file) or
-    `hub` (a data set's id on the Hugging Face hub, with `split` and `config`); and, where they
-    differ from the defaults, `encoding` and the fields of `Form`.
+    A file with the key `scorer` is a scored task: beside it stand the scorer's arguments and, if
+    any, `instruction` and `reference` (a column); it has no options and no labels.
+    Others have `options`. All have `template` and either `data` (the path of a csv, tsv, jsonl or
+    parquet file) or `hub` (a data set's id on the Hugging Face hub, with `split` and `config`);
+    and, where they differ from the defaults, `encoding` and the fields of `Form`.
 
     Raises:
         ValueError: if a key is missing, unknown or ill-typed, or options and labels do not fit.
     """
+    if "scorer" in keys:
+        return _scored_definition(keys, title, trusted)
     kinds: dict[str, type] = {"options": list, **dict.fromkeys(_SOURCE_KEYS, str)}
     kinds |= {key: dict if key in ("columns", "labels", "keep") else str for key in _FORM_KEYS}
     kinds["label_in_prompt"] = bool
@@ -407,6 +479,43 @@ def definition(keys: Mapping[str, Any], title: str) -> Dataset:
         hub = Hub(keys["hub"], keys.get("split", "train"), form, keys.get("config"))
         return Dataset(options, hub=hub)
     return Dataset(options, Plain("", keys["data"], form, encoding=keys.get("encoding", "utf-8")))
+
+
+def _scored_definition(keys: Mapping[str, Any], title: str, trusted: bool) -> Dataset:
+    """Make a scored data set of a user's keys."""
+    name, rest = str(keys["scorer"]), {k: v for k, v in keys.items() if k != "scorer"}
+    for key in ("options", "label", "labels"):
+        if key in rest:
+            raise ValueError(
+                f"{title} has a scorer and {key!r}; a scored task has a `reference` column instead."
+            )
+    path, colon, call = name.rpartition(":")
+    if colon and path.endswith(".py"):
+        if not trusted:
+            raise ValueError(
+                f"{title} scores replies by code of its own, {name}; read it, and pass "
+                "--trust-task-code (trust_task_code=True) to let it run."
+            )
+        scorer = Scorer("function", {"file": str(Path(title).parent / path), "call": call})
+    else:
+        taken = arguments_of(name) if name in SCORERS else ()
+        given = {key: rest.pop(key) for key in taken if key in rest}
+        try:
+            scorer = Scorer(name, given)
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from None
+    told = {key: rest.pop(key) for key in ("instruction", "reference") if key in rest}
+    for key, value in told.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{title} has {key} = {value!r}; write text there.")
+    # The rest is what every task file has.
+    plain = definition({**rest, "options": list(scored.OPTIONS)}, title)
+    grading = scored.Grading(scorer, **told)
+
+    def unlabelled(source: Any) -> Any:
+        return source and replace(source, form=replace(source.form, label=""))
+
+    return Dataset(scored.OPTIONS, unlabelled(plain.plain), unlabelled(plain.hub), grading)
 
 
 def _check_tables(keys: Mapping[str, Any], title: str) -> None:

@@ -1,8 +1,9 @@
-"""Classification asked as a prompt: examples, their options, and disjoint splits.
+"""What is asked of a model: examples with options or with a scorer, and disjoint splits.
 
-An `Example` is one prompt with the options that count as answers; a `Task` is a tuple of examples
-with a role. The role is a type as well as a value: `Task[Train]` and `Task[Calibration]` differ
-for a type checker, so what is searched freely and what certifies cannot be exchanged by accident.
+An `Example` is one prompt with the options that count as answers, or with a scorer of free replies,
+whose options are then "wrong" and "right". A `Task` is a tuple of examples with a role. The role is
+a type as well as a value: `Task[Train]` and `Task[Calibration]` differ for a type checker, so what
+is searched freely and what certifies cannot be exchanged by accident.
 """
 
 import logging
@@ -18,7 +19,9 @@ from mera_tl.organism import prompts as organism
 from mera_tl.storage import file_hash, fingerprint
 from mera_tl.tasks import datasets as catalogue
 from mera_tl.tasks import files as sources
+from mera_tl.tasks import scored
 from mera_tl.tasks import splitting as splits
+from mera_tl.tasks.scorers import Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +50,44 @@ class Example:
     """The index of the true option."""
     text: str = ""
     """The part of the prompt that may be shortened to fit a context; "" if none may."""
+    scorer: Scorer | None = None
+    """What grades a free reply; None where an option is to be answered."""
+    reference: str = ""
+    """The true answer, for scorers that compare with one."""
+    instruction: str = ""
+    """The sentence of the prompt that asks for what the scorer checks."""
+    kind: str = ""
+    """The kind of question, where a task has several."""
 
     @property
     def key(self) -> str:
-        """What duplicates share: the prompt without case and without the width of white space."""
-        return " ".join(self.prompt.casefold().split())
+        """What duplicates share: the prompt without case and without the width of white space.
+
+        A question with another instruction is the same text.
+        """
+        return " ".join(self.without_instruction().prompt.casefold().split())
+
+    def without_instruction(self) -> "Example":
+        """Take the instruction off the prompt; without one nothing changes."""
+        if not self.instruction:
+            return self
+        before, _, after = self.prompt.rpartition(self.instruction)
+        return replace(self, prompt=f"{before.rstrip()}{after}", instruction="")
+
+    def score(self, reply: str) -> float:
+        """Return how good a reply is, in [0, 1].
+
+        Raises:
+            ValueError: if the scorer fails or returns no such number, naming the row and the reply.
+        """
+        assert self.scorer is not None  # asked of scored tasks only
+        try:
+            return self.scorer(reply, self.reference)
+        except ValueError as error:
+            raise ValueError(
+                f"The scorer {self.scorer.name!r} failed on row {self.row} with the reply "
+                f"{reply!r:.80} ({error}); correct the scorer, or leave the row out."
+            ) from None
 
     def with_text(self, text: str) -> "Example":
         """Put another text in the place of `text`; the question around it stays.
@@ -107,6 +143,11 @@ class Task(Generic[RoleT]):
                     f"{example.label}, but the task's options are {self.options}; "
                     "give every example the same options and a label among them."
                 )
+            if (example.scorer is None) is self.scored:
+                raise ValueError(
+                    f"Row {example.row} of {self.name} has {'no' if self.scored else 'a'} scorer, "
+                    "unlike the rows before it; give every example one, or none."
+                )
         if len({example.row for example in self.examples}) < len(self.examples):
             raise ValueError(f"{self._title} holds a row twice; give every example its own row.")
 
@@ -114,12 +155,13 @@ class Task(Generic[RoleT]):
         return len(self.examples)
 
     def __repr__(self) -> str:
-        return (
-            f"Task({self.name}, {self.role}, {len(self)} examples, "
-            f"options {'/'.join(self.options)})"
-        )
+        told = self.examples[0].scorer
+        how = f"scored by {told.name}" if told else f"options {'/'.join(self.options)}"
+        return f"Task({self.name}, {self.role}, {len(self)} examples, {how})"
 
     def _repr_html_(self) -> str:
+        if self.scored:
+            return f"<b>{escape(repr(self))}</b><pre>{escape(self.examples[0].prompt)}</pre>"
         first, counts = self.examples[0], [self.labels.count(i) for i in range(len(self.options))]
         shares = ", ".join(f"{o} {n}" for o, n in zip(self.options, counts, strict=True))
         return (
@@ -137,22 +179,31 @@ class Task(Generic[RoleT]):
         return self.examples[0].options
 
     @property
+    def scored(self) -> bool:
+        """Whether free replies are scored, instead of options answered."""
+        return self.examples[0].scorer is not None
+
+    @property
     def labels(self) -> tuple[int, ...]:
         """The true options' indices, in the order of the examples."""
         return tuple(example.label for example in self.examples)
 
     @cached_property
     def data_hash(self) -> str:
-        """16 hex digits that change with any row, prompt, option or label, and with their order."""
-        return fingerprint([[e.row, e.prompt, e.options, e.label] for e in self.examples])
+        """16 hex digits that change with any row, prompt, option, label, scorer and their order."""
+        rows: list[list[Any]] = [[e.row, e.prompt, e.options, e.label] for e in self.examples]
+        for row, example in zip(rows, self.examples, strict=True):
+            if example.scorer is not None:
+                row += [example.scorer.to_json(), example.reference, example.instruction]
+        return fingerprint(rows)
 
     def require_classes(self) -> None:
-        """Check that at least two classes occur.
+        """Check that at least two classes occur; a scored task has none.
 
         Raises:
             ValueError: if every example has the same label: nothing can be learned from it.
         """
-        if len(set(self.labels)) == 1:
+        if len(set(self.labels)) == 1 and not self.scored:
             only = self.options[self.labels[0]]
             raise ValueError(
                 f"{self._title} has only examples labelled {only!r} ({len(self)} of them); "
@@ -166,6 +217,20 @@ class Task(Generic[RoleT]):
             examples=tuple(example.with_instruction(instruction) for example in self.examples),
             source={**self.source, "instruction": instruction},
         )
+
+    def without_instruction(self) -> "Task[RoleT]":
+        """Take the instruction off every prompt, as the direction `instruction` needs it.
+
+        Raises:
+            ValueError: if an example has none.
+        """
+        for example in self.examples:
+            if not example.instruction:
+                raise ValueError(
+                    f"Row {example.row} of {self.name} has no instruction that could be taken off "
+                    "its prompt; give the task's `instruction`, or take another direction."
+                )
+        return replace(self, examples=tuple(e.without_instruction() for e in self.examples))
 
     @overload
     def subset(self, indices: Iterable[int]) -> "Task[RoleT]": ...
@@ -244,22 +309,27 @@ class Splits(NamedTuple):
 
 
 def load_task(
-    name: str, *, data_dir: str | Path | None = None, template: str | Path | None = None
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    template: str | Path | None = None,
+    trust_task_code: bool = False,
 ) -> Task[All]:
     """Load a task by its name, or a user's own by the path of its TOML or YAML file.
 
     Without `data_dir` rows come from the Hugging Face hub (a user's task: from beside its file).
     With it they come from plain files or a `save_to_disk` folder: `data_dir` is the data set's own
     folder or the one around it. Organism tasks are generated. `template` is a file with another
-    wording: columns in braces, taken byte for byte.
+    wording: columns in braces, taken byte for byte. A scorer that is a function in a Python file
+    beside the task's is only run with `trust_task_code`.
 
     Raises:
         ValueError: if the task is unknown, or its data or template are missing or do not fit.
     """
-    if name in organism.TASKS:
+    if name in organism.TASKS or name in scored.GENERATED:
         if template:
             raise ValueError(f"{name} is generated with its prompts; leave the template out.")
-        return _organism_task(name)
+        return _organism_task(name) if name in organism.TASKS else _generated_task(name)
     base = Path(data_dir) if data_dir is not None else None
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)
@@ -269,7 +339,7 @@ def load_task(
         if "template_file" in keys:
             wording = sources.read_template(path.parent / str(keys.pop("template_file")))
             keys["template"] = wording
-        dataset = catalogue.definition(keys, str(path))
+        dataset = catalogue.definition(keys, str(path), trusted=trust_task_code)
         name, base = path.stem, base or (path.parent if dataset.plain else None)
     elif name in catalogue.DATASETS:
         dataset = catalogue.DATASETS[name]
@@ -278,10 +348,14 @@ def load_task(
     table, form = _find(name, dataset, base)
     if template:
         form = replace(form, template=sources.read_template(Path(template)))
-    asked, left_out = catalogue.questions(table.rows, table.title, form, dataset.options)
+    asked, left_out = catalogue.questions(
+        table.rows, table.title, form, dataset.options, dataset.grading
+    )
     if left_out:
         logger.info("%s: rows left out: %s", name, left_out)
-    examples = tuple(Example(q.row, q.prompt, dataset.options, q.label, q.text) for q in asked)
+    examples = tuple(
+        Example(q.row, q.prompt, dataset.options, q.label, q.text, *q.graded) for q in asked
+    )
     source = {
         "from": table.title if not table.files else "files",
         "files": {path.name: file_hash(path) for path in table.files},
@@ -333,9 +407,27 @@ def _organism_task(name: str) -> Task[All]:
     return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
 
 
+def _generated_task(name: str) -> Task[All]:
+    """Generate a scored task, always the same one."""
+    examples = tuple(
+        Example(
+            row,
+            q.prompt,
+            scored.OPTIONS,
+            scored.RIGHT,
+            scorer=q.scorer,
+            reference=q.reference,
+            instruction=q.instruction,
+            kind=q.kind,
+        )
+        for row, q in enumerate(scored.GENERATED[name]())
+    )
+    return Task(name, examples, "all", {"from": "generated", "rows": len(examples)})
+
+
 def task_names() -> list[str]:
     """List the tasks that `load_task` knows by name."""
-    return [*catalogue.DATASETS, *organism.TASKS]
+    return [*catalogue.DATASETS, *scored.GENERATED, *organism.TASKS]
 
 
 def describe_tasks() -> list[dict[str, Any]]:
@@ -345,6 +437,8 @@ def describe_tasks() -> list[dict[str, Any]]:
         plain = f"{dataset.plain.folder}/{dataset.plain.pattern}" if dataset.plain else ""
         hub = dataset.hub.id if dataset.hub else ""
         rows.append({"name": name, "options": dataset.options, "plain": plain, "hub": hub})
-    for name, task in organism.TASKS.items():
-        rows.append({"name": name, "options": task.options, "plain": "generated", "hub": ""})
+    generated = {name: scored.OPTIONS for name in scored.GENERATED}
+    generated |= {name: task.options for name, task in organism.TASKS.items()}
+    for name, options in generated.items():
+        rows.append({"name": name, "options": options, "plain": "generated", "hub": ""})
     return [row | {"n_classes": len(row["options"])} for row in rows]

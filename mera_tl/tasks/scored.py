@@ -1,0 +1,236 @@
+"""Scored tasks: what is asked for freely, and which scorer grades the reply.
+
+`ifeval_like_*` are short questions, each followed by an instruction that can be checked without a
+judge; `arithmetic_words` are word problems; both are generated, always the same ones. The scored
+data sets of the catalogue, and those of a user's file, are rows with a template and a `Grading`.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mera_tl.tasks.scorers import Scorer
+
+OPTIONS = ("wrong", "right")
+"""What a scored reply may be: the options of every scored task."""
+RIGHT = 1
+N_PROBLEMS = 600
+"""How many word problems there are."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How replies to the rows of a data set are scored."""
+
+    scorer: Scorer | Callable[[Row], Scorer | None]
+    """One for all rows, or one made of a row; a row for which there is none is left out."""
+    instruction: str = ""
+    """The sentence of the prompt that asks for what is scored; at its end if it is not in it."""
+    reference: str = ""
+    """The column of the true answer; none if empty."""
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Texts for values of that column; case does not count."""
+
+    def scorer_of(self, row: Row) -> Scorer | None:
+        """Return the scorer of a row."""
+        return self.scorer if isinstance(self.scorer, Scorer) else self.scorer(row)
+
+    def reference_of(self, row: Row) -> str:
+        """Return the true answer of a row as text, "" where there is none.
+
+        Raises:
+            ValueError: if the column is missing.
+        """
+        if not self.reference:
+            return ""
+        if self.reference not in row:
+            raise ValueError(
+                f"There is no column {self.reference!r} of the reference; the columns are "
+                f"{', '.join(row)}."
+            )
+        text = str(row[self.reference]).strip()
+        return {k.casefold(): v for k, v in self.references.items()}.get(text.casefold(), text)
+
+
+class ScoredQuestion(NamedTuple):
+    """A generated prompt with all that its reply is scored by."""
+
+    prompt: str
+    scorer: Scorer
+    instruction: str
+    reference: str = ""
+    kind: str = ""
+    """The kind of question: whatever is told apart by it is not told apart by the reply."""
+
+
+# --- questions with checkable instructions -----------------------------------------------------
+
+_ANSWER = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+_PHRASE = "I hope this helps."
+_INSTRUCTIONS: dict[str, tuple[str, Scorer]] = {
+    "json": (
+        'Reply with JSON only, of the form {"answer": "..."}.',
+        Scorer("json_schema", {"schema": _ANSWER}),
+    ),
+    "one_word": ("Reply with one word only.", Scorer("one_word")),
+    "lower_case": ("Write your whole reply in lower case letters.", Scorer("lower_case")),
+    "no_comma": ("Do not use any commas in your reply.", Scorer("no_comma")),
+    "keyword": (
+        'Include the word "indeed" in your reply.',
+        Scorer("contains", {"text": "indeed"}),
+    ),
+    "ends_with": (
+        f'Answer the question and end your reply with the words "{_PHRASE}"',
+        # The phrase alone answers nothing.
+        Scorer(
+            "every",
+            {
+                "scorers": [
+                    {"name": "ends_with", "text": _PHRASE},
+                    {"name": "words", "least": 6, "most": 100},
+                ]
+            },
+        ),
+    ),
+    "words": ("Reply in at most five words.", Scorer("words", {"most": 5})),
+    "numbered_list": (
+        "Reply with a numbered list of three short items.",
+        Scorer("numbered_list", {"items": 3}),
+    ),
+}
+
+
+@cache
+def _questions() -> tuple[tuple[str, str], ...]:
+    """Return (kind, question), in a fixed order that mixes the kinds."""
+    import tomllib
+
+    text = Path(__file__).with_name("questions.toml").read_text(encoding="utf-8")
+    found = [
+        (kind, each["ask"].format(" ".join(subject.split())))
+        for kind, each in tomllib.loads(text).items()
+        for subject in each["subjects"].split(";")
+    ]
+    random.Random("questions").shuffle(found)
+    return tuple(found)
+
+
+def _ifeval_like(name: str) -> list[ScoredQuestion]:
+    """Ask every question with one instruction, or of the mixture with each in turn."""
+    names = list(_INSTRUCTIONS) if name == "mixture" else [name]
+    asked = []
+    for place, (kind, question) in enumerate(_questions()):
+        instruction, scorer = _INSTRUCTIONS[names[place % len(names)]]
+        asked.append(ScoredQuestion(f"{question} {instruction}", scorer, instruction, kind=kind))
+    return asked
+
+
+# --- word problems -----------------------------------------------------------------------------
+
+_PEOPLE = "Ada Ben Cora Dan Eve Finn Gus Hana Ivo Jill".split()  # noqa: SIM905
+_THINGS = "apples books coins pencils stamps shells marbles cards eggs tickets".split()  # noqa: SIM905
+_PROBLEMS: dict[str, tuple[str, Callable[[int, int], int]]] = {
+    "sum": ("{who} has {a} {what} and gets {b} more. How many are that?", int.__add__),
+    "difference": ("{who} had {a} {what} and gave {b} away. How many are left?", int.__sub__),
+    "product": ("{who} fills {b} boxes with {a} {what} each. How many are that?", int.__mul__),
+    "quotient": (
+        "{who} shares {a} {what} equally among {b} friends. How many does each friend get?",
+        int.__floordiv__,
+    ),
+}
+_REASON = "Think step by step and end with the number."
+
+
+def _arithmetic_words() -> list[ScoredQuestion]:
+    rng, asked = random.Random("arithmetic"), dict[str, ScoredQuestion]()
+    while len(asked) < N_PROBLEMS:
+        kind = rng.choice(list(_PROBLEMS))
+        wording, solve = _PROBLEMS[kind]
+        b = rng.randint(2, 9)
+        a = b * rng.randint(2, 9) if kind == "quotient" else b + rng.randint(1, 20)
+        told = {"who": rng.choice(_PEOPLE), "what": rng.choice(_THINGS), "a": a, "b": b}
+        prompt = f"{wording.format(**told)} {_REASON}"
+        answer = str(solve(a, b))
+        asked[prompt] = ScoredQuestion(prompt, Scorer("numeric"), _REASON, answer, kind)
+    return list(asked.values())
+
+
+GENERATED: dict[str, Callable[[], list[ScoredQuestion]]] = {
+    f"ifeval_like_{name}": lambda name=name: _ifeval_like(name)
+    for name in (*_INSTRUCTIONS, "mixture")
+} | {"arithmetic_words": _arithmetic_words}
+
+
+# --- graded data sets --------------------------------------------------------------------------
+
+SMS_JSON = Grading(
+    Scorer(
+        "json_schema",
+        {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "intent": {"type": "string"},
+                    "number": {"type": ["string", "number", "null"]},
+                },
+                "required": ["intent", "number"],
+            }
+        },
+    ),
+    'Reply with JSON only, of the form {"intent": "...", "number": "..."}: what the sender wants, '
+    "and a number from the message or null.",
+)
+BOOLQ_REASON = Grading(
+    Scorer("begins_with"),
+    "Reply with yes or no, followed by one sentence that gives the reason.",
+    reference="answer",
+    references={"true": "yes", "false": "no"},
+)
+GSM8K = Grading(Scorer("numeric"), "Think step by step and end with the number.", "answer")
+
+
+def _ifeval_scorer(row: Row) -> Scorer | None:
+    """Return the scorer of a row of IFEval; None where an instruction of it is not covered."""
+    parts: list[dict[str, Any]] = []
+    for name, given in zip(row["instruction_id_list"], row["kwargs"], strict=True):
+        told = {key: value for key, value in given.items() if value is not None}
+        part = _ifeval_part(name, told)
+        if part is None:
+            return None
+        parts += part
+    return Scorer("every", {"scorers": parts})
+
+
+def _ifeval_part(name: str, told: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    match name:
+        case "punctuation:no_comma":
+            return [{"name": "no_comma"}]
+        case "change_case:english_lowercase":
+            return [{"name": "lower_case"}]
+        case "detectable_format:json_format":
+            return [{"name": "json_schema"}]
+        case "startend:end_checker":
+            return [{"name": "ends_with", "text": told["end_phrase"]}]
+        case "keywords:existence":
+            return [{"name": "contains", "text": word} for word in told["keywords"]]
+        case "keywords:forbidden_words":
+            return [{"name": "lacks", "text": word} for word in told["forbidden_words"]]
+        case "length_constraints:number_words" | "length_constraints:number_sentences":
+            what = name.rpartition("_")[2]
+            n = int(told["num_words" if what == "words" else "num_sentences"])
+            at_least = told["relation"] == "at least"
+            limits = {"least": n, "most": 10**6} if at_least else {"least": 0, "most": n - 1}
+            return [{"name": what, **limits}]
+    return None
+
+
+IFEVAL = Grading(_ifeval_scorer)

@@ -1,0 +1,308 @@
+"""How good a reply is: named, pure functions from a reply and its reference to a number in [0, 1].
+
+A scored task has no list of options: the model replies freely and a `Scorer` grades the reply. Most
+of them answer 0 or 1, so that a gain is a change of correctness and the certificate is exact; a
+function of the user's may be graded. The checkable instructions are of the kind that IFEval uses
+(Zhou et al., 2023, arXiv:2311.07911); the normalisation of `exact_match` is that of SQuAD
+(Rajpurkar et al., 2016, arXiv:1606.05250).
+"""
+
+import json
+import math
+import re
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+_ARTICLE = re.compile(r"\b(?:a|an|the)\b")
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+_FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
+_ITEM = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+\S")
+_SENTENCE_END = re.compile(r"(?<!\d)(?<!\b[A-Z])[.!?]+(?=[\s\"'”’)]|$)|(?<=\d)[.!?]+(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scorer by name, with its arguments.
+
+    Raises:
+        ValueError: if there is none of that name, or an argument is unknown, missing or ill-typed.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in SCORERS:
+            close = get_close_matches(self.name, SCORERS, n=3, cutoff=0.4)
+            raise ValueError(
+                f"There is no scorer {self.name!r}; nearest: "
+                f"{', '.join(close) or ', '.join(SCORERS)}."
+            )
+        wanted = _ARGUMENTS[self.name]
+        for name, value in self.arguments.items():
+            if name not in wanted:
+                known = ", ".join(wanted) or "none"
+                raise ValueError(
+                    f"The scorer {self.name!r} has no argument {name!r}; it takes {known}."
+                )
+            if not isinstance(value, wanted[name]) or isinstance(value, bool):
+                raise ValueError(f"The scorer {self.name!r} has {name} = {value!r}; {_WANTED}.")
+        missing = [name for name in _REQUIRED[self.name] if name not in self.arguments]
+        if missing:
+            raise ValueError(f"The scorer {self.name!r} needs {missing[0]!r}; give it.")
+
+    def __call__(self, reply: str, reference: str = "") -> float:
+        """Return the score of a reply, checked.
+
+        Raises:
+            ValueError: if the scorer fails, or its value is no number from 0 to 1.
+        """
+        try:
+            score = float(SCORERS[self.name](reply, reference, **self.arguments))
+        except Exception as error:  # a function of the user's raises what it likes
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        if not 0 <= score <= 1:  # NaN is neither
+            kind = "NaN" if math.isnan(score) else f"{score:g}"
+            raise ValueError(f"it returned {kind}, which is no number from 0 to 1")
+        return score
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, for a hash or a file."""
+        return {"name": self.name, **self.arguments}
+
+
+# --- what a reply says -------------------------------------------------------------------------
+
+
+def _normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and the width of white space: SQuAD's."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(_ARTICLE.sub(" ", plain).split())
+
+
+def _answers(reference: str) -> list[str]:
+    """Return the accepted answers of a reference, which a vertical bar keeps apart."""
+    return [part for part in reference.split("|") if part.strip()]
+
+
+def exact_match(reply: str, reference: str) -> bool:
+    """Whether the reply is the reference, or one of several ("a|b"), normalised as SQuAD does."""
+    return any(_normalised(reply) == _normalised(each) for each in _answers(reference))
+
+
+def _occurs(text: str, reply: str) -> bool:
+    """Whether a text occurs and neither a letter nor a digit touches it."""
+    return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reply, re.IGNORECASE))
+
+
+def contains(reply: str, reference: str, text: str = "") -> bool:
+    """Whether the reference, or a given text, occurs as whole words; case does not count."""
+    return any(_occurs(each, reply) for each in ([text] if text else _answers(reference)))
+
+
+def lacks(reply: str, reference: str, text: str = "") -> bool:
+    """Whether the reference, or a given text, does not occur; an empty reply lacks everything."""
+    return not contains(reply, reference, text)
+
+
+def regex(reply: str, reference: str, pattern: str = "") -> bool:
+    """Whether a pattern, or else the reference, matches anywhere; the dot takes no line end."""
+    return re.search(pattern or reference, reply) is not None
+
+
+def numeric(reply: str, reference: str, tolerance: float = 1e-6) -> bool:
+    """Whether the last number of the reply is the reference's, within a relative tolerance."""
+    said, wanted = last_number(reply), last_number(reference)
+    if wanted is None:
+        raise ValueError(f"the reference {reference!r} has no number")
+    return said is not None and abs(said - wanted) <= tolerance * max(1.0, abs(wanted))
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number of a text, commas between thousands allowed, or None."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def begins_with(reply: str, reference: str, text: str = "") -> bool:
+    """Whether the first words are the reference, or a given text; case and quotes do not count."""
+    start = reply.lstrip(" \t\r\n\"'“‘*").casefold()
+    return any(
+        start.startswith(each.casefold()) and not start[len(each) : len(each) + 1].isalnum()
+        for each in ([text] if text else _answers(reference))
+    )
+
+
+def ends_with(reply: str, reference: str, text: str = "") -> bool:
+    """Whether the reply ends in the reference or a given text; case and a last quote do not count.
+
+    Of both, the punctuation at the very end does not count either.
+    """
+    end = reply.rstrip(" \t\r\n\"'”’*.!").casefold()
+    return any(
+        end.endswith(each.rstrip(" .!").casefold())
+        for each in ([text] if text else _answers(reference))
+    )
+
+
+def json_schema(reply: str, reference: str, schema: Mapping[str, Any] | str = "") -> bool:
+    """Whether the whole reply is JSON that a schema accepts, in a code fence or bare.
+
+    Without a schema any object or list will do. A reference that is JSON itself must be equal in
+    all the keys that it has.
+    """
+    fenced = _FENCE.fullmatch(reply.strip())
+    try:
+        value = json.loads(fenced[1] if fenced else reply.strip(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict | list) and not schema:
+        return False
+    if schema and not _validator(
+        schema if isinstance(schema, str) else json.dumps(schema)
+    ).is_valid(value):
+        return False
+    wanted = json.loads(reference) if reference.strip().startswith("{") else {}
+    return all(isinstance(value, dict) and _same(value.get(k), v) for k, v in wanted.items())
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")  # Python reads NaN and Infinity, the standard does not
+
+
+@cache
+def _validator(schema: str) -> Any:
+    from jsonschema import Draft202012Validator
+
+    plain = json.loads(schema)
+    Draft202012Validator.check_schema(plain)
+    return Draft202012Validator(plain)
+
+
+def _same(said: Any, wanted: Any) -> bool:
+    if isinstance(said, str) and isinstance(wanted, str):
+        return _normalised(said) == _normalised(wanted)
+    return type(said) is type(wanted) and said == wanted
+
+
+def words(reply: str, reference: str, most: int = 10, least: int = 1) -> bool:  # noqa: ARG001
+    """Whether the reply has so many words: what white space keeps apart and a letter is in."""
+    return least <= _n_words(reply) <= most
+
+
+def one_word(reply: str, reference: str) -> bool:  # noqa: ARG001
+    """Whether the reply is one word, with punctuation or without."""
+    return _n_words(reply) == 1
+
+
+def _n_words(text: str) -> int:
+    return sum(any(c.isalnum() for c in word) for word in text.split())
+
+
+def sentences(reply: str, reference: str, most: int = 1, least: int = 1) -> bool:  # noqa: ARG001
+    """Whether the reply has so many sentences; one that is cut off counts, "3.5" ends none."""
+    ends = list(_SENTENCE_END.finditer(reply))
+    rest = reply[ends[-1].end() :] if ends else reply
+    return least <= len(ends) + any(c.isalnum() for c in rest) <= most
+
+
+def lower_case(reply: str, reference: str) -> bool:  # noqa: ARG001
+    """Whether no letter is a capital, and there is a letter."""
+    return reply == reply.lower() and any(c.isalpha() for c in reply)
+
+
+def no_comma(reply: str, reference: str) -> bool:  # noqa: ARG001
+    """Whether there is no comma, and a word."""
+    return "," not in reply and _n_words(reply) > 0
+
+
+def numbered_list(reply: str, reference: str, items: int = 3) -> bool:  # noqa: ARG001
+    """Whether exactly so many lines begin with 1., 2., ... in order, and nothing follows them."""
+    numbers = [int(match[1]) for match in _ITEM.finditer(reply)]
+    return numbers == list(range(1, items + 1))
+
+
+def every(reply: str, reference: str, scorers: list[Mapping[str, Any]] | None = None) -> float:
+    """Return the least of several scorers' values: all of them must be content."""
+    return min(make_scorer(each)(reply, reference) for each in scorers or ())
+
+
+def function(reply: str, reference: str, file: str = "", call: str = "") -> float:
+    """Ask a function of the user's, `reply, reference -> float`, in a Python file."""
+    return float(_loaded(file, call)(reply, reference))
+
+
+@cache
+def _loaded(file: str, name: str) -> Callable[[str, str], float]:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("task_scorer", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"{file} defines no function {name!r}")
+    return found
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+SCORERS: dict[str, Callable[..., float]] = {
+    each.__name__: each
+    for each in (
+        exact_match,
+        contains,
+        lacks,
+        regex,
+        numeric,
+        begins_with,
+        ends_with,
+        json_schema,
+        words,
+        one_word,
+        sentences,
+        lower_case,
+        no_comma,
+        numbered_list,
+        every,
+        function,
+    )
+}
+_WANTED = "give a value of another kind"
+_TEXT, _COUNT = {"text": str}, {"most": int, "least": int}
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("exact_match", "one_word", "lower_case", "no_comma"), {}),
+    **dict.fromkeys(("contains", "lacks", "begins_with", "ends_with"), _TEXT),
+    **dict.fromkeys(("words", "sentences"), _COUNT),
+    "regex": {"pattern": str},
+    "numeric": {"tolerance": (int, float)},
+    "json_schema": {"schema": (Mapping, str)},
+    "numbered_list": {"items": int},
+    "every": {"scorers": list},
+    "function": {"file": str, "call": str},
+}
+_REQUIRED: dict[str, tuple[str, ...]] = {name: () for name in SCORERS} | {
+    "every": ("scorers",),
+    "function": ("file", "call"),
+}
+
+
+def arguments_of(name: str) -> tuple[str, ...]:
+    """Name the arguments that a scorer takes."""
+    return tuple(_ARGUMENTS[name])
+
+
+def make_scorer(keys: Mapping[str, Any]) -> Scorer:
+    """Make a scorer of plain values: its `name` and, beside it, its arguments.
+
+    Raises:
+        ValueError: as `Scorer`.
+    """
+    arguments = {key: value for key, value in keys.items() if key != "name"}
+    return Scorer(str(keys.get("name", "")), arguments)
