@@ -50,7 +50,7 @@ class Generate(Carried):
 
     For example:
 
-      $ mera generate "question : is this spam ? answer :" --steering spam-steering -m organism
+      $ mera generate "Is this spam ?" --steering spam-steering -m organism
       $ mera generate --steering spam-steering -m organism --json < prompts.txt
 
     Tokens are coloured by predicted error, from green to red, and underlined where they were moved.

@@ -89,7 +89,7 @@ class Explain:
     For example:
 
       $ mera explain runs/demo/spam_cue-seed0
-      $ mera explain runs/demo/spam_cue-seed0 --prompt "You have won a prize, call now"
+      $ mera explain runs/demo/spam_cue-seed0 --prompt "You won a prize"
     """
 
     run: Positional[Path]
