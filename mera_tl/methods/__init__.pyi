@@ -4,6 +4,7 @@ from .candidates import SearchData as SearchData
 from .candidates import Trial as Trial
 from .candidates import choose as choose
 from .candidates import tabulate as tabulate
+from .foresight import log_odds_gradients as log_odds_gradients
 from .methods import METHODS as METHODS
 from .methods import Method as Method
 from .methods import Run as Run
