@@ -57,6 +57,8 @@ class Preflight:
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with this baseline, a sentence each; none if it makes sense."""
         found = []
+        if self.readout == "reply":
+            return self._of_replies()
         if self.unanswered > MOSTLY:
             found.append(
                 f"{self.unanswered:.0%} of replies are no answer; look at them, and read whole "
@@ -75,6 +77,16 @@ class Preflight:
                 "the most frequent answer would reach; a gain up to there is no skill."
             )
         return tuple(found)
+
+    def _of_replies(self) -> tuple[str, ...]:
+        if self.accuracy == 0:
+            return (
+                f"None of {self.n} replies is right, so replies teach nothing: only a direction "
+                "that needs no right reply (instruction) can be found.",
+            )
+        if self.accuracy == 1:
+            return (f"All of {self.n} replies are right: there is nothing to gain.",)
+        return ()
 
     @property
     def degenerate(self) -> bool:
@@ -105,6 +117,8 @@ class Preflight:
             f"unanswered {self.unanswered:.0%}",
             f"answers: {shares or 'none'}",
         ]
+        if self.readout == "reply":
+            lines[1:] = [f"right replies: {self.accuracy:.0%}"]
         lines += [f"{o} is read as {', '.join(map(repr, v))}" for o, v in self.reading.items()]
         for one in self.shown:
             said = "answers" if one["reply"] is None else f"replies {one['reply']!r}, read as"
@@ -130,7 +144,7 @@ def preflight(
     Raises:
         ValueError: as `evaluate`.
     """
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     n = min(n, len(task))
     some = task.subset([i * len(task) // n for i in range(n)])
     options = option_tokens(model, some, settings)
@@ -147,11 +161,11 @@ def preflight(
         readout=settings.readout,
         n=n,
         accuracy=outcomes.accuracy,
-        majority=max(counts) / n,
+        majority=0.0 if task.scored else max(counts) / n,
         unanswered=1 - outcomes.answered.double().mean().item(),
         answers=shares if len(said) else {},
         shown=tuple(_shown(some, outcomes, i) for i in sorted({0, n // 2, n - 1})),
-        reading=_reading(options),
+        reading={} if task.scored else _reading(options),
         seconds_per_prompt=seconds,
         memory=_peak_memory(),
     )

@@ -64,7 +64,7 @@ def calibrate(
         )
     terms = terms or Terms(delta=0.05 if delta is None else delta)
     check_min_gain(min_gain)
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     steerings = _candidates(candidates)
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run

@@ -1,7 +1,8 @@
 """Collect `resid_post` of all layers and the model's errors, in the pass that produces the answer.
 
 Rows are gathered inside the hooks: per layer one vector an example at the final prompt token
-(`last`) and, where a readout decodes, one at the answer token (`exact`). They go to a file as they
+(`last`) and, where a readout decodes, one at the answer token (`exact`), or, where replies are
+scored, the mean over the reply's tokens (`generated`). They go to a file as they
 come, so memory grows with the batch and not with the number of examples.
 """
 
@@ -23,7 +24,7 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
 from mera_tl.tasks.task import Task
 
-Position = Literal["last", "exact"]
+Position = Literal["last", "exact", "generated"]
 WriteRow = Callable[[str, int, np.ndarray], None]
 """Keeps "layer d_model" of one example at one position."""
 
@@ -127,6 +128,9 @@ def collect(
 ) -> Activations:
     """Answer a task unsteered, gathering `resid_post` at `last` and, for replies, at `exact`.
 
+    Of a scored task the mean over the tokens of each reply is gathered instead, `generated`; zero
+    for a reply without any.
+
     With a folder `out`, activations are written there as they come and read back lazily by the
     operating system; without, they are kept in memory.
 
@@ -134,7 +138,7 @@ def collect(
         ValueError: as `evaluate`.
     """
     check_call(model, task)
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
@@ -150,7 +154,8 @@ def collect(
             write_row = stack.enter_context(storage.TensorFile(path, shapes)).write
 
         def run(batch: list[int]) -> Reading:
-            capture = _Capture(model, batch, write_row)
+            whole = settings.readout == "reply"
+            capture = _Capture(model, batch, write_row, n_means=len(batch) if whole else 0)
             reading = read_batch(
                 model,
                 [prompts[i] for i in batch],
@@ -158,9 +163,11 @@ def collect(
                 settings,
                 capture.fwd_hooks,
                 on_prompt=lambda rows: capture.write("last", rows),
-                on_answer=lambda rows: capture.write("exact", rows),
+                on_answer=capture.add if whole else lambda rows: capture.write("exact", rows),
             )
-            if settings.decodes:
+            if whole:
+                capture.write_means("generated")
+            elif settings.decodes:
                 # A reply's first word was taken for its answer until the reply had been read.
                 nothing = np.zeros((model.n_layers, model.d_model), dtype=np.float32)
                 for place in (reading.predictions < 0).nonzero()[:, 0].tolist():
@@ -188,6 +195,8 @@ def collect(
 
 def positions_of(settings: ReadSettings) -> tuple[Position, ...]:
     """Return the positions that are collected under a readout."""
+    if settings.readout == "reply":
+        return "last", "generated"
     return ("last", "exact") if settings.decodes else ("last",)
 
 
@@ -199,9 +208,13 @@ def _save_rest(folder: Path, outcomes: Outcomes, manifest: Mapping[str, Any]) ->
 class _Capture:
     """Hooks that keep the final column of the latest pass, and their way out."""
 
-    def __init__(self, model: Model, batch: list[int], write_row: WriteRow) -> None:
+    def __init__(
+        self, model: Model, batch: list[int], write_row: WriteRow, *, n_means: int = 0
+    ) -> None:
         self._batch, self._write_row = batch, write_row
         self._latest: list[Tensor] = [torch.empty(0)] * model.n_layers
+        self._sums = torch.zeros(n_means, model.n_layers, model.d_model)
+        self._counts = torch.zeros(n_means)
         self.fwd_hooks = [(resid_post(layer), self._keep(layer)) for layer in range(model.n_layers)]
 
     def _keep(self, layer: int) -> Any:
@@ -217,3 +230,15 @@ class _Capture:
         for column, row in enumerate(rows.tolist()):
             if row >= 0:
                 self._write_row(position, self._batch[row], values[column])
+
+    def add(self, rows: Int[Tensor, " column_rows"]) -> None:
+        """Add the latest columns of the rows that are not -1 to their means."""
+        kept, values = rows.cpu(), torch.stack([column.cpu() for column in self._latest], dim=1)
+        self._sums.index_add_(0, kept[kept >= 0], values[kept >= 0])
+        self._counts.index_add_(0, kept[kept >= 0], torch.ones(int((kept >= 0).sum())))
+
+    def write_means(self, position: str) -> None:
+        """Write the mean of what was added to each row."""
+        means = self._sums / self._counts.clamp(min=1)[:, None, None]
+        for place, row in enumerate(self._batch):
+            self._write_row(position, row, means[place].numpy())

@@ -10,6 +10,9 @@
   variant of an option, whatever stands before it.
 
 A reply without an answer within `max_new_tokens` is unanswered: error 1.
+
+- `reply`, that of scored tasks and of no others: the whole greedy reply, up to `reply_tokens`. It
+  is graded when the batches are put together (`evaluation.gather`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +35,7 @@ from mera_tl.inference.variants import (
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.tasks.task import Task
 
-Readout = Literal["options", "last", "exact", "exact_anywhere"]
+Readout = Literal["options", "last", "exact", "exact_anywhere", "reply"]
 Observer = Callable[[Int[Tensor, " column_rows"]], None]
 """Called after a pass with the batch row of each of its rows, -1 where that is of no interest."""
 
@@ -47,7 +50,8 @@ class ReadSettings:
 
     readout: Readout = "options"
     """How an answer is read: score each option whole (options), read the final prompt token (last),
-    or decode a reply that begins with an option (exact) or contains one (exact_anywhere)."""
+    or decode a reply that begins with an option (exact), contains one (exact_anywhere), or is
+    scored as a whole (reply, set by scored tasks)."""
     answer_prefix: str | None = None
     """Text that begins the assistant's turn of a chat. Default: "Answer:" for readout options, none
     for the others. A prompt without a chat template ends as the task's template does."""
@@ -59,6 +63,8 @@ class ReadSettings:
     sixteenth of it count more, since attention takes memory with the square of their length."""
     max_new_tokens: int = 8
     """Tokens decoded at most before an example counts as unanswered."""
+    reply_tokens: int = 40
+    """Tokens decoded at most of a reply that is scored."""
     truncate: bool = False
     """Shorten the text of prompts that exceed the context, never the question."""
     progress: bool = True
@@ -72,7 +78,29 @@ class ReadSettings:
     @property
     def decodes(self) -> bool:
         """Whether a reply is generated."""
-        return self.readout in ("exact", "exact_anywhere")
+        return self.readout in ("exact", "exact_anywhere", "reply")
+
+    @property
+    def n_new(self) -> int:
+        """Most tokens that are decoded."""
+        return self.reply_tokens if self.readout == "reply" else self.max_new_tokens
+
+    @staticmethod
+    def of(task: Task[Any], settings: "ReadSettings | None" = None) -> "ReadSettings":
+        """Return the settings with which a task is read: replies to a scored one are scored.
+
+        Raises:
+            ValueError: if the readout is `reply` and the task has no scorer.
+        """
+        settings = settings or ReadSettings()
+        if task.scored:
+            return replace(settings, readout="reply")
+        if settings.readout == "reply":
+            raise ValueError(
+                f"readout='reply' scores replies, and {task.name} has options and no scorer; "
+                "choose another readout, or give the task a scorer."
+            )
+        return settings
 
     def prefix(self, model: Model) -> str:
         """Return what begins the assistant's turn of a model with a chat template."""
@@ -94,6 +122,8 @@ def option_tokens(model: Model, task: Task[Any], settings: ReadSettings) -> Opti
         ValueError: if an option is not in the vocabulary, or two options cannot be told apart,
             naming them and their tokens.
     """
+    if settings.readout == "reply":
+        return OptionTokens(task.options, model.tokenizer, ends=tuple(model.eos_ids))
     if settings.readout == "options":
         # A chat template ends in a line break where there is no prefix.
         cue = (settings.prefix(model) or "\n") if model.chat else common_ending(task)
@@ -190,8 +220,11 @@ def about_to_answer(
 ) -> Int[Tensor, " batch"]:
     """Return the option that each row leans to where its prompt ends.
 
-    Under `options` and `last` that is the answer; a reply may turn out otherwise.
+    Under `options` and `last` that is the answer; a reply may turn out otherwise, and one that is
+    scored leans to nothing.
     """
+    if settings.readout == "reply":
+        return logits.new_zeros(len(logits), dtype=torch.long)
     return _scores(decoding, logits, options, settings).argmax(-1)
 
 
@@ -222,9 +255,9 @@ def _read(
     rows repeat.
     """
     if settings.decodes:
-        kind = _Beginning if settings.readout == "exact" else _Anywhere
-        found = kind(options, len(logits), logits.device)
-        tokens = _decode(decoding, logits, found, settings.max_new_tokens, on_answer)
+        kinds = {"exact": _Beginning, "exact_anywhere": _Anywhere, "reply": _Whole}
+        found = kinds[settings.readout](options, len(logits), logits.device)
+        tokens = _decode(decoding, logits, found, settings.n_new, on_answer)
         predictions, probs = found.result()
     else:
         probs = _scores(decoding, logits, options, settings).softmax(-1)
@@ -236,7 +269,7 @@ def _read(
 def _decode(
     decoding: Decoding,
     logits: Float[Tensor, "batch d_vocab"],
-    found: "_Anywhere | _Beginning",
+    found: "_Anywhere | _Beginning | _Whole",
     max_new_tokens: int,
     on_answer: Observer | None,
 ) -> Int[Tensor, "batch new"]:
@@ -265,6 +298,28 @@ def _decode(
 
 _Found = tuple[Int[Tensor, " batch"], Float[Tensor, "batch option"]]
 """Predictions and probabilities."""
+
+
+class _Whole:
+    """Takes every token of a reply that is scored afterwards; until then it answers nothing."""
+
+    def __init__(self, options: OptionTokens, n: int, device: torch.device) -> None:
+        self._ends = torch.tensor(options.ends, dtype=torch.long, device=device)
+        self._nothing = torch.zeros(n, len(options.options), device=device)
+
+    def add(
+        self,
+        rows: Int[Tensor, " row"],  # noqa: ARG002
+        emitted: Int[Tensor, " row"],
+        logits: Float[Tensor, "row d_vocab"],  # noqa: ARG002
+    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+        """Take a token of every row: each is the reply's, but the one that ends it."""
+        hit = ~torch.isin(emitted, self._ends)
+        return hit, torch.zeros_like(hit)
+
+    def result(self) -> _Found:
+        """Return that nothing has been answered."""
+        return torch.full_like(self._nothing[:, 0], -1, dtype=torch.long), self._nothing
 
 
 class _Anywhere:

@@ -6,6 +6,7 @@ not fit into memory is halved, and so are all after it.
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +48,7 @@ def evaluate(
             nothing.
     """
     check_call(model, task, fwd_hooks)
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
 
@@ -140,13 +141,17 @@ def _is_out_of_memory(error: Exception) -> bool:
 def gather(
     task: Task[Any], options: OptionTokens, results: Sequence[tuple[list[int], Reading]]
 ) -> Outcomes:
-    """Put the readings of batches back into the order of the task."""
+    """Put the readings of batches back into the order of the task; score replies.
+
+    Raises:
+        ValueError: if a scorer fails, naming the row and the reply.
+    """
     order = torch.tensor([i for batch, _ in results for i in batch]).argsort()
 
     def column(name: str) -> Tensor:
         return torch.cat([getattr(reading, name) for _, reading in results])[order]
 
-    return Outcomes(
+    outcomes = Outcomes(
         options=options.options,
         rows=torch.tensor([example.row for example in task.examples]),
         labels=torch.tensor(task.labels),
@@ -154,6 +159,23 @@ def gather(
         probs=column("probs").float(),
         replies=_texts(options, column("tokens")),
         **{name: column(name) for name in COUNTS},
+    )
+    return _scored(task, outcomes, column("tokens"), options) if task.scored else outcomes
+
+
+def _scored(
+    task: Task[Any], outcomes: Outcomes, tokens: Int[Tensor, "example new"], options: OptionTokens
+) -> Outcomes:
+    """Score replies: P(right) is the score, and a reply is right if its score is 1."""
+    pairs = zip(task.examples, outcomes.replies, strict=True)
+    score = torch.tensor([example.score(reply or "") for example, reply in pairs])
+    ended = torch.isin(tokens, torch.tensor(options.ends, dtype=torch.long)).any(-1)
+    return replace(
+        outcomes,
+        predictions=(score == 1).long(),
+        probs=torch.stack([1 - score, score], dim=-1),
+        finishes=tuple("stop" if end else "length" for end in ended.tolist()),
+        n_generated=(tokens >= 0).sum(-1),
     )
 
 
@@ -193,7 +215,7 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
 def _n_after(model: Model, task: Task[Any], settings: ReadSettings) -> int:
     """Return how many tokens may be fed after a prompt."""
     if settings.readout != "options":
-        return settings.max_new_tokens if settings.decodes else 0
+        return settings.n_new if settings.decodes else 0
     variants = option_tokens(model, task, settings).continuations
     return max(len(ids) for option in variants for ids in option) - 1
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 Metric = Literal["correct", "error"]
 _STEERED = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift")
-_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "peak")
+_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "peak", "n_generated")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,9 +48,16 @@ class Outcomes:
     unsteered peak does not exceed a limit cannot be steered at it."""
     replies: tuple[str | None, ...] = ()
     """What was decoded; None where the readout decodes nothing (the default)."""
+    finishes: tuple[str | None, ...] = ()
+    """How a reply that was scored came to its end: "stop", by itself, or "length"."""
+    n_generated: Int[Tensor, " example"] = None  # pyright: ignore[reportAssignmentType]
+    """Tokens that the reply took, the one that ended it too; 0 where nothing was decoded."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "replies", self.replies or (None,) * len(self.rows))
+        for name in ("replies", "finishes"):
+            object.__setattr__(self, name, getattr(self, name) or (None,) * len(self.rows))
+        if self.n_generated is None:
+            object.__setattr__(self, "n_generated", torch.zeros_like(self.rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,7 +101,8 @@ class Outcomes:
         """Return the outcomes of some examples."""
         kept = {name: getattr(self, name)[indices] for name in _PER_EXAMPLE}
         places = torch.arange(len(self))[indices].tolist()
-        return replace(self, replies=tuple(self.replies[i] for i in places), **kept)
+        replies, finishes = ([x[i] for i in places] for x in (self.replies, self.finishes))
+        return replace(self, replies=tuple(replies), finishes=tuple(finishes), **kept)
 
     def with_rows(self, indices: Int[Tensor, " kept"], other: "Outcomes") -> "Outcomes":
         """Return these outcomes with some examples taken from another run."""
@@ -102,10 +110,12 @@ class Outcomes:
         for name in _PER_EXAMPLE:
             changed[name] = getattr(self, name).clone()
             changed[name][indices] = getattr(other, name)
-        replies = list(self.replies)
-        for place, reply in zip(indices.tolist(), other.replies, strict=True):
-            replies[place] = reply
-        return replace(self, replies=tuple(replies), **changed)
+        for name in ("replies", "finishes"):
+            texts = list(getattr(self, name))
+            for place, text in zip(indices.tolist(), getattr(other, name), strict=True):
+                texts[place] = text
+            changed[name] = tuple(texts)
+        return replace(self, **changed)
 
     def gain(self, base: "Outcomes", metric: Metric = "correct") -> Float[Tensor, " example"]:
         """Return the paired gain per example: steered minus unsteered, positive is better.
@@ -152,6 +162,8 @@ class Outcomes:
             **{name: getattr(self, name).tolist() for name in _STEERED},
             "peak": [value if value > -torch.inf else None for value in self.peak.tolist()],
         }
+        if any(self.finishes):
+            columns |= {"finish": self.finishes, "n_generated": self.n_generated.tolist()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     @classmethod
@@ -175,6 +187,8 @@ class Outcomes:
             shift=column("shift").float(),
             peak=torch.tensor([-torch.inf if r["peak"] is None else r["peak"] for r in records]),
             replies=tuple(record.get("reply") for record in records),
+            finishes=tuple(record.get("finish") for record in records),
+            n_generated=column("n_generated"),
         )
 
     def __repr__(self) -> str:

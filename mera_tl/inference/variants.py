@@ -32,6 +32,8 @@ class OptionTokens:
     """Per option, the tokens that speak for it where one token is read, all different."""
     continuations: tuple[tuple[TokenIds, ...], ...] = ()
     """Per option, its variants as they follow a prompt, for readout `options`; all different."""
+    ends: TokenIds = ()
+    """Tokens that end a reply, for readout `reply`."""
 
     def class_logits(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch option"]:
         """Return the maximum over each option's tokens, in float32."""

@@ -13,7 +13,7 @@ from mera_tl.inference.activations import Activations
 
 logger = logging.getLogger(__name__)
 
-Position = Literal["last", "exact"]
+Position = Literal["last", "exact", "generated"]
 Mixture = Activations | Sequence[Activations]
 """The activations of one task, or of several, which are then mixed."""
 

@@ -60,7 +60,7 @@ def evaluate_many(
         ValueError: as `evaluate`.
     """
     check_call(model, task)
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     outcomes: dict[int, Outcomes] = {}

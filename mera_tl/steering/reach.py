@@ -116,12 +116,13 @@ def evaluate_reach(
     readers = [hook for _, hook in fwd_hooks if isinstance(hook, SteerHook)]
     if not readers:
         raise ValueError("There is no steering hook to look at; pass those of a Steering.")
+    settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     looks: dict[int, _Look] = {}  # by the first example of a batch: a batch may be run again
 
     def run(batch: list[int]) -> Reading:
-        looks[batch[0]] = look = _Look(readers, len(batch), settings.max_new_tokens)
+        looks[batch[0]] = look = _Look(readers, len(batch), settings.n_new)
         hooks = around(readers, fwd_hooks, look)
         return read_batch(model, [prompts[i] for i in batch], options, settings, hooks)
 

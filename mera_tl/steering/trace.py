@@ -151,7 +151,7 @@ def explain(
     """
     if not isinstance(example, Example):
         raise ValueError(f"{example!r:.60} is not one example; pass one, as task.examples[0].")
-    settings = replace(settings or ReadSettings(), progress=False)
+    settings = replace(ReadSettings.of(Task("one", (example,), "all"), settings), progress=False)
     hooks = steering.fwd_hooks() if isinstance(steering, Steering) else list(steering)
     readers = [hook for _, hook in hooks if isinstance(hook, SteerHook)]
     if isinstance(steering, Steering):
@@ -165,7 +165,7 @@ def explain(
             "stream."
         )
     tokens = model.tokenize([example.prompt], prefix=settings.prefix(model))
-    room = model.n_ctx - settings.max_new_tokens
+    room = model.n_ctx - settings.n_new
     if len(tokens[0]) > room:
         raise ValueError(
             f"Row {example.row} has {len(tokens[0])} tokens, {model.name} has room for {room}; "

@@ -1,0 +1,105 @@
+"""Replies to scored tasks: what is decoded is what is scored, in batches, alone and steered."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_task, random_probe
+
+from mera_tl import ReadSettings, collect, evaluate, evaluate_many, generate
+from mera_tl.inference import Outcomes
+from mera_tl.models import resid_post
+from mera_tl.steering import Gated, Steering
+from mera_tl.tasks import Scorer, Task
+
+SETTINGS = ReadSettings(reply_tokens=6, batch_size=5, progress=False)
+
+
+def scored_task(model, n: int = 18):
+    """Random prompts, scored by a word that a random model says in some of its replies."""
+    task = make_task(n)
+    prompts = [example.prompt for example in task.examples]
+    said = [set(reply.text.split()) for reply in generate(model, prompts, max_new_tokens=6)]
+    share = {word: sum(word in each for each in said) for word in set().union(*said)}
+    word = min(sorted(share), key=lambda word: abs(share[word] - n / 2))
+    scorer, options = Scorer("contains", {"text": word}), ("wrong", "right")
+    examples = [replace(e, options=options, label=1, scorer=scorer) for e in task.examples]
+    return Task("spoken", tuple(examples), "all")
+
+
+@pytest.fixture(scope="module", params=("llama", "gpt2"))
+def asked(request, models):
+    model = models[request.param]
+    return model, scored_task(model)
+
+
+def test_what_is_scored_is_what_generate_says(asked):
+    model, task = asked
+    outcomes = evaluate(model, task, settings=SETTINGS)
+    replies = generate(model, [e.prompt for e in task.examples], max_new_tokens=6)
+    assert outcomes.replies == tuple(reply.text for reply in replies)
+    scores = torch.tensor([e.score(r.text) for e, r in zip(task.examples, replies, strict=True)])
+    assert torch.equal(1 - outcomes.error, scores) and torch.equal(outcomes.correct, scores == 1)
+    assert 0 < outcomes.accuracy < 1  # a control: there is something to tell apart
+    assert outcomes.n_generated.tolist() == [len(r.tokens) + r.is_ended for r in replies]
+    assert [f == "stop" for f in outcomes.finishes] == [r.is_ended for r in replies]
+    again = Outcomes.from_records(outcomes.to_records(), task.options)
+    assert again.finishes == outcomes.finishes
+    assert torch.equal(again.n_generated, outcomes.n_generated)
+
+
+def test_one_at_a_time_is_the_same(asked):
+    model, task = asked
+    together = evaluate(model, task, settings=SETTINGS)
+    alone = evaluate(model, task, settings=replace(SETTINGS, batch_size=1))
+    assert alone.replies == together.replies and torch.equal(alone.probs, together.probs)
+
+
+@pytest.mark.parametrize("positions", ["final", "last", "generated", "all"])
+def test_many_steerings_at_once_say_what_each_says(asked, positions):
+    model, task = asked
+    direction = torch.randn(
+        model.n_layers, model.d_model, generator=torch.Generator().manual_seed(1)
+    )
+    gate = Steering(random_probe(model), 4 * direction, layers=(1,), positions=positions)
+    limits = (-torch.inf, 0.0, torch.inf)
+    steerings = [replace(gate, rule=Gated(limit)) for limit in limits]
+    base = evaluate(model, task, settings=SETTINGS)
+    always, _, never = runs = evaluate_many(model, task, steerings, settings=SETTINGS)
+    for steering, run in zip(steerings, runs, strict=True):
+        hooks = steering.reading_hooks() if steering is steerings[2] else steering.fwd_hooks()
+        assert run.replies == evaluate(model, task, hooks, settings=SETTINGS).replies
+    assert never.replies == base.replies  # nothing above the limit: token for token
+    assert always.replies != base.replies  # a control: the shift is large enough to matter
+    prompts, sampled = [e.prompt for e in task.examples], {"max_new_tokens": 6, "temperature": 1.0}
+    noise = [generate(model, prompts, steering, **sampled) for steering in (None, steerings[2])]
+    assert [r.tokens for r in noise[0]] == [r.tokens for r in noise[1]]
+
+
+def test_activations_are_the_means_over_the_tokens_of_replies(asked):
+    model, task = asked
+    activations = collect(model, task, settings=SETTINGS)
+    example = next(i for i, n in enumerate(activations.outcomes.n_generated) if n == 6)
+    prompt = model.tokenize([task.examples[example].prompt])[0]
+    (reply,) = generate(model, [task.examples[example].prompt], max_new_tokens=6)
+    tokens, seen = torch.tensor([[*prompt, *reply.tokens]]), []
+    hook = (resid_post(1), lambda resid, hook: seen.append(resid[0]))
+    with torch.inference_mode(), model.hooked.hooks(fwd_hooks=[hook]):
+        model.hooked(tokens, attention_mask=torch.ones_like(tokens))
+    kept = activations.resid("generated")[1, example]
+    assert torch.allclose(kept, seen[0][len(prompt) :].mean(0), atol=1e-4)
+    assert torch.allclose(
+        activations.resid("last")[1, example], seen[0][len(prompt) - 1], atol=1e-4
+    )
+
+
+def test_a_scorer_that_fails_is_named_with_its_row(asked, tmp_path):
+    model, task = asked
+    (tmp_path / "mine.py").write_text("def grade(reply, reference):\n    return float('nan')\n")
+    scorer = Scorer("function", {"file": str(tmp_path / "mine.py"), "call": "grade"})
+    broken = replace(task.examples[4], scorer=scorer)
+    examples = (*task.examples[:4], broken, *task.examples[5:])
+    with pytest.raises(ValueError, match="failed on row 4 with the reply .*NaN"):
+        evaluate(model, replace(task, examples=examples), settings=SETTINGS)
+    with pytest.raises(ValueError, match="has options and no scorer"):
+        evaluate(model, make_task(), settings=ReadSettings("reply"))
