@@ -97,6 +97,32 @@ def test_variants_of_unequal_length_are_added_up(models, originals):
     assert found.exp()[0].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
+def test_a_branch_is_not_run_where_it_cannot_change_the_likeliest_option(models, monkeypatch):
+    model, fed, real = models["llama"], [], Decoding.next
+
+    def counted(decoding, tokens):
+        fed.append(len(tokens))
+        return real(decoding, tokens)
+
+    monkeypatch.setattr(Decoding, "next", counted)
+    prompts = model.tokenize([example.prompt for example in make_task(60).examples])
+    variants = (((7,), *((8, token) for token in range(64))), ((9,), (10, 11)))
+    with torch.inference_mode(), hooked_pass(model, ()):
+        decoding = Decoding(model, prompts, ())
+        logits = decoding.prompt()
+        whole, decided = (
+            multiple_choice.option_log_probs(
+                decoding, logits, variants, batch_tokens=500, decide=decide
+            )
+            for decide in (False, True)
+        )
+    assert fed[0] == 2 * len(prompts) and 0 < sum(fed[1:]) < fed[0]
+    assert torch.equal(whole.argmax(-1), decided.argmax(-1))
+    # Controls: both options are answers, and a branch decides some of them.
+    single = logits[:, [7, 9]].argmax(-1)
+    assert 0 < whole.argmax(-1).sum() < len(prompts) and (single != whole.argmax(-1)).any()
+
+
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="sms-llama is not at hand")
 def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
     from transformers import AutoModelForCausalLM

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.inference.decoding import Decoding, hooked_pass
-from mera_tl.inference.multiple_choice import option_log_probs
+from mera_tl.inference.multiple_choice import first_tokens, option_log_probs
 from mera_tl.inference.replies import answered_option, has_begun, is_over
 from mera_tl.inference.variants import (
     OptionTokens,
@@ -189,7 +189,7 @@ def read_batch(
             everywhere = any(hook.positions == "all" for hook in per_answer)
             again = decoding.prompt_again if everywhere else decoding.last_token_again
             logits = again(answers)
-        return _read(decoding, logits, options, settings, on_answer)
+        return read_from(decoding, logits, options, settings, on_answer=on_answer)
 
 
 def read_again(
@@ -209,7 +209,7 @@ def read_again(
     with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
         fork = decoding.fork(rows, fwd_hooks)
         logits = fork.last_token_again(answers)
-        return _read(fork, logits, options, settings, None)
+        return read_from(fork, logits, options, settings)
 
 
 def about_to_answer(
@@ -228,31 +228,40 @@ def about_to_answer(
     return _scores(decoding, logits, options, settings).argmax(-1)
 
 
+def tokens_read(options: OptionTokens, settings: ReadSettings) -> list[int] | None:
+    """Return the tokens whose logits are read where a prompt ends; None for all."""
+    return first_tokens(options.continuations) if settings.readout == "options" else None
+
+
 def _scores(
     decoding: Decoding,
-    logits: Float[Tensor, "batch d_vocab"],
+    logits: Float[Tensor, "batch some"],
     options: OptionTokens,
     settings: ReadSettings,
+    decide: bool = False,
 ) -> Float[Tensor, "batch option"]:
     """Return what P(option) is the softmax of, at the end of the prompt."""
     if settings.readout != "options":
         return options.class_logits(logits)
     # Copies of the cache for branches may take as much again as the batch, twice.
-    room = 2 * settings.batch_tokens
-    return option_log_probs(decoding, logits, options.continuations, batch_tokens=room)
+    room, variants = 2 * settings.batch_tokens, options.continuations
+    return option_log_probs(decoding, logits, variants, batch_tokens=room, decide=decide)
 
 
-def _read(
+def read_from(
     decoding: Decoding,
-    logits: Float[Tensor, "batch d_vocab"],
+    logits: Float[Tensor, "batch some"],
     options: OptionTokens,
     settings: ReadSettings,
-    on_answer: Observer | None,
+    *,
+    on_answer: Observer | None = None,
+    decide: bool = False,
 ) -> Reading:
-    """Read the answers of a batch whose prompts have been run.
+    """Read the answers of a batch whose prompts have been run, inside `hooked_pass`.
 
     `decoding` may be at any end of its prompts: of a first run, of a second, or a fork in which
-    rows repeat.
+    rows repeat; `logits` are of all tokens, or of `tokens_read` alone. With `decide`, no work goes
+    into probabilities that cannot change the answer: under `options` they are then too low.
     """
     if settings.decodes:
         kinds = {"exact": _Beginning, "exact_anywhere": _Anywhere, "reply": _Whole}
@@ -260,7 +269,7 @@ def _read(
         tokens = _decode(decoding, logits, found, settings.n_new, on_answer)
         predictions, probs = found.result()
     else:
-        probs = _scores(decoding, logits, options, settings).softmax(-1)
+        probs = _scores(decoding, logits, options, settings, decide).softmax(-1)
         predictions, tokens = probs.argmax(-1), logits.new_zeros(len(logits), 0, dtype=torch.long)
     counts = {name: getattr(decoding, name).cpu() for name in COUNTS}
     return Reading(predictions.cpu(), probs.cpu(), tokens.cpu(), **counts)

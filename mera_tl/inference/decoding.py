@@ -125,12 +125,16 @@ class Decoding:
         return self._forward(tokens, mask, n_prompt=n_columns)
 
     def resume(
-        self, layer: int, resid: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch d_vocab"]:
+        self,
+        layer: int,
+        resid: Float[Tensor, "batch pos d_model"],
+        tokens: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch some"]:
         """Run the last columns of the prompts again, from the residual stream after `layer` on.
 
         `resid` is what the first run of the prompts left there. Hooks of that layer fire first; of
-        lower layers none may act, which are not run again.
+        lower layers none may act, which are not run again. Where the model can unembed `tokens`
+        alone, the logits are of these.
         """
         n_columns = resid.shape[1]
         if not self.model.resumes:
@@ -144,18 +148,20 @@ class Decoding:
         else:
             resid = self._below_the_prompt(layer, resid)
         self._count(mask)
-        return self.model.unembed(resid[:, -1]).to(self.rows.device)
+        return self.model.unembed(resid[:, -1], tokens).to(self.rows.device)
 
     def _beside_the_prompt(self, layer: int, run: Callable[[], Tensor]) -> Tensor:
         """Run the layers above `layer` with attention to one copy of each prompt's cache."""
         rows = self.rows if self._picked is None else self._picked
-        prompts = rows.unique()
-        seats = Seats.of(rows, self._cache.previous_attention_mask)
+        mask, prompts = self._cache.previous_attention_mask, rows.unique()
+        seats = Seats.of(rows, mask)
+        # Picking rows copies them; where all are needed they are read where they lie.
+        some = slice(None) if len(prompts) == len(mask) else prompts
         layers = range(layer + 1, self.model.n_layers)
         entries = []
         for number in layers:
             entry = self._cache.entries[number]
-            keys, values = entry.past_keys[prompts, :-1], entry.past_values[prompts, :-1]
+            keys, values = entry.past_keys[some, :-1], entry.past_values[some, :-1]
             entries.append(SharedKeys(keys, values, seats, self._own.get(number)))
         with sharing(self.model.hooked.blocks[layer + 1 :], entries):
             resid = run()
@@ -206,8 +212,12 @@ class Decoding:
         """Return remaining rows, each as often as named, to try several tokens after them.
 
         This one stays as it is. What hooks do in a branch counts for the row that it comes from.
+        Branches attend to one copy of their row's cache, where the model can.
         """
+        if self.model.shares_prompts and not self._beside:
+            self._settle()
         other = copy(self)
+        other._beside = self._beside or self.model.shares_prompts
         other._select(rows)
         other.rows, other._scores = self.rows[rows], True
         return other

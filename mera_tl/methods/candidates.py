@@ -230,7 +230,9 @@ class SearchData:
         gains = torch.full((len(candidates), len(self.task)), torch.nan, dtype=torch.double)
         steerings = [self.steering(each) for each in candidates]
         base, task = self.base.subset(torch.tensor(places)), self.task.subset(places)
-        runs = evaluate_many(self.model, task, steerings, settings=self.settings)
+        runs = evaluate_many(
+            self.model, task, steerings, settings=self.settings, decide=self.metric == "correct"
+        )
         gains[:, places] = torch.stack([run.gain(base, self.metric) for run in runs])
         return gains
 

@@ -141,11 +141,20 @@ class Model:
         resid: Any = hooked(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
         return self.unembed(resid[:, -1])
 
-    def unembed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
-        """Return the logits that a final residual stream gives; of an engine that `resumes`."""
+    def unembed(
+        self, resid: Float[Tensor, "batch d_model"], tokens: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch some"]:
+        """Return the logits that a final residual stream gives; of an engine that `resumes`.
+
+        Of all tokens, or of some alone: a vocabulary may cost as much as many layers.
+        """
         from transformer_lens.utilities.activation_functions import apply_softcap
 
-        logits = self.hooked.unembed(self.hooked.ln_final(resid[:, None]))
+        stream, head = self.hooked.ln_final(resid[:, None]), self.hooked.unembed
+        if tokens is None:
+            logits = head(stream)
+        else:
+            logits = stream @ head.W_U[:, list(tokens)] + head.b_U[list(tokens)]
         return apply_softcap(logits, self.hooked.cfg.output_logits_soft_cap)[:, 0]
 
     @property

@@ -24,12 +24,14 @@ from mera_tl.inference.answers import (
     OptionTokens,
     Reading,
     ReadSettings,
-    _read,  # pyright: ignore[reportPrivateUsage]
     about_to_answer,
     option_tokens,
+    read_from,
+    tokens_read,
 )
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
+from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
 from mera_tl.steering.rules import Rule
@@ -37,8 +39,6 @@ from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Positions, SteerHook, Steering, first_column
 from mera_tl.tasks.task import Task
 
-LOGITS = 2**25
-"""At most this many logits are held at once."""
 CACHED = 4
 """Rows that go on decoding, or are not run beside their prompt, bring a cache of their own: at most
 this many times `batch_tokens`."""
@@ -51,10 +51,13 @@ def evaluate_many(
     *,
     settings: ReadSettings | None = None,
     title: str = "steerings",
+    decide: bool = False,
 ) -> list[Outcomes]:
     """Answer every example of a task under every steering; as `evaluate` with each one's hooks.
 
     A steering without a limit gives the unsteered outcomes, with every score in its scope read.
+    With `decide`, answers are all that is asked for: under readout `options` probabilities are then
+    rough, and much less is run.
 
     Raises:
         ValueError: as `evaluate`.
@@ -70,7 +73,8 @@ def evaluate_many(
         stack = Stack(tuple(steerings[i] for i in numbers))
 
         def run(batch: list[int], stack: Stack = stack) -> _Readings:
-            return _Batch(model, stack, options, settings).read([prompts[i] for i in batch])
+            some = [prompts[i] for i in batch]
+            return _Batch(model, stack, options, settings, decide).read(some)
 
         # Passes of one token: more prompts at once, as long as their cache stays near the cores.
         wide = settings if stack.everywhere else settings.wider(2)
@@ -349,6 +353,7 @@ class _Batch:
     stack: Stack
     options: OptionTokens
     settings: ReadSettings
+    decide: bool
 
     def read(self, prompts: Sequence[Sequence[int]]) -> _Readings:
         """Read every prompt under every steering."""
@@ -358,7 +363,7 @@ class _Batch:
             decoding = Decoding(self.model, prompts, record.hooks, labels)
             logits = decoding.prompt()
             unsteered = decoding.fork(labels, record.hooks)
-            base = _read(unsteered, logits, self.options, self.settings, None)
+            base = self._read(unsteered, logits)
             answers = base.predictions.to(labels)
             if self.settings.decodes:  # a reply may turn out otherwise than it began
                 answers = about_to_answer(decoding, logits, self.options, self.settings)
@@ -391,9 +396,12 @@ class _Batch:
             if layer == self.model.n_layers:
                 after = logits[here]
             else:
-                left = record.resid[layer][0]
-                after = fork.resume(layer, left[here] if wide else left[here, -1:])
-            return _read(fork, after, self.options, self.settings, None)
+                left, tokens = record.resid[layer][0], tokens_read(self.options, self.settings)
+                after = fork.resume(layer, left[here] if wide else left[here, -1:], tokens)
+            return self._read(fork, after)
+
+    def _read(self, decoding: Decoding, logits: Float[Tensor, "row some"]) -> Reading:
+        return read_from(decoding, logits, self.options, self.settings, decide=self.decide)
 
     def _chunks(self, rows: _Rows, n_columns: int) -> Iterator[Int[Tensor, " row"]]:
         """Yield rows that can run together: first moved in one layer, in whole prompts or not."""
