@@ -188,6 +188,29 @@ def test_bad_data_is_one_sentence(name, monkeypatch, capsys, checkpoints, tmp_pa
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+    # Found before anything was answered but the prompts of the pre-flight.
+    assert not {"activations", "outcomes"} & {each.name for each in tmp_path.glob("run/*")}
+
+
+def test_without_a_method_that_learns_one_class_is_enough(monkeypatch, checkpoints, tmp_path):
+    told = arguments(checkpoints, write_task(tmp_path, labels="one"), tmp_path / "run")
+    assert mera(monkeypatch, "run", *told, "--methods", "no_steering") == 0
+
+
+@pytest.mark.parametrize("split", ["train", "calibration", "test"])
+def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(
+    split, monkeypatch, capsys, checkpoints, tmp_path
+):
+    rows = {"train": "0-29", "calibration": "30-44", "test": "45-59"}
+    path, data = write_task(tmp_path), tmp_path / "toy.csv"
+    lines, long = data.read_text("utf-8").split("\n"), int(rows[split].split("-")[1])
+    lines[long + 1] = "red " * 500 + lines[long + 1]
+    data.write_text("\n".join(lines), "utf-8")
+    told = arguments(checkpoints, path, tmp_path / "run", methods="no_steering", **rows)
+    assert mera(monkeypatch, "run", *told) == 2
+    assert f"1 prompts (rows {long}) of toy exceed the " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert mera(monkeypatch, "run", *told, "--truncate") == 0
 
 
 def test_another_configuration_in_the_folder_is_refused(

@@ -351,6 +351,20 @@ def test_saved_folder_in_the_hubs_schema_equals_the_plain_file(tmp_path: Path) -
         assert found.source["files"] and found.source["files"] != plain.source["files"]
 
 
+NANS = ('"a"', "NaN", "null", '"nan"')
+
+
+def test_a_number_that_is_none_is_a_blank(tmp_path: Path) -> None:
+    """JSON and Parquet have NaN where a text is missing; the word itself is a text."""
+    lines = [f'{{"text": {text}, "label": "{"yn"[i % 2]}"}}' for i, text in enumerate(NANS)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    keys = 'options = ["y", "n"]\ntemplate = "{text}?"\ndata = "d.jsonl"\n'
+    (tmp_path / "t.toml").write_text(keys, encoding="utf-8")
+    task = load_task(str(tmp_path / "t.toml"))
+    assert rows(task) == [0, 3] and task.examples[1].prompt == "nan?"
+    assert task.source["left_out"] == {"with a blank text": 2}
+
+
 def test_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
     odd = "next\x85line, line\u2028separator, form\x0cfeed"
     lines = f"ham\t{odd}\n\nspam\tlast\n"

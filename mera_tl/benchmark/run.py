@@ -30,7 +30,7 @@ from mera_tl.certificate.sharing import EarlierRun, share_delta
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
-from mera_tl.inference.evaluation import evaluate
+from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.free_text import free_text
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods import methods
@@ -123,9 +123,12 @@ class Run(methods.Run):
         with the sum only, which is said, here and in their records.
 
         Raises:
-            ValueError: if a method is unknown, or the primary one asks for no certificate.
+            ValueError: if a method is unknown, the primary one asks for no certificate, or there is
+                nothing to learn from for those that do.
         """
         found = find_methods(methods, self.config.space)
+        if any(each.certifies for each in found):
+            self.splits.train.require_classes()
         known = {name for family in self._families for name in family}
         new = [each.name for each in found if each.certifies and each.name not in known]
         primary = self.config.primary if self.config.primary not in known else None
@@ -201,6 +204,8 @@ class Run(methods.Run):
         """
         layers, train = parse_layers(self.config.layers), self.splits.train
         option_tokens(self.model, train, self.read)
+        for split in self.splits:
+            tokenize_task(self.model, split, self.read)  # a prompt that is too long fails here
         if isinstance(layers, tuple) and max(layers) >= self.model.n_layers:
             raise ValueError(
                 f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "

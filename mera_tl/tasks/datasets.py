@@ -360,7 +360,8 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
             value = "\n".join(f"{letter}. {v}" for letter, v in zip(_LETTERS, value, strict=False))
         # Blanks around a field are accidents of its source: the same message ends in a line feed
         # on the hub and in spaces in the plain file.
-        texts[name] = "" if value is None else str(value).strip()
+        # JSON and Parquet have numbers that are none: NaN, which no number equals, itself included.
+        texts[name] = "" if value is None or value != value else str(value).strip()
         if not texts[name]:
             return f"with a blank {name}"
     label = scored.RIGHT  # of a scored row: what its reply should be
