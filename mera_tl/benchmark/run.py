@@ -34,6 +34,7 @@ from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.free_text import free_text
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods import methods
+from mera_tl.methods.families import FAMILIES
 from mera_tl.methods.methods import METHODS, Treatment, find_method, find_methods
 from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.models.loading import load_model
@@ -272,7 +273,7 @@ class Run(methods.Run):
         whole = self.config.positions == "all"
         grid_passes = 1 + grid * (1 if whole else SHARE_OF_TRIAL)
         certified = [each.name for each in found if each.certifies]
-        single = ("searched", "flip", "withhold")
+        single = ("searched", "flip", "withhold", "class_probe", *FAMILIES)
         passes = [2 if name in single else grid_passes for name in certified]
         prompts: dict[str, float] = {"collect": sizes[0]}
         if "searched" in certified:
@@ -429,7 +430,7 @@ class Run(methods.Run):
         started = time.perf_counter()
         treatment = METHODS[name].treat(self)
         outcomes = base
-        if treatment.fwd_hooks or treatment.instruction is not None:
+        if treatment.fwd_hooks or treatment.instruction is not None or treatment.classifier:
             outcomes = self._apply(name, treatment)
         seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering import rules
-from mera_tl.steering.spaces import SAESpace, Space
+from mera_tl.steering.spaces import OWN, SAESpace, Space
 from mera_tl.steering.steering import Steering
 
 
@@ -59,6 +59,9 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
 
 def _describe_space(space: Space) -> dict[str, Any]:
     described: dict[str, Any] = {"name": space.name}
+    if space.name in OWN:
+        parts = {each.name: getattr(space, each.name) for each in fields(space)}  # pyright: ignore[reportArgumentType]
+        described |= {n: tensor_hash(x) if isinstance(x, Tensor) else x for n, x in parts.items()}
     if isinstance(space, SAESpace):
         described["correction"] = space.correction
         described["saes"] = {
@@ -105,6 +108,9 @@ def tensors_of(steering: Steering) -> dict[str, Tensor]:
     probe = steering.probe
     tensors = {f"probe.{f.name}": getattr(probe, f.name) for f in fields(probe)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if steering.space.name in OWN:
+        parts = {each.name: getattr(steering.space, each.name) for each in fields(steering.space)}  # pyright: ignore[reportArgumentType]
+        tensors |= {f"space.{n}": x for n, x in parts.items() if isinstance(x, Tensor)}
     return tensors | ({} if steering.direction is None else {"direction": steering.direction})
 
 
@@ -132,6 +138,10 @@ def rebuild(
             f"There is no rule {described['rule']!r} in this version of mera_tl; use the version "
             "that saved the steering."
         )
+    about = dict(described["space"])
+    if (own := OWN.get(about.pop("name"))) is not None:
+        about |= {n.removeprefix("space."): t for n, t in tensors.items() if n.startswith("space.")}
+        space = own(**about)
     steering = Steering(
         LinearProbe(**parts, **{**probe, "metrics": tuple(probe["metrics"])}),
         tensors.get("direction"),

@@ -14,7 +14,7 @@ from typing import Any
 from mera_tl import storage
 from mera_tl.certificate.description import probe_values, rebuild, tensors_of
 from mera_tl.certificate.plain_code import plain_code
-from mera_tl.steering.spaces import ResidualSpace, Space
+from mera_tl.steering.spaces import OWN, ResidualSpace, Space
 from mera_tl.steering.steering import Steering
 
 FORMAT = 1
@@ -90,7 +90,7 @@ def read_steering(
     if content["chosen"] is None or "probe" not in content:
         return None
     described = content["evidence"][content["chosen"]]["steering"]
-    if space is None and described["space"]["name"] != ResidualSpace.name:
+    if space is None and described["space"]["name"] not in (ResidualSpace.name, *OWN):
         return None
     tensors = storage.load_tensors(folder / "steering.safetensors")
     steering = rebuild(described, content["probe"], tensors, space or ResidualSpace())

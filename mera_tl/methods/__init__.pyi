@@ -4,6 +4,15 @@ from .candidates import SearchData as SearchData
 from .candidates import Trial as Trial
 from .candidates import choose as choose
 from .candidates import tabulate as tabulate
+from .class_probe import ClassProbe as ClassProbe
+from .class_probe import certify_class_probe as certify_class_probe
+from .class_probe import fit_class_probe as fit_class_probe
+from .class_probe import fit_classes as fit_classes
+from .families import FAMILIES as FAMILIES
+from .families import Lesson as Lesson
+from .families import eraser as eraser
+from .families import search_family as search_family
+from .families import whitened_difference as whitened_difference
 from .foresight import log_odds_gradients as log_odds_gradients
 from .methods import METHODS as METHODS
 from .methods import Method as Method

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mera_tl import storage
+from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
 from mera_tl.certificate.withholding import Withholding
-from mera_tl.inference.activations import Activations
+from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods.candidates import RAW, features
+from mera_tl.methods.class_probe import ClassProbe, certify_class_probe, fit_class_probe
+from mera_tl.methods.families import FAMILIES, search_family
 from mera_tl.methods.race import Choices, Search, search
 from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.methods.trusting import certify_trust, withheld
@@ -86,11 +89,16 @@ class Treatment:
     """What becomes of the answers, for a method that changes them and not the activations."""
     instead: str = ""
     """In words, when and how that is done."""
+    classifier: ClassProbe | None = None
+    """What answers in the model's place, from its activations."""
     withholding: Withholding | None = None
     """The certificate of a method that withholds answers, and corrects none."""
 
     def apply(self, run: Run, task: Task[Any]) -> Outcomes:
         """Answer a task under this treatment."""
+        if self.classifier is not None:
+            read = collect(run.model, task, settings=run.read)
+            return self.classifier.answer(read)
         if self.instruction is not None:
             task = task.with_instruction(self.instruction)
         outcomes = evaluate(run.model, task, self.fwd_hooks, settings=run.read, title="test")
@@ -273,6 +281,43 @@ def _flip(run: Run) -> Treatment:
     return Treatment(hooks, calibration=decision, answer=answer, **told)
 
 
+def _class_probe(run: Run) -> Treatment:
+    """Answer by a classifier of the activations, in the model's place."""
+    train, learned, seed = run.splits.train, run.activations, run.config.seed
+
+    def make(folder: Path) -> None:
+        train.require_classes()
+        fit_class_probe(train, learned, seed=seed).save(folder)
+
+    found = run.kept("probes/class", "class_probe.json", make, ClassProbe.load)
+    options = {"terms": run.terms("class_probe"), "min_gain": run.config.min_gain}
+    certify = partial(certify_class_probe, run.model, run.splits.calibration, found, **options)
+    decision = run.decide("class_probe", partial(certify, settings=run.read))
+    held_out = max(found.accuracy)
+    details = {"layers": [found.layer], "penalty": found.penalty, "held_out_accuracy": held_out}
+    told: dict[str, Any] = {"calibration": decision, "details": details}
+    return Treatment(**told, classifier=None if decision.abstained else found)
+
+
+def _family(name: str, run: Run) -> Treatment:
+    """Choose among a family's candidates on training data, certify one."""
+    choices = Choices(metric=run.config.metric, seed=run.config.seed)
+
+    def certify() -> Calibration:
+        train, told = run.splits.train, {"choices": choices, "settings": run.read}
+        train.require_classes()
+        found = search_family(FAMILIES[name], run.model, train, run.activations, **told)
+        terms = {"terms": run.terms(name), "min_gain": run.config.min_gain}
+        calibration = run.splits.calibration
+        return calibrate(run.model, calibration, found.steering, **terms, settings=run.read)
+
+    decision = run.decide(name, certify)
+    chosen = decision.best.steering
+    names = ("rule", "layers", "positions", "threshold", "strength")
+    details = {each: chosen[each] for each in names if each in chosen}
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=details)
+
+
 def _withhold(run: Run) -> Treatment:
     """Answer where the predicted error is low, and certify how few of those answers are wrong."""
     steering = replace(run.steering(run.probe("ridge")), layers="best")
@@ -376,6 +421,10 @@ for _name, _idea, _of_what, _about in _ROWS:
     _row(_name, _about, _treat, in_latents=_latents, certifies=_certifies)
 _row("searched", "Search direction, layers, scope, threshold in training; certify one.", _searched)
 _row("flip", "Answer the second-best option where predicted error is high; steer nothing.", _flip)
+_row("class_probe", "Answer by a classifier of the activations; steer nothing.", _class_probe)
+for _name, _of_family in FAMILIES.items():
+    _about = (_of_family.__doc__ or "").splitlines()[0]
+    _row(_name, _about, partial(_family, _name), in_latents=False)
 _row(
     "withhold",
     "Answer only where predicted error is low; certify how few answers are wrong.",

@@ -28,7 +28,11 @@ from .reach import evaluate_reach as evaluate_reach
 from .rules import Adaptive as Adaptive
 from .rules import Additive as Additive
 from .rules import Gated as Gated
+from .rules import Proportional as Proportional
+from .spaces import ClassSpace as ClassSpace
 from .spaces import ResidualSpace as ResidualSpace
 from .spaces import SAESpace as SAESpace
+from .spaces import TransportSpace as TransportSpace
+from .spaces import UnitSpace as UnitSpace
 from .steering import Steering as Steering
 from .trace import explain as explain

@@ -116,3 +116,30 @@ class Additive(Rule):
         norm = direction.norm(dim=-1, keepdim=True)
         unit = direction / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return torch.where(norm > 0, -resid_norm[..., None] * unit, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Proportional(Rule):
+    """Move every token against the direction as far as its score says, both ways.
+
+    Along `d / (w.d)` it brings every score to zero: concept erasure (LEACE, arXiv 2306.03819) where
+    `w` is the least-squares probe of the concept and `d` its pattern. With a score that was learned
+    as a strength it is a learned strength (CLAS, arXiv 2604.24693).
+    """
+
+    strength: float = 1.0
+    """How many directions to move at a score of one."""
+
+    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+        """Return the score, times the strength."""
+        return self.strength * score
+
+    def step(
+        self,
+        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe only says how far
+        direction: Float[Tensor, "*option d"],
+        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002
+    ) -> Float[Tensor, "*option d"]:
+        """Return `-d`."""
+        return -direction

@@ -1,7 +1,9 @@
 """Where a probe reads and a rule writes: the residual stream itself, or the latents of an SAE.
 
 A space turns `resid_post` into features and writes a shift of features back. `ResidualSpace` is
-the identity. `SAESpace` reads `a = encode(h)` and writes
+the identity. Three others are ways of steering of their own: `UnitSpace` reads directions and turns
+them, `TransportSpace` maps one cloud of activations onto another, `ClassSpace` reads which class a
+linear classifier predicts and moves there. `SAESpace` reads `a = encode(h)` and writes
 
     h + (a' - a) W_dec,   a' = max(0, a + shift),
 
@@ -25,6 +27,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+SURE = 30.0
+"""Log-odds of a class are no further from zero than this."""
 MIN_GAIN = 0.1
 """A shift that re-encodes to less than this share of itself is not stretched any further."""
 
@@ -109,6 +113,184 @@ class ResidualSpace(Space):
     ) -> Float[Tensor, "*option"]:
         """Return one: features are the stream."""
         return torch.ones(direction.shape[:-1])
+
+
+@final
+@dataclass(frozen=True)
+class UnitSpace(Space):
+    """Activations by direction alone: features are `h / |h|`, so a linear score is a cosine.
+
+    A shift is in units of `|h|`. With `turns` the result gets the length that `h` had: it rotates
+    in its plane with the shift (spherical steering, arXiv 2602.08169). Without, the shift is added,
+    which leaves a condition on a cosine (CAST, arXiv 2409.05907).
+    """
+
+    name = "unit"
+
+    turns: bool = False
+    """Whether the length of the activation is kept."""
+
+    @property
+    def layers(self) -> None:
+        """Every layer."""
+        return None
+
+    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
+        """Return the activation over its length; zero for zero."""
+        return torch.nn.functional.normalize(resid.float(), dim=-1)
+
+    def target(
+        self,
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the sum, of length one where it turns."""
+        moved = features + shift
+        return torch.nn.functional.normalize(moved, dim=-1) if self.turns else moved
+
+    def write(
+        self,
+        resid: Float[Tensor, "*rows d_model"],
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Return the target at the length that the activation had."""
+        length = resid.float().norm(dim=-1, keepdim=True)
+        return (length * self.target(features, shift, layer)).to(resid.dtype)
+
+    def stretch(
+        self,
+        direction: Float[Tensor, "*option d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*option"]:
+        """Return one: the shift is relative already."""
+        return torch.ones(direction.shape[:-1])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TransportSpace(Space):
+    """The residual stream, where a move from one mean to another also changes the spread.
+
+    `T(h) = to + ratio (h - start)` per unit is the optimal transport between two Gaussians
+    (Linear-AcT, arXiv 2410.23054). A shift of `to - start` writes `T(h)`, a share of it goes so far
+    on the way: a `Gated` rule of that strength along `start - to`.
+    """
+
+    name = "transport"
+
+    start: Float[Tensor, "layer d_model"] = field(repr=False)
+    """Mean of the activations to move."""
+    to: Float[Tensor, "layer d_model"] = field(repr=False)
+    """Mean of those they should be like."""
+    ratio: Float[Tensor, "layer d_model"] = field(repr=False)
+    """Standard deviation of the second over that of the first."""
+
+    @property
+    def layers(self) -> None:
+        """Every layer."""
+        return None
+
+    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
+        """Return the activation in float32."""
+        return resid.float()
+
+    def target(
+        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the activation on its way to `T(h)`."""
+        start, to, ratio = (x[layer].to(features) for x in (self.start, self.to, self.ratio))
+        way = to - start
+        # How far, as a share of the way between the means; the spread changes by the same share.
+        share = einsum(shift, way, "... d, d -> ...") / way.square().sum().clamp(min=1e-12)
+        return features + share[..., None] * (to + ratio * (features - start) - features)
+
+    def write(
+        self,
+        resid: Float[Tensor, "*rows d_model"],
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Return the target, cast once at the end."""
+        return self.target(features, shift, layer).to(resid.dtype)
+
+    def stretch(
+        self,
+        direction: Float[Tensor, "*option d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*option"]:
+        """Return one: features are the stream."""
+        return torch.ones(direction.shape[:-1])
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ClassSpace(Space):
+    """What a linear classifier reads: features are the log-odds of every class.
+
+    A shift of -1 along class a moves an activation from the mean of a to the mean of the class that
+    the classifier predicts, whichever that is; nothing moves where it predicts a.
+    """
+
+    name = "class"
+
+    weights: Float[Tensor, "layer option d_model"] = field(repr=False)
+    bias: Float[Tensor, "layer option"] = field(repr=False)
+    means: Float[Tensor, "layer option d_model"] = field(repr=False)
+    """Where the activations of each class lie."""
+
+    @property
+    def layers(self) -> None:
+        """Every layer."""
+        return None
+
+    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
+        """Return log P(class) / (1 - P(class)) for every class."""
+        weights, bias = self.weights[layer].to(resid.device), self.bias[layer].to(resid.device)
+        scores = einsum(resid.float(), weights, "... d, option d -> ... option") + bias
+        # Not from a probability that rounds to one: log P - log of the sum over the others.
+        others = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        rest = scores[..., None, :].masked_fill(others, -torch.inf).logsumexp(-1)
+        return (scores - rest).clamp(-SURE, SURE)
+
+    def target(
+        self,
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*rows d"]:
+        """Return the sum; it is not read again."""
+        return features + shift
+
+    def write(
+        self,
+        resid: Float[Tensor, "*rows d_model"],
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Return the activation, moved from the classes of the shift to the predicted one."""
+        predicted = torch.nn.functional.one_hot(features.argmax(-1), features.shape[-1])
+        moved = shift - shift.sum(-1, keepdim=True) * predicted
+        way = einsum(moved, self.means[layer].to(moved), "... option, option d -> ... d")
+        return (resid.float() + way).to(resid.dtype)
+
+    def stretch(
+        self,
+        direction: Float[Tensor, "*option d"],
+        layer: int,  # noqa: ARG002
+    ) -> Float[Tensor, "*option"]:
+        """Return one: the means have a length of their own."""
+        return torch.ones(direction.shape[:-1])
+
+
+OWN: Mapping[str, type[Space]] = {
+    space.name: space for space in (UnitSpace, TransportSpace, ClassSpace)
+}
+"""Spaces that are small enough to be saved with their steering, by name."""
 
 
 @final
