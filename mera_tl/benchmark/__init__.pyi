@@ -5,6 +5,10 @@ from .grid import run_grid as run_grid
 from .grid import run_name as run_name
 from .pre_flight import Preflight as Preflight
 from .pre_flight import preflight as preflight
+from .recommendation import Recommendation as Recommendation
+from .recommendation import Way as Way
+from .recommendation import choose_way as choose_way
+from .recommendation import recommend as recommend
 from .records import idle as idle
 from .records import scores as scores
 from .records import table as table

@@ -81,7 +81,7 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row["p"] = record["p_value"]
     row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
     # What changes answers and no activation has no share of moved tokens, not one of zero.
-    moves = record["method"] not in ("flip", "withhold")
+    moves = record["method"] not in ("flip", "withhold", "class_probe")
     row["steered"] = record["steered_share"] if moves else float("nan")
     if full:
         # Records that are older than a measure lack it.

@@ -24,6 +24,7 @@ COMMANDS = (
     steps.Demo,
     results.Report,
     results.Table,
+    results.Recommend,
     results.Explain,
     steps.Benchmark,
     steps.Preflight,
@@ -54,7 +55,7 @@ EXIT_CODES = """Exit codes:
   130  interrupted; the same command resumes"""
 OVERVIEW = {
     "Begin": "demo preflight run benchmark",
-    "Look at results": "report explain table",
+    "Look at results": "report recommend explain table",
     "Use a certified steering": "generate eval export monitor",
     "One step at a time": "collect fit calibrate evaluate sae",
     "Plan, list, check": "plan tasks methods models doctor",

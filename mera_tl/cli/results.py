@@ -83,6 +83,45 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Recommend:
+    """Say what a run comes to: steer, flip, classify, withhold, or leave alone.
+
+    For example:
+
+      $ mera recommend runs/demo/spam_cue-seed0
+    """
+
+    run: Positional[Path]
+    """Folder of the run."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        from mera_tl.benchmark.recommendation import recommend
+
+        found = recommend(self.run)
+        if self.json:
+            return terminal.print_json(found.to_json())
+        rows = [
+            {
+                "do": way.what,
+                "method": way.method,
+                "certified": "yes" if way.certified else "no",
+                "gain": None if way.gain is None else f"{100 * way.gain:+.1f}",
+                "at least": None if way.at_least is None else f"{100 * way.at_least:+.1f}",
+                "better": way.recoveries,
+                "worse": way.regressions,
+                "passes": way.passes,
+                "needs": ", ".join(way.needs),
+            }
+            for way in found.ways
+        ]
+        print(f"{found}\nAll certificates hold at once with probability {found.confidence:.4g}.\n")
+        console().print(terminal.rich_table(rows))
+        return None
+
+
+@dataclass(frozen=True)
 class Explain:
     """Show, token by token and layer by layer, what a method of a run does to one prompt.
 

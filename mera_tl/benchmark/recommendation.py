@@ -1,0 +1,180 @@
+"""One verdict per run: steer, flip, classify, withhold, or leave alone.
+
+The rule, which looks at calibration examples and never at test ones:
+
+1. Of the methods whose certificate says that they gain, keep those whose observed gain is within
+   half a point of the best one's.
+2. Of these take the one that turned fewest right answers wrong; then the cheapest (flip, classify,
+   steer in one pass, steer in two); then the one with the greater gain.
+3. If none is certified, withhold where that is certified; else leave the model alone.
+
+Choosing is paid for: the certificates of a run share its delta, so all hold at once, whichever is
+chosen. Test outcomes are there to check the verdict, and play no part in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mera_tl import storage
+from mera_tl.certificate.certificate import Calibration, Evidence
+
+What = Literal["steer", "flip", "classify", "withhold", "leave alone"]
+CLOSE = 0.005
+"""Observed gains that differ by no more are not told apart."""
+KINDS: Mapping[str, What] = {"flip": "flip", "class_probe": "classify", "withhold": "withhold"}
+"""What a method comes to; any other that has a certificate steers."""
+ORDER: tuple[What, ...] = ("flip", "classify", "steer", "withhold", "leave alone")
+"""From the cheapest that corrects to what corrects nothing."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One thing that could be done, with its evidence on calibration examples."""
+
+    what: What
+    method: str
+    certified: bool
+    certificate: str
+    """The certificate's first line."""
+    gain: float | None = None
+    """Observed mean gain on calibration examples."""
+    at_least: float | None = None
+    """What is promised of it, where it is certified."""
+    recoveries: int | None = None
+    """Wrong answers that became right on calibration examples."""
+    regressions: int | None = None
+    """Right answers that became wrong there: the harm."""
+    n: int | None = None
+    """Number of calibration examples."""
+    passes: int = 1
+    """Passes of the model per answer; of two, the second often repeats one token only."""
+    needs: tuple[str, ...] = ()
+    """What it takes, to find it and to use it."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do with a model on a task, and what else was considered."""
+
+    what: What
+    method: str | None
+    sentence: str
+    confidence: float
+    """With which all certificates of the run hold at once."""
+    ways: tuple[Way, ...]
+    """The best of each kind: the chosen one first."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def recommend(folder: str | Path) -> Recommendation:
+    """Say what a run comes to, by the rule above; reads its folder and loads no model.
+
+    Raises:
+        ValueError: if the folder holds no run, or a certificate is damaged.
+    """
+    folder = Path(folder)
+    records = {r["method"]: r for r in storage.read_records(folder / "records.jsonl")}
+    if not records:
+        raise ValueError(f"{folder} holds no records.jsonl; pass the folder of a `mera run`.")
+    ways = [_way(folder, record) for record in records.values() if record["certificate"]]
+    chosen = choose_way(ways)
+    best = {what: choose_way(ways, what) for what in ("flip", "classify", "steer", "withhold")}
+    others = [way for way in best.values() if way is not None and way != chosen]
+    risk = max((r.get("familywise_delta") or 0.0 for r in records.values()), default=0.0)
+    if chosen is None:
+        said = "LEAVE ALONE. " + _why_not(others)
+        way = Way("leave alone", "no_steering", certified=True, certificate="")
+        return Recommendation("leave alone", None, said, 1 - risk, (way, *others))
+    told = chosen.what, chosen.method, _sentence(chosen), 1 - risk, (chosen, *others)
+    return Recommendation(*told)
+
+
+def choose_way(ways: list[Way], what: str | None = None) -> Way | None:
+    """Return the way that the rule takes; of one kind, also where nothing of it is certified."""
+    some = [way for way in ways if way.what == what or (what is None and way.certified)]
+    certified = [way for way in some if way.certified]
+    correcting = [way for way in certified or some if way.gain is not None]
+    if not correcting:
+        return some[0] if some else None
+    best = max(way.gain or 0.0 for way in correcting)
+    close = [way for way in correcting if (way.gain or 0.0) >= best - CLOSE]
+
+    def merit(way: Way) -> tuple[Any, ...]:
+        return way.regressions or 0, ORDER.index(way.what), way.passes, -(way.gain or 0.0)
+
+    return min(close, key=merit)
+
+
+def _way(folder: Path, record: Mapping[str, Any]) -> Way:
+    method, what = record["method"], KINDS.get(record["method"], "steer")
+    first = record["certificate"].split("\n")[0]
+    if what == "withhold":
+        needs = ("labels to find the threshold", "someone for what is withheld")
+        return Way(what, method, record["decision"] == "WITHHOLD", first, needs=needs)
+    decision = Calibration.load(folder / "certificates" / method)
+    row: Evidence = decision.best
+    per_answer = not decision.abstained and what == "steer" and _reads_the_answer(decision)
+    needs = ["labels to find it"]
+    if what != "steer" or per_answer:
+        needs.append("a list of options")
+    if per_answer:
+        needs.append("the unsteered answer first")
+    return Way(
+        what,
+        method,
+        not decision.abstained,
+        first,
+        gain=row.gain,
+        at_least=None if decision.abstained else decision.promised,
+        recoveries=row.recoveries,
+        regressions=row.regressions,
+        n=decision.n,
+        passes=2 if per_answer else 1,
+        needs=tuple(needs),
+    )
+
+
+def _reads_the_answer(decision: Calibration) -> bool:
+    """Return whether a certified steering depends on the unsteered answer."""
+    steering = decision.steerings.get(decision.chosen) if decision.chosen is not None else None
+    if steering is None:  # in SAE space, without its SAEs
+        return False
+    per_answer = steering.direction is not None and steering.direction.ndim == 3
+    return steering.probe.per_answer or per_answer
+
+
+def _sentence(way: Way) -> str:
+    if way.what == "withhold":
+        why = "Nothing is certified to correct errors, but some answers can be trusted."
+        return f"{way.certificate} {why}"
+    words = {
+        "steer": f"STEER by {way.method}",
+        "flip": "FLIP: answer the second-best option where the predicted error is high",
+        "classify": "CLASSIFY: answer by a classifier of the activations",
+    }
+    promise = 0.0 if way.at_least is None else way.at_least
+    return (
+        f"{words[way.what]}. Certified at least {100 * promise:+.1f} points; observed "
+        f"{100 * (way.gain or 0):+.1f} on {way.n} calibration examples ({way.recoveries} better, "
+        f"{way.regressions} worse)."
+    )
+
+
+def _why_not(others: list[Way]) -> str:
+    tried = [way for way in others if way.gain is not None]
+    if not tried:
+        return "No method with a certificate was run."
+    best = max(tried, key=lambda way: way.gain or 0.0)
+    return (
+        f"Nothing is certified to gain; the best seen is {best.method} with "
+        f"{100 * (best.gain or 0):+.1f} points on {best.n} calibration examples ({best.recoveries} "
+        f"better, {best.regressions} worse)."
+    )

@@ -1,0 +1,80 @@
+"""The verdict on a run: certified first, then least harm, then cheapest; calibration only."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_cli import mera
+from test_trusting import CONFIG
+
+from mera_tl import storage
+from mera_tl.benchmark import Way, choose_way, open_run, recommend
+
+SIZES = {"train": "300", "calibration": "120", "test": "60"}
+METHODS = ["no_steering", "flip", "class_probe", "withhold"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verdict") / "run"
+    with open_run(replace(CONFIG, **SIZES), path, progress=False) as run:
+        list(run.records(METHODS))
+    return path
+
+
+def way(what, gain, regressions=0, *, certified=True, method="", passes=1):
+    told = {"gain": gain, "regressions": regressions, "passes": passes}
+    return Way(what, method or what, certified, "", **told)
+
+
+def test_the_best_certified_gain_wins_then_least_harm_then_the_least_cost():
+    steer, flip = way("steer", 0.10), way("flip", 0.08)
+    assert choose_way([flip, steer]) == steer
+    close = way("flip", 0.096)
+    assert choose_way([steer, close]) == close  # cheaper, and not told apart
+    harmful = replace(close, regressions=2)
+    assert choose_way([steer, harmful]) == steer
+    twice = way("steer", 0.10, passes=2, method="twice")
+    assert choose_way([twice, steer]) == steer
+    better = way("steer", 0.3, certified=False)
+    assert choose_way([better, flip]) == flip
+    assert choose_way([better, flip], "steer") == better
+    assert choose_way([better]) is None
+    trust = Way("withhold", "withhold", True, "WITHHOLD")
+    assert choose_way([better, trust]) == trust
+    assert choose_way([flip, trust]) == flip
+
+
+def test_a_run_comes_to_one_verdict_with_its_evidence(folder, monkeypatch, capsys):
+    found = recommend(folder)
+    assert (found.what, found.method) == ("classify", "class_probe")
+    assert found.confidence == pytest.approx(0.95)
+    chosen, *others = found.ways
+    assert chosen.certified and chosen.at_least > 0 and chosen.n == 120
+    assert chosen.gain == pytest.approx((chosen.recoveries - chosen.regressions) / 120)
+    assert {each.what for each in others} == {"flip", "withhold"}
+    assert "list of options" in " ".join(chosen.needs)
+    assert mera(monkeypatch, "recommend", folder) == 0
+    assert "CLASSIFY" in capsys.readouterr().out
+    assert mera(monkeypatch, "recommend", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "class_probe"
+
+
+def test_test_outcomes_have_no_say(folder, tmp_path):
+    records = storage.read_records(folder / "records.jsonl")
+    for record in records:
+        record |= {"accuracy": 1 - record["accuracy"], "spi": -record["spi"], "transitions": {}}
+    (tmp_path / "certificates").symlink_to(folder / "certificates")
+    storage.write_records(tmp_path / "records.jsonl", records)
+    assert recommend(tmp_path) == recommend(folder)
+    for record in records:  # the control: the certificates have
+        record["certificate"] = None
+    storage.write_records(tmp_path / "records.jsonl", records)
+    alone = recommend(tmp_path)
+    assert (alone.what, alone.method) == ("leave alone", None)
+    assert "No method with a certificate" in str(alone)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no records"):
+        recommend(tmp_path)
