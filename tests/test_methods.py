@@ -10,9 +10,10 @@ from test_race import SMALL, WIDE, organism, planted
 
 import mera_tl.methods
 from mera_tl.benchmark import Run, RunConfig
-from mera_tl.certificate import DEFAULT_THRESHOLDS
+from mera_tl.certificate import DEFAULT_THRESHOLDS, PAPER_THRESHOLDS
 from mera_tl.inference import evaluate
 from mera_tl.methods import METHODS, Treatment, find_method, find_methods, method, methods
+from mera_tl.probes import fit_ranked_probe
 
 CONFIG = RunConfig(model="organism", task="spam_cue")
 
@@ -64,7 +65,7 @@ def test_the_table_is_whole_whatever_is_imported_first():
     script = "from mera_tl.methods import METHODS; print(*METHODS)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == [name for name in METHODS if name in methods.BUILT_IN]
-    assert len(methods.BUILT_IN) == 29 and {"searched", "flip"} <= methods.BUILT_IN
+    assert len(methods.BUILT_IN) == 30 and {"searched", "flip"} <= methods.BUILT_IN
 
 
 OWN = """
@@ -130,3 +131,20 @@ def test_a_method_named_twice_or_nowhere_is_refused():
         find_methods(["flip", "no_steering", "flip"])
     with pytest.raises(ValueError, match="name at least one"):
         find_methods([])
+
+
+def test_the_papers_methods_have_the_papers_thresholds_and_its_best_regression(tmp_path):
+    run = run_of(tmp_path, layers="1", positions="last")
+    run.splits = run.splits._replace(calibration=run.splits.calibration.subset(range(40)))
+    treatment = METHODS["optimal_probe"].treat(run)
+    thresholds = [row.threshold for row in treatment.calibration.evidence]
+    assert thresholds == pytest.approx(PAPER_THRESHOLDS)
+    wanted = fit_ranked_probe(run.activations, "best")
+    assert torch.equal(treatment.probe.weights, wanted.weights) and treatment.probe.kind != "ridge"
+    asked = run_of(tmp_path / "asked", layers="1", positions="last", thresholds="0.2,0.4")
+    asked.splits = run.splits
+    evidence = METHODS["optimal_probe"].treat(asked).calibration.evidence
+    assert [row.threshold for row in evidence] == pytest.approx([0.2, 0.4])
+    own = METHODS["ridge_probe"].treat(run)
+    assert own.probe.kind == "ridge"
+    assert own.calibration.evidence[-1].threshold == pytest.approx(DEFAULT_THRESHOLDS[-1])

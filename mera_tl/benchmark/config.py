@@ -65,8 +65,8 @@ class RunOptions:
     metric: Literal["correct", "error"] = "correct"
     """What must improve: accuracy, or the error 1 - P(true option)."""
     thresholds: str = "default"
-    """Thresholds that MERA's rule may steer at: default (ten from .001 to .7), paper (ten from .001
-    to .99), or numbers (0.1,0.3). Each costs confidence."""
+    """Thresholds that MERA's rule may steer at: default (ten from .001 to .7; the paper's methods
+    have the paper's), paper (ten from .001 to .99), or numbers (0.1,0.3). Each costs confidence."""
     primary: str | None = None
     """Method that gets all of delta, the others nothing. Default: the methods of a run share it,
     `searched` getting half."""

@@ -212,6 +212,8 @@ def _what(run: RunFolder, record: dict[str, Any]) -> str:
     if record["method"] == "flip":
         at = "" if threshold is None else f" {threshold:.3g}"
         parts += [f"answers the second-best option above predicted error{at}, moves nothing"]
+    elif record["method"] == "class_probe":
+        parts = [f"a classifier of layer {layers}, penalty {penalty:g}, answers; nothing is moved"]
     else:
         parts = [f"direction {details.get('direction', 'euclidean')}", *parts]
         parts += [_WHERE.get(details.get("positions", config.positions), "")]

@@ -228,7 +228,7 @@ class RunFolder:
         """
         details, threshold = record["details"], record["threshold"]
         searched = self.path / "searches" / record["method"]
-        folder = self.path / "probes" / str(details.get("probe"))
+        folder = self.path / "probes" / str(details.get("fit", details.get("probe")))
         if record["method"] in ("flip", "withhold"):
             return None
         if (searched / "search.json").exists():
