@@ -138,7 +138,7 @@ def test_the_papers_methods_have_the_papers_thresholds_and_its_best_regression(t
     run.splits = run.splits._replace(calibration=run.splits.calibration.subset(range(40)))
     treatment = METHODS["optimal_probe"].treat(run)
     thresholds = [row.threshold for row in treatment.calibration.evidence]
-    assert thresholds == pytest.approx(PAPER_THRESHOLDS)
+    assert thresholds == pytest.approx(PAPER_THRESHOLDS, abs=1e-6)
     wanted = fit_ranked_probe(run.activations, "best")
     assert torch.equal(treatment.probe.weights, wanted.weights) and treatment.probe.kind != "ridge"
     asked = run_of(tmp_path / "asked", layers="1", positions="last", thresholds="0.2,0.4")

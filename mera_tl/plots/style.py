@@ -31,11 +31,14 @@ CHANGES = {
 }
 """Blue ends correct, vermillion incorrect; full colours changed, pale ones did not."""
 
-# One hue per family: grey and pink without a probe, orange fixed strength, blue MERA, green ours.
+# One hue per family: grey and pink move nothing, orange fixed strength, blue MERA, green ours,
+# vermillion and sky other families.
 _METHODS = {
     "no_steering": (GREY, "circle"),
     "prompt_steering": (GREY, "diamond"),
     "flip": (PINK, "circle"),
+    "class_probe": (PINK, "star"),
+    "class_probe_steered": (PINK, "square"),
     "withhold": (PINK, "diamond"),
     "additive_probe": (ORANGE, "circle"),
     "additive_logistic_probe": (ORANGE, "diamond"),
@@ -49,6 +52,15 @@ _METHODS = {
     "median_optimal_probe": (BLUE, "square"),
     "optimal_logistic_probe": (SKY, "diamond"),
     "optimal_contrastive": (SKY, "star"),
+    "ridge_probe": (BLUE, "diamond"),
+    "whitened": (VERMILLION, "diamond"),
+    "affine": (VERMILLION, "square"),
+    "rotation": (VERMILLION, "triangle-down"),
+    "ablation": (VERMILLION, "cross"),
+    "cast_gate": (ORANGE, "cross"),
+    "learned_strength": (SKY, "square"),
+    "lora": (GREY, "star"),
+    "recommend": (INK, "star"),
     "pattern_probe": (GREEN, "triangle-down"),
     "controlled_pattern": (GREEN, "square"),
     "controlled_contrastive": (GREEN, "diamond"),

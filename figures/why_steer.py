@@ -1,0 +1,92 @@
+"""The classifier, the flip and the families: every task, few labels, and what a gain breaks."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from figures import NoResults, results, save
+from mera_tl.plots import spi_heatmap, style
+
+NAME = "why_steer"
+
+
+def main() -> None:
+    table = results(NAME, "table/*.jsonl")
+    shown = spi_heatmap(with_verdict(table).assign(space="raw"))
+    save(shown, "why_steer")
+    save(gain_against_harm(table), "why_steer_harm")
+    save(few_labels(results(NAME, "labels/*.jsonl")), "why_steer_labels")
+
+
+def with_verdict(df: pd.DataFrame) -> pd.DataFrame:
+    """Add what `recommend` chose as a row of its own."""
+    verdict = df[df["recommended"]].assign(method="recommend")
+    alone = verdict["verdict"].isin(["leave alone", "withhold"])
+    # Withholding corrects nothing, and its SPI counts what is withheld as wrong.
+    verdict.loc[alone, ["spi", "decision"]] = [0.0, "ABSTAIN"]
+    return pd.concat([df[df["method"] != "withhold"], verdict], ignore_index=True)
+
+
+def gain_against_harm(df: pd.DataFrame) -> go.Figure:
+    """Draw, for each method, recoveries over what was wrong and regressions over what was right."""
+    df = df[(df["method"] != "withhold") & (df["method"] != "no_steering")]
+    changes = pd.json_normalize(df["transitions"].tolist()).set_index(df.index)
+    sums = changes.assign(method=df["method"]).groupby("method", sort=False).sum()
+    recovered = sums["0->1"] / (sums["0->1"] + sums["0->0"])
+    broken = sums["1->0"] / (sums["1->0"] + sums["1->1"])
+    figure = go.Figure()
+    for method in sums.index:
+        look = {"color": style.colour_of(method), "symbol": style.symbol_of(method), "size": 12}
+        figure.add_scatter(
+            x=[broken[method]],
+            y=[recovered[method]],
+            mode="markers+text",
+            name=method,
+            text=[method],
+            textposition="middle right",
+            marker=look,
+            showlegend=False,
+        )
+    figure.update_xaxes(title="right answers that became wrong", tickformat=".1%")
+    figure.update_yaxes(title="wrong answers that became right", tickformat=".0%")
+    n = len(df.groupby(["model", "task", "seed"]))
+    caption = f"sums over {n} (task, split) cells, test examples; top left is better"
+    return style.finish(figure, "What each way corrects, and what it breaks", caption, height=560)
+
+
+def few_labels(df: pd.DataFrame) -> go.Figure:
+    """Draw the SPI of each method against the number of training labels, a panel a task."""
+    df = df[df["method"] != "no_steering"]
+    if df.empty:
+        raise NoResults("why_steer has no part `labels`.")
+    df = df.assign(where=df["model"] + ": " + df["task"])
+    places = list(dict.fromkeys(df["where"]))
+    columns = min(3, len(places))
+    rows = -(-len(places) // columns)
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=places, shared_yaxes=True)
+    for place, where in enumerate(places):
+        part = df[df["where"] == where]
+        for method in dict.fromkeys(part["method"]):
+            mean = part[part["method"] == method].groupby("labels")["spi"].mean()
+            look = {"color": style.colour_of(method), "symbol": style.symbol_of(method), "size": 8}
+            figure.add_scatter(
+                x=mean.index,
+                y=mean,
+                name=method,
+                legendgroup=method,
+                mode="lines+markers",
+                marker=look,
+                showlegend=place == 0,
+                row=place // columns + 1,
+                col=place % columns + 1,
+            )
+    figure.update_xaxes(type="log", tickvals=sorted(set(df["labels"])))
+    figure.update_yaxes(range=[-0.2, 1.05])
+    n = sorted(set(df["n"]))
+    caption = f"SPI by number of training labels; {n[0]} test examples, mean of the splits"
+    told = {"height": 180 + 260 * rows, "margin": {"b": 110}}
+    return style.finish(figure, "Where steering overtakes the classifier", caption, **told)
+
+
+if __name__ == "__main__":
+    main()
