@@ -93,6 +93,41 @@ def main(config: Config) -> None:
                 seconds = round(time.process_time() - started)
                 storage.write_records(path, [row | {"cell_seconds": seconds} for row in rows])
                 print(part, Path(model).name, name, f"{seconds} s", flush=True)
+    found = counts()
+    storage.write_json(RESULTS / "counts.json", found)
+    print(found)
+
+
+def counts() -> dict[str, Any]:
+    """Count, over all cells of the table, how promise and verdict fared on test examples."""
+    paths = sorted((RESULTS / "table").glob("*.jsonl"))
+    cells = [storage.read_records(path) for path in paths]
+    certified = [r for rows in cells for r in rows if r["decision"] == "STEER"]
+    told = {"cells": len(cells), "certified": len(certified)}
+    told["certified, and a loss of more than two standard errors"] = sum(
+        change(row)[0] < -2 * change(row)[1] for row in certified
+    )
+    verdicts, near = [], []
+    for rows in cells:
+        (chosen,) = [row for row in rows if row["recommended"]]
+        alone = chosen["verdict"] in ("leave alone", "withhold")
+        gain, error = (0.0, 0.0) if alone else change(chosen)
+        verdicts.append(gain >= -error)
+        correcting = [row for row in rows if row["decision"] == "STEER"] or [chosen]
+        best = max(0.0, *(row["spi"] for row in correcting if row["method"] != "withhold"), 0.0)
+        near.append((0.0 if alone else chosen["spi"]) >= best - 0.02)
+    told["verdicts not worse than leaving alone by a standard error"] = sum(verdicts)
+    told["verdicts within .02 SPI of the best certified method"] = sum(near)
+    for what in ("steer", "flip", "classify", "withhold", "leave alone"):
+        told[f"verdict {what}"] = sum(rows[0]["verdict"] == what for rows in cells)
+    return told
+
+
+def change(row: dict[str, Any]) -> tuple[float, float]:
+    """Return the mean gain on test examples and its standard error."""
+    better, worse, n = row["transitions"]["0->1"], row["transitions"]["1->0"], row["n"]
+    gain = (better - worse) / n
+    return gain, ((better + worse) / n - gain**2) ** 0.5 / n**0.5
 
 
 Cell = Callable[[], Iterator[dict[str, Any]]]
