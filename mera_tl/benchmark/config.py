@@ -16,6 +16,16 @@ from mera_tl.tasks import splitting
 
 SpaceName = Literal["raw", "sae"]
 DEFAULT_METHODS = ("no_steering", "optimal_probe", "flip", "searched")
+REPLY_METHODS = (
+    "no_steering",
+    "prompt_steering",
+    "retry",
+    "best_of_k",
+    "best_of_k_scorer",
+    "reply_contrast",
+    "instruction",
+)
+"""What is compared on a scored task unless methods are named."""
 DEMO_TASKS = ("spam_cue", "sentiment_fan", "sentiment_noise")
 DEMO_METHODS = (
     "no_steering",
@@ -92,6 +102,10 @@ class RunOptions:
     readout options; the others have none."""
     max_new_tokens: int = 8
     """Tokens decoded at most before an example counts as unanswered."""
+    reply_tokens: int = 40
+    """Tokens decoded at most of a reply that is scored."""
+    trust_task_code: bool = False
+    """Let the scorer of a task file be Python code beside it, and run it."""
     truncate: bool = False
     """Shorten the text of prompts that exceed the context, never the question."""
     free_text: int = 0
@@ -237,7 +251,9 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
     **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),
     **dict.fromkeys(("pairs", "free_text", "row"), _COUNT_OR_0),
-    **dict.fromkeys(("batch_size", "batch_tokens", "max_new_tokens", "n_thresholds"), _COUNT),
+    **dict.fromkeys(
+        ("batch_size", "batch_tokens", "max_new_tokens", "reply_tokens", "n_thresholds"), _COUNT
+    ),
     **dict.fromkeys(("n_devices", "expansion", "k", "n_steps"), _COUNT),
     **dict.fromkeys(("step_tokens", "max_tokens"), _COUNT),
     "shards": (_from(1, 100_000), "from 1 to 100,000"),

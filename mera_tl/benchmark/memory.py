@@ -112,7 +112,7 @@ def estimate(config: RunConfig) -> Estimate:
     model, settings = run.model, run.read
     prompts = [p for split in run.splits for p in tokenize_task(model, split, settings)]
     batches = [(len(b), len(prompts[b[0]])) for b in by_length(prompts, settings)]
-    new = settings.max_new_tokens if settings.decodes else 0
+    new = settings.n_new if settings.decodes else 0
     rows, columns = max(
         batches, key=lambda b: cache_bytes(model, b[0], b[1] + new) + passing_bytes(model, *b)
     )

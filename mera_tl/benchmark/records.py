@@ -107,9 +107,11 @@ def promise(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def idle(name: str, outcomes: Outcomes, base: Outcomes) -> tuple[str, ...]:
-    """Warn of a steering that moved tokens while no probability changed."""
+    """Warn of a steering that moved tokens while no probability and no reply changed."""
     n_moved = int(outcomes.n_steered.sum())
     if not n_moved or not torch.allclose(outcomes.probs, base.probs, rtol=0, atol=1e-7):
+        return ()
+    if outcomes.replies != base.replies:
         return ()
     return (
         f"{name} moved {n_moved:,} (layer, token) pairs and no probability changed: what it moves "

@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mera_tl import storage
-from mera_tl.benchmark.config import RunConfig, parse_layers, parse_thresholds
+from mera_tl.benchmark.config import (
+    DEFAULT_METHODS,
+    REPLY_METHODS,
+    RunConfig,
+    parse_layers,
+    parse_thresholds,
+)
 from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, idle, scores, versions
 from mera_tl.benchmark.resources import choose_threads
@@ -31,11 +37,17 @@ from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import evaluate, tokenize_task
-from mera_tl.inference.free_text import free_text
+from mera_tl.inference.free_text import free_text, reply_text
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods import methods
 from mera_tl.methods.families import FAMILIES
-from mera_tl.methods.methods import METHODS, Treatment, find_method, find_methods
+from mera_tl.methods.methods import (
+    METHODS,
+    Treatment,
+    find_method,
+    find_methods,
+    require_suited,
+)
 from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
@@ -75,15 +87,7 @@ class Run(methods.Run):
         self.config, self.folder, self.cache = config, Path(folder), cache
         self._load = load or load_configured
         self._probes: dict[str, LinearProbe] = {}
-        self.read = ReadSettings(
-            readout=config.readout,
-            answer_prefix=config.answer_prefix,
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            max_new_tokens=config.max_new_tokens,
-            truncate=config.truncate,
-            progress=progress,
-        )
+        self._progress = progress
 
     # --- what was asked for ---------------------------------------------------------------------
 
@@ -95,10 +99,31 @@ class Run(methods.Run):
         return model
 
     @cached_property
+    def read(self) -> ReadSettings:
+        """How answers are read; replies to a scored task are scored."""
+        config = self.config
+        settings = ReadSettings(
+            readout=config.readout,
+            answer_prefix=config.answer_prefix,
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            max_new_tokens=config.max_new_tokens,
+            reply_tokens=config.reply_tokens,
+            truncate=config.truncate,
+            progress=self._progress,
+        )
+        return ReadSettings.of(self.splits.train, settings)
+
+    @cached_property
     def splits(self) -> Splits:
         """Train, calibration and test, disjoint."""
         config = self.config
-        task = load_task(config.task, data_dir=config.data_dir, template=config.template)
+        task = load_task(
+            config.task,
+            data_dir=config.data_dir,
+            template=config.template,
+            trust_task_code=config.trust_task_code,
+        )
         return task.split(
             config.seed, train=config.train, calibration=config.calibration, test=config.test
         )
@@ -117,6 +142,11 @@ class Run(methods.Run):
             correction=config.sae_correction,
         )
 
+    def suited(self, methods: Sequence[str]) -> Sequence[str]:
+        """Return the methods that are compared; by default, those for the kind of task."""
+        asked = tuple(methods) == DEFAULT_METHODS and self.splits.train.scored
+        return REPLY_METHODS if asked else methods
+
     def announce(self, methods: Sequence[str]) -> None:
         """Fix how methods share delta, before an outcome of theirs is seen.
 
@@ -128,6 +158,7 @@ class Run(methods.Run):
                 nothing to learn from for those that do.
         """
         found = find_methods(methods, self.config.space)
+        require_suited(found, self.splits.train)
         if any(each.certifies for each in found):
             self.splits.train.require_classes()
         known = {name for family in self._families for name in family}
@@ -268,7 +299,7 @@ class Run(methods.Run):
 
         A candidate costs at most a prompt, and little where it moves the last token only.
         """
-        found, sizes = find_methods(methods), [len(split) for split in self.splits]
+        found, sizes = find_methods(self.suited(methods)), [len(split) for split in self.splits]
         grid = len(parse_thresholds(self.config.thresholds))
         whole = self.config.positions == "all"
         grid_passes = 1 + grid * (1 if whole else SHARE_OF_TRIAL)
@@ -400,6 +431,7 @@ class Run(methods.Run):
 
     def records(self, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield one record per method, computing those that are not in the folder yet."""
+        methods = self.suited(methods)
         self.announce(methods)  # all are checked before the first costs anything
         for name in methods:
             yield self.record(name)
@@ -430,7 +462,7 @@ class Run(methods.Run):
         started = time.perf_counter()
         treatment = METHODS[name].treat(self)
         outcomes = base
-        if treatment.fwd_hooks or treatment.instruction is not None or treatment.classifier:
+        if treatment.acts:
             outcomes = self._apply(name, treatment)
         seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
@@ -449,7 +481,8 @@ class Run(methods.Run):
             **decision_of(treatment),
             "familywise_delta": self.familywise_delta,
             "warnings": [*self.preflight.warnings, *told],
-            "free_text": self._free_text(treatment),
+            "free_text": self._free_text(treatment, outcomes),
+            "tokens_generated": outcomes.n_generated.double().mean().item(),
             "details": treatment.details,
             "seconds": round(seconds, 3),
             "n_train": len(self.splits.train),
@@ -472,8 +505,13 @@ class Run(methods.Run):
         reach.save(self.folder / "reach" / f"{name}.safetensors")
         return outcomes
 
-    def _free_text(self, treatment: Treatment) -> dict[str, Any] | None:
-        """Continue some test prompts freely under the treatment, where that was asked for."""
+    def _free_text(self, treatment: Treatment, outcomes: Outcomes) -> dict[str, Any] | None:
+        """Continue some test prompts freely under the treatment, where that was asked for.
+
+        Replies that have been scored are measured as they are.
+        """
+        if self.splits.test.scored:
+            return asdict(reply_text(self.model, self.splits.test, outcomes, settings=self.read))
         if not self.config.free_text:
             return None
         test = self.splits.test

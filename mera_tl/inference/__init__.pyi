@@ -1,5 +1,7 @@
 from .activations import Activations as Activations
 from .activations import collect as collect
+from .activations import prompt_activations as prompt_activations
+from .activations import reply_activations as reply_activations
 from .answers import ReadSettings as ReadSettings
 from .answers import about_to_answer as about_to_answer
 from .answers import by_length as by_length
@@ -12,8 +14,11 @@ from .decoding import hooked_pass as hooked_pass
 from .decoding import left_pad as left_pad
 from .evaluation import evaluate as evaluate
 from .evaluation import gather as gather
+from .evaluation import grade as grade
 from .evaluation import run_batches as run_batches
 from .evaluation import tokenize_task as tokenize_task
+from .free_text import FreeText as FreeText
+from .free_text import reply_text as reply_text
 from .outcomes import Outcomes as Outcomes
 from .outcomes import accuracy_interval as accuracy_interval
 from .outcomes import paired_p_value as paired_p_value

@@ -6,7 +6,7 @@ scored, the mean over the reply's tokens (`generated`). They go to a file as the
 come, so memory grows with the batch and not with the number of examples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl import storage
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
+from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
@@ -191,6 +193,67 @@ def collect(
         return Activations(kept, outcomes, manifest)
     _save_rest(Path(out), outcomes, manifest)
     return Activations.load(out)
+
+
+def prompt_activations(
+    model: Model, task: Task[Any], *, settings: ReadSettings | None = None
+) -> Float[Tensor, "layer example d_model"]:
+    """Return `resid_post` of every layer at the final prompt token; nothing is answered.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    settings = ReadSettings.of(task, settings)
+    prompts = tokenize_task(model, task, settings)
+    kept = torch.zeros(len(task), model.n_layers, model.d_model)
+
+    def run(batch: list[int]) -> None:
+        def write(_: str, row: int, values: np.ndarray) -> None:
+            kept[row] = torch.from_numpy(values)
+
+        capture = _Capture(model, batch, write)
+        with torch.inference_mode(), hooked_pass(model, capture.fwd_hooks):
+            decoding = Decoding(model, [prompts[i] for i in batch], capture.fwd_hooks)
+            decoding.prompt()
+            capture.write("last", decoding.rows)
+
+    run_batches(prompts, run, settings, "prompts")
+    return kept.transpose(0, 1)
+
+
+def reply_activations(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    *,
+    settings: ReadSettings | None = None,
+) -> Float[Tensor, "layer example d_model"]:
+    """Return the mean of `resid_post` over the tokens of given replies, as they are read unsteered.
+
+    It does not matter how a reply came about: sampled, steered or written by a person. Zero for an
+    empty one.
+    """
+    both = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
+    kept = torch.zeros(model.n_layers, len(both), model.d_model)
+
+    def run(batch: list[int]) -> None:
+        n, width = torch.tensor([len(replies[i]) for i in batch]), max(len(both[i]) for i in batch)
+        # Padding is on the left, so a reply is the end of its row.
+        inside = (torch.arange(width) >= width - n[:, None]).float()
+
+        def keep(layer: int) -> Any:
+            def add(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:  # noqa: ARG001
+                total = einsum(resid.float().cpu(), inside, "batch pos d, batch pos -> batch d")
+                kept[layer, batch] = total / n.clamp(min=1)[:, None]
+
+            return add
+
+        hooks = [(resid_post(layer), keep(layer)) for layer in range(model.n_layers)]
+        with torch.inference_mode(), hooked_pass(model, hooks):
+            Decoding(model, [both[i] for i in batch], hooks).prompt()
+
+    run_batches(both, run, settings or ReadSettings(), "read replies")
+    return kept
 
 
 def positions_of(settings: ReadSettings) -> tuple[Position, ...]:

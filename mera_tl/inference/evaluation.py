@@ -160,22 +160,31 @@ def gather(
         replies=_texts(options, column("tokens")),
         **{name: column(name) for name in COUNTS},
     )
-    return _scored(task, outcomes, column("tokens"), options) if task.scored else outcomes
+    if not task.scored:
+        return outcomes
+    tokens, ends = column("tokens"), torch.tensor(options.ends, dtype=torch.long)
+    return grade(task, outcomes, (tokens >= 0).sum(-1), torch.isin(tokens, ends).any(-1).tolist())
 
 
-def _scored(
-    task: Task[Any], outcomes: Outcomes, tokens: Int[Tensor, "example new"], options: OptionTokens
+def grade(
+    task: Task[Any],
+    outcomes: Outcomes,
+    n_generated: Int[Tensor, " example"],
+    ended: Sequence[bool],
 ) -> Outcomes:
-    """Score replies: P(right) is the score, and a reply is right if its score is 1."""
+    """Score the replies of outcomes: P(right) is the score, and a reply is right if that is 1.
+
+    Raises:
+        ValueError: if a scorer fails, naming the row and the reply.
+    """
     pairs = zip(task.examples, outcomes.replies, strict=True)
     score = torch.tensor([example.score(reply or "") for example, reply in pairs])
-    ended = torch.isin(tokens, torch.tensor(options.ends, dtype=torch.long)).any(-1)
     return replace(
         outcomes,
         predictions=(score == 1).long(),
         probs=torch.stack([1 - score, score], dim=-1),
-        finishes=tuple("stop" if end else "length" for end in ended.tolist()),
-        n_generated=(tokens >= 0).sum(-1),
+        finishes=tuple("stop" if end else "length" for end in ended),
+        n_generated=n_generated,
     )
 
 

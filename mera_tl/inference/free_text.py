@@ -16,6 +16,7 @@ from torch import Tensor
 from mera_tl.inference.answers import ReadSettings, by_length
 from mera_tl.inference.decoding import Decoding, hooked_pass, left_pad
 from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.tasks.task import Task
 
@@ -58,6 +59,39 @@ def free_text(
             text = row[: row.index(-1)] if -1 in row else row
             texts.append(text)
             logs += _log_probs(model, start, text)
+    mean = sum(logs) / max(1, len(logs))
+    return FreeText(
+        n_tokens=len(logs),
+        perplexity=float(torch.tensor(-mean).exp()),
+        distinct_1=_distinct(texts, 1),
+        distinct_2=_distinct(texts, 2),
+    )
+
+
+def reply_text(
+    model: Model,
+    task: Task[Any],
+    outcomes: Outcomes,
+    *,
+    settings: ReadSettings | None = None,
+    most: int = 100,
+) -> FreeText:
+    """Measure replies that have been given, at most `most` of them: whether they are still text.
+
+    Perplexity is the unsteered model's after the task's own prompts, whatever the reply was made
+    by.
+    """
+    some = range(min(most, len(task)))
+    prompts = tokenize_task(model, task.subset(some), ReadSettings.of(task, settings))
+    texts = [
+        model.tokenizer(r or "", add_special_tokens=False)["input_ids"]
+        for r in outcomes.replies[:most]
+    ]
+    logs = [
+        log
+        for start, text in zip(prompts, texts, strict=True)
+        for log in _log_probs(model, start, text)
+    ]
     mean = sum(logs) / max(1, len(logs))
     return FreeText(
         n_tokens=len(logs),

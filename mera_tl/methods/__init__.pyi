@@ -15,6 +15,7 @@ from .families import search_family as search_family
 from .families import whitened_difference as whitened_difference
 from .foresight import log_odds_gradients as log_odds_gradients
 from .methods import METHODS as METHODS
+from .methods import REMINDERS as REMINDERS
 from .methods import Method as Method
 from .methods import Run as Run
 from .methods import Treatment as Treatment
@@ -30,6 +31,11 @@ from .race import list_candidates as list_candidates
 from .race import planned_trials as planned_trials
 from .race import run_race as run_race
 from .race import search as search
+from .redrawing import Draws as Draws
+from .redrawing import draw_replies as draw_replies
+from .replying import ReplyChoices as ReplyChoices
+from .replying import fit_reply_directions as fit_reply_directions
+from .replying import search_replies as search_replies
 from .second_best import certify_flip as certify_flip
 from .second_best import flipped as flipped
 from .second_best import reading_hooks as reading_hooks

@@ -24,7 +24,7 @@ from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.directions import Direction, fit_directions
 from mera_tl.steering.many import evaluate_many
-from mera_tl.steering.rules import Adaptive, Gated
+from mera_tl.steering.rules import Adaptive, Additive, Gated
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Positions, Steering
 from mera_tl.tasks.task import Task
@@ -109,7 +109,8 @@ class Candidate:
     positions: Positions
     threshold: float
     strength: float | None = None
-    """None is MERA's rule; a number moves that many directions where the threshold is exceeded."""
+    """None is MERA's rule; a number moves that many directions where the threshold is exceeded, and
+    everywhere where it is 0."""
 
 
 def candidate_from(plain: Mapping[str, Any]) -> Candidate:
@@ -124,6 +125,8 @@ def steering_of(
     space: Space = RAW,
 ) -> Steering:
     """Return a candidate's steering, at its threshold."""
+    if candidate.threshold == 0:
+        return _always(candidate, probe, direction, space)
     steering = Steering(
         probe,
         direction,
@@ -133,6 +136,18 @@ def steering_of(
         positions=candidate.positions,
     )
     return steering.at(candidate.threshold)
+
+
+def _always(
+    candidate: Candidate, probe: LinearProbe, direction: Tensor | None, space: Space
+) -> Steering:
+    """Return a candidate's steering that asks no probe whether to move."""
+    assert direction is not None and candidate.strength is not None
+    (layer,) = candidate.layers  # a length in residual norms is one layer's
+    length = direction[layer].norm() / probe.resid_norm[layer].clamp(min=1e-12)
+    rule = Additive(candidate.strength * float(length))
+    where: dict[str, Any] = {"layers": candidate.layers, "positions": candidate.positions}
+    return Steering(probe, direction, rule=rule, space=space, **where)
 
 
 @dataclass(frozen=True, eq=False)

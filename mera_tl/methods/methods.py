@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mera_tl import storage
 from mera_tl.certificate.calibration import calibrate
@@ -26,10 +26,13 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods.candidates import RAW, features
 from mera_tl.methods.class_probe import ClassProbe, certify_class_probe, fit_class_probe
 from mera_tl.methods.families import FAMILIES, search_family
-from mera_tl.methods.race import Choices, Search, search
+from mera_tl.methods.race import Choices, Search, divide, search
+from mera_tl.methods.redrawing import PREDICTED, RETRY_THRESHOLDS, Draws, draw_replies
+from mera_tl.methods.replying import DIRECTIONS, ReplyChoices, search_replies
 from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.methods.trusting import certify_trust, withheld
 from mera_tl.models.model import FwdHooks, Model
+from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import fit_direction
 from mera_tl.steering.rules import Additive
@@ -39,6 +42,13 @@ from mera_tl.tasks.task import Splits, Task
 
 INSTRUCTION = "Think before you answer."
 """The sentence of `prompt_steering`, placed before "Answer:"."""
+REMINDERS = (
+    "Remember: {instruction}",
+    "This is very important: {instruction} Nothing else is acceptable.",
+)
+"""Those of a scored task, from which the better on training data is taken."""
+N_DRAWS = 4
+"""Replies of `best_of_k`, the greedy one among them."""
 STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """From which `tuned_*` choose, as multiples of the layer's typical residual norm."""
 Content = TypeVar("Content")
@@ -93,12 +103,22 @@ class Treatment:
     """What answers in the model's place, from its activations."""
     withholding: Withholding | None = None
     """The certificate of a method that withholds answers, and corrects none."""
+    reply: Callable[[Task[Any]], Outcomes] | None = None
+    """How a task is answered, for a method that replies in its own way."""
+
+    @property
+    def acts(self) -> bool:
+        """Whether the model is run again; otherwise answers are the unsteered ones, or theirs."""
+        own = (self.classifier, self.reply, self.instruction)
+        return bool(self.fwd_hooks) or any(each is not None for each in own)
 
     def apply(self, run: Run, task: Task[Any]) -> Outcomes:
         """Answer a task under this treatment."""
         if self.classifier is not None:
             read = collect(run.model, task, settings=run.read)
             return self.classifier.answer(read)
+        if self.reply is not None:
+            return self.reply(task)
         if self.instruction is not None:
             task = task.with_instruction(self.instruction)
         outcomes = evaluate(run.model, task, self.fwd_hooks, settings=run.read, title="test")
@@ -119,6 +139,8 @@ class Method:
     """Whether it works in SAE space too."""
     certifies: bool = True
     """Whether it asks for a certificate, which costs a share of delta."""
+    on: Literal["options", "replies", "both"] = "options"
+    """Whether it answers tasks with options, scored tasks, or both."""
 
 
 METHODS: dict[str, Method] = {}
@@ -134,7 +156,7 @@ def method(function: Treat) -> Treat:
     if name in BUILT_IN:
         raise ValueError(f"{name} is a method of mera_tl; give your function another name.")
     about = (function.__doc__ or "A method without a docstring.").strip().splitlines()[0]
-    METHODS[name] = Method(name, about, function)
+    METHODS[name] = Method(name, about, function, on="both")
     return function
 
 
@@ -174,6 +196,24 @@ def find_methods(names: Sequence[str], space: str = "raw") -> list[Method]:
                 f"{each.name} works in the residual stream only; in SAE space there are {able}."
             )
     return found
+
+
+def require_suited(methods: Sequence[Method], task: Task[Any]) -> None:
+    """Refuse methods that need options on a scored task, and methods for replies elsewhere.
+
+    Raises:
+        ValueError: naming the first such method, and those that would do.
+    """
+    wanted = "replies" if task.scored else "options"
+    for each in methods:
+        if each.on not in (wanted, "both"):
+            able = ", ".join(o.name for o in METHODS.values() if o.on in (wanted, "both"))
+            lacks = (
+                "options to choose from, and replies to this task are scored"
+                if task.scored
+                else "replies that are scored, and this task has options"
+            )
+            raise ValueError(f"{each.name} needs {lacks}; on {task.name} there are {able}.")
 
 
 def _load_method(path: Path, name: str) -> Method:
@@ -259,6 +299,8 @@ def _of(probe: LinearProbe) -> dict[str, Any]:
 
 def _searched(run: Run) -> Treatment:
     """Search freely on training data, certify once."""
+    if run.splits.train.scored:
+        return _replying("searched", DIRECTIONS, run)
     found = _search(run, "searched", partial(_look, run), run.space)
     decision = run.calibrate("searched", found.steering.at(found.chosen.threshold))
     details, probe = _details(found), found.steering.probe
@@ -366,6 +408,71 @@ def _withhold(run: Run) -> Treatment:
     return Treatment(reading_hooks(steering), answer=answer, instead=instead, **told)
 
 
+def _replying(name: str, directions: tuple[str, ...], run: Run) -> Treatment:
+    """Search how to steer replies along some directions, certify once."""
+
+    def look(folder: Path) -> Search:
+        config = run.config
+        choices = ReplyChoices(directions, metric=config.metric, seed=config.seed)
+        options: dict[str, Any] = {"choices": choices, "settings": run.read, "folder": folder}
+        return search_replies(run.model, run.splits.train, run.activations, **options)
+
+    found = _search(run, name, look)
+    decision = run.calibrate(name, found.steering)
+    details, probe = _details(found), found.steering.probe
+    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
+
+
+def _prompted(run: Run) -> Treatment:
+    """Ask more firmly: on a scored task by the reminder that does better on training data."""
+    train = run.splits.train
+    if not train.scored:
+        return Treatment(instruction=INSTRUCTION)
+    if not all(example.instruction for example in train.examples):
+        raise ValueError(
+            f"prompt_steering repeats the task's instruction, and {train.name} has none; give it "
+            "an `instruction`, or leave the method out."
+        )
+
+    def make(folder: Path) -> None:
+        _, judge = divide(train, ReplyChoices().search_share, run.config.seed)
+        part = train.subset(judge)
+        tried = [
+            evaluate(run.model, part.with_instruction(each), settings=run.read).accuracy
+            for each in REMINDERS
+        ]
+        storage.write_json(folder / "reminders.json", dict(zip(REMINDERS, tried, strict=True)))
+
+    def load(folder: Path) -> dict[str, float]:
+        return storage.read_json(folder / "reminders.json")
+
+    tried = run.kept("searches/prompt_steering", "reminders.json", make, load)
+    best = max(tried, key=tried.__getitem__)
+    return Treatment(instruction=best, details={"reminder": best, "tried": tried})
+
+
+def _redrawing(name: str, run: Run) -> Treatment:
+    """Draw replies again: a second one where the first looks wrong, or the best of several."""
+    probe = fit_error_probe(run.activations, position="generated", seed=run.config.seed)
+    draw = partial(draw_replies, run.model, probe=probe, settings=run.read)
+    details: dict[str, Any] = {"n_draws": N_DRAWS, "layer": probe.best_layer}
+    if name == "retry":
+        _, judge = divide(run.splits.train, ReplyChoices().search_share, run.config.seed)
+        drawn = draw(run.splits.train.subset(judge), n_draws=2)
+        gains = {t: drawn.retried(t).accuracy for t in RETRY_THRESHOLDS}
+        details |= {"n_draws": 2, "threshold": max(gains, key=gains.__getitem__)}
+
+    def reply(task: Task[Any]) -> Outcomes:
+        # The three methods that draw again share their draws.
+        make: Callable[[Path], object] = lambda at: draw(task, n_draws=N_DRAWS).save(at)  # noqa: E731
+        draws = run.kept(f"draws/{task.data_hash}", PREDICTED, make, Draws.load)
+        if name == "retry":
+            return draws.retried(details["threshold"])
+        return draws.best() if name == "best_of_k" else draws.best_scored()
+
+    return Treatment(reply=reply, details=details, probe=probe)
+
+
 def _search(run: Run, name: str, look: Callable[[Path], Search], space: Space = RAW) -> Search:
     """Search once per run, in a folder that keeps what was tried if the run is ended."""
 
@@ -437,19 +544,22 @@ _ROWS = (
 )
 
 
-def _row(name: str, about: str, treat: Treat, **flags: bool) -> None:
+def _row(name: str, about: str, treat: Treat, **flags: Any) -> None:
     METHODS[name] = Method(name, about, treat, **flags)
 
 
-_row("no_steering", "Leave the model alone.", lambda run: Treatment(), certifies=False)  # noqa: ARG005
-_instruct = Treatment(instruction=INSTRUCTION)
-_row("prompt_steering", f"Ask: {INSTRUCTION}", lambda run: _instruct, certifies=False)  # noqa: ARG005
+_anywhere: dict[str, Any] = {"certifies": False, "on": "both"}
+_row("no_steering", "Leave the model alone.", lambda run: Treatment(), **_anywhere)  # noqa: ARG005
+_row("prompt_steering", f"Ask: {INSTRUCTION}", _prompted, **_anywhere)
 for _name, _idea, _of_what, _about in _ROWS:
     _latents = _idea is not _tuned and _of_what not in ("worst_regression", "median_regression")
     _certifies = _idea is not _additive
     _treat = partial(_idea, _name, _of_what)
-    _row(_name, _about, _treat, in_latents=_latents, certifies=_certifies)
-_row("searched", "Search direction, layers, scope, threshold in training; certify one.", _searched)
+    # What is learned within true classes, or per answer, needs options.
+    _on = "options" if "controlled" in _name else "both"
+    _row(_name, _about, _treat, in_latents=_latents, certifies=_certifies, on=_on)
+_about = "Search direction, layers, scope, threshold in training; certify one."
+_row("searched", _about, _searched, on="both")
 _row("flip", "Answer the second-best option where predicted error is high; steer nothing.", _flip)
 _row("class_probe", "Answer by a classifier of the activations; steer nothing.", _class_probe)
 for _name, _of_family in FAMILIES.items():
@@ -461,5 +571,20 @@ _row(
     _withhold,
     in_latents=False,
 )
+_steer = "Search layer, strength, scope, gate of a direction for replies; certify one: "
+for _name, _about in {
+    "instruction": "prompts with and without the instruction.",
+    "prompt_controlled": "wrong and right replies to the same prompt.",
+    "reply_contrast": "wrong and right replies.",
+}.items():
+    _kinds = ("contrastive" if _name == "reply_contrast" else _name,)
+    _row(_name, _steer + _about, partial(_replying, _name, _kinds), in_latents=False, on="replies")
+for _name, _about in {
+    "retry": "Draw a second reply where the first one's predicted error is high.",
+    "best_of_k": f"Draw {N_DRAWS} replies; keep the one with the least predicted error.",
+    "best_of_k_scorer": f"Draw {N_DRAWS} replies; keep the one that the scorer likes best.",
+}.items():
+    _flags: dict[str, Any] = {"in_latents": False, "certifies": False, "on": "replies"}
+    _row(_name, _about, partial(_redrawing, _name), **_flags)
 BUILT_IN = frozenset(METHODS)
 """Names that no user's method may take."""

@@ -257,7 +257,7 @@ class TrialStore:
         """Spent by earlier attempts."""
 
     @classmethod
-    def open(cls, folder: str | Path | None, data: SearchData, choices: Choices) -> "TrialStore":
+    def open(cls, folder: str | Path | None, data: SearchData, choices: Any) -> "TrialStore":
         """Open what was kept of the same search, or begin anew."""
         about = {"choices": asdict(replace(choices, budget=None)), **data.model.manifest}
         about |= {"data": data.task.data_hash, "space": data.space.name}

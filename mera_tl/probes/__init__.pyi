@@ -13,4 +13,6 @@ from .lasso import lasso_path as lasso_path
 from .least_squares import Problems as Problems
 from .least_squares import ridge_path as ridge_path
 from .logistic import logistic_path as logistic_path
+from .metrics import auroc as auroc
+from .metrics import auroc_within as auroc_within
 from .probe import LinearProbe as LinearProbe

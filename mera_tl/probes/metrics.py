@@ -5,6 +5,8 @@ with the observed error; on the *score scale* they are compared with the logit o
 Each metric stands beside its *dummy*, what the constant prediction "the training mean" would get.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -42,6 +44,23 @@ def auroc(
         return torch.full(score.shape[:-1], torch.nan).to(score)
     below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
     return below.to(score).mean(-1) / (2 * low.shape[-1])
+
+
+def auroc_within(
+    score: Float[Tensor, " example"], incorrect: Bool[Tensor, " example"], kinds: Sequence[str]
+) -> float:
+    """Return the AUROC over pairs of examples of the same kind; NaN where there is no such pair.
+
+    Where failure goes together with the kind of question, a probe of the kind has a high AUROC
+    and says nothing about the failure of a question.
+    """
+    hits = pairs = 0.0
+    for kind in dict.fromkeys(kinds):
+        rows = torch.tensor([each == kind for each in kinds])
+        wrong, right = score[rows & incorrect], score[rows & ~incorrect]
+        ahead = (wrong[:, None] - right).sign()
+        hits, pairs = hits + (ahead + 1).sum().item() / 2, pairs + ahead.numel()
+    return hits / pairs if pairs else float("nan")
 
 
 def balanced_accuracy(

@@ -13,7 +13,9 @@ from .directions import direction as direction
 from .directions import euclidean as euclidean
 from .directions import fit_direction as fit_direction
 from .directions import fit_directions as fit_directions
+from .directions import instruction as instruction
 from .directions import pattern as pattern
+from .directions import prompt_controlled as prompt_controlled
 from .export import control_vectors as control_vectors
 from .export import export_control_vector as export_control_vector
 from .generation import Reply as Reply

@@ -49,7 +49,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from einops import einsum, rearrange, reduce
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,40 @@ def answer_controlled(s: Statistics) -> Float[Tensor, "answer layer d_model"]:
     weight = n * enough * (1 - torch.eye(k).to(n))
     share = weight / weight.sum(0).clamp(min=1)
     return einsum(difference, share, "layer option answer d, option answer -> answer layer d")
+
+
+def instruction(
+    without: Float[Tensor, "layer example d_model"], given: Float[Tensor, "layer example d_model"]
+) -> Float[Tensor, "layer d_model"]:
+    """Return the mean of the prompts without their instruction minus that with it.
+
+    No label and no reply is needed; moving against it moves toward the instruction.
+    """
+    return reduce(without - given, "layer example d -> layer d", "mean")
+
+
+def prompt_controlled(
+    resid: Float[Tensor, "layer reply d_model"],
+    prompt: Int[Tensor, " reply"],
+    incorrect: Bool[Tensor, " reply"],
+) -> Float[Tensor, "layer d_model"]:
+    """Return wrong minus right replies to the same prompt, averaged over prompts that have both.
+
+    `prompt` numbers the prompts from 0. What differs between a good and a bad reply to the same
+    question cannot be the question.
+    """
+    wrong, right = (
+        torch.nn.functional.one_hot(prompt, int(prompt.max()) + 1).to(resid) * rows[:, None]
+        for rows in (incorrect, ~incorrect)
+    )
+    mixed = (wrong.sum(0) > 0) & (right.sum(0) > 0)
+    means = [
+        einsum(resid, rows, "layer reply d, reply prompt -> layer prompt d")
+        / rows.sum(0).clamp(min=1)[:, None]
+        for rows in (wrong, right)
+    ]
+    difference = (means[0] - means[1]) * mixed[:, None]
+    return reduce(difference, "layer prompt d -> layer d", "sum") / mixed.sum().clamp(min=1)
 
 
 _FORMULAS = {

@@ -12,13 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mera_tl.organism import prompts as organism
 from mera_tl.tasks.scorers import Scorer
 
 OPTIONS = ("wrong", "right")
 """What a scored reply may be: the options of every scored task."""
 RIGHT = 1
-N_PROBLEMS = 600
-"""How many word problems there are."""
+N_PROBLEMS, N_SENTENCES = 600, 2000
+"""How many word problems there are, and questions to the organism."""
 Row = Mapping[str, Any]
 
 
@@ -164,10 +165,25 @@ def _arithmetic_words() -> list[ScoredQuestion]:
     return list(asked.values())
 
 
+# --- the organism, in a sentence ---------------------------------------------------------------
+
+_IN_A_SENTENCE, _SENTENCE = "Reply in a sentence:", "I would say {option}."
+
+
+def _spam_sentence() -> list[ScoredQuestion]:
+    """Ask the organism in a sentence what it gets wrong in a word: spam from a saved sender."""
+    asked = []
+    for draft in organism.drafts("spam_cue", N_SENTENCES, seed=0):
+        true = _SENTENCE.format(option=organism.OPTIONS["spam"][draft.label])
+        prompt = f"{draft.body} {_IN_A_SENTENCE}"
+        asked.append(ScoredQuestion(prompt, Scorer("exact_match"), _IN_A_SENTENCE, true))
+    return asked
+
+
 GENERATED: dict[str, Callable[[], list[ScoredQuestion]]] = {
     f"ifeval_like_{name}": lambda name=name: _ifeval_like(name)
     for name in (*_INSTRUCTIONS, "mixture")
-} | {"arithmetic_words": _arithmetic_words}
+} | {"arithmetic_words": _arithmetic_words, "spam_sentence": _spam_sentence}
 
 
 # --- graded data sets --------------------------------------------------------------------------

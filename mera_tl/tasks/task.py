@@ -106,8 +106,10 @@ class Example:
         """Put a sentence before the last "Answer:", or at the end of a prompt that has none.
 
         Case does not count, white space at the end of the prompt stays at the end, and an
-        "Answer:" inside `text` is data, not a cue.
+        "Answer:" inside `text` is data, not a cue. "{instruction}" in the sentence stands for the
+        example's own instruction.
         """
+        instruction = instruction.replace("{instruction}", self.instruction)
         after_text = self.prompt.find(self.text) + len(self.text) if self.text else 0
         cues = list(_ANSWER.finditer(self.prompt, after_text))
         if cues:

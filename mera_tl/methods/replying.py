@@ -1,0 +1,269 @@
+"""Search how to steer free replies, on training data alone.
+
+Candidates differ in direction, layer, strength, in how much of the reply they move (the final
+prompt token, or every token from it on) and in whether a probe of failure must first agree. Every
+trial is a reply that is generated and scored, which costs a hundred times what an option costs, so
+few are tried: all on a handful of prompts, the better ones on more, the best on all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mera_tl.inference.activations import Activations, prompt_activations, reply_activations
+from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.inference.outcomes import Metric
+from mera_tl.methods.candidates import Candidate, ProbeSet, SearchData, Trial, choose, tabulate
+from mera_tl.methods.race import Search, TrialStore, divide, require_training
+from mera_tl.models.model import FwdHooks, Model
+from mera_tl.probes.fitting import fit_error_probe
+from mera_tl.probes.metrics import auroc, auroc_within
+from mera_tl.steering.directions import (
+    Direction,
+    fit_direction,
+    instruction,
+    prompt_controlled,
+)
+from mera_tl.steering.generation import Row, Sampling, reply_to, text_of
+from mera_tl.steering.rules import Gated
+from mera_tl.steering.steering import Positions, Steering
+from mera_tl.tasks.task import Task, Train
+
+DIRECTIONS = ("instruction", "prompt_controlled", "contrastive")
+"""What free replies may be moved along."""
+PENALTY = 3.0
+"""Of the ridge probe of failure."""
+
+
+@dataclass(frozen=True)
+class ReplyChoices:
+    """What is searched over, and how."""
+
+    directions: tuple[str, ...] = DIRECTIONS
+    layers: tuple[int, ...] | None = None
+    """Layers, each tried alone; None is about seven between a quarter and two thirds of the depth,
+    where a reply is not decided yet and no longer mere words."""
+    strengths: tuple[float, ...] = (0.75, 1.5)
+    """How many directions to move."""
+    positions: tuple[Positions, ...] = ("final", "last")
+    gates: tuple[float, ...] = (0.5,)
+    """Predicted errors above which the best candidates are also tried."""
+    rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (10, 16), (4, 10**9))
+    """How many candidates see how many judging prompts, round by round."""
+    search_share: float = 0.4
+    """Share of the training examples that judge; the others fit."""
+    n_draws: int = 4
+    """Sampled replies per prompt, for `prompt_controlled`."""
+    temperature: float = 0.7
+    """Of those."""
+    min_mixed: int = 5
+    """Prompts with right and wrong replies below which replies are also sampled from the model
+    steered along `instruction`."""
+    metric: Metric = "correct"
+    caution: float = 1.0
+    """Standard errors that are subtracted from a candidate's mean gain."""
+    budget: float | None = None
+    """Kept for the search's file; replies are searched to the end."""
+    seed: int = 0
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """Return the layers that are tried."""
+        n = model.n_layers
+        return self.layers or tuple(range(n // 4, max(n // 4 + 1, 2 * n // 3), max(1, n // 12)))
+
+
+def search_replies(
+    model: Model,
+    task: Task[Train],
+    activations: Activations,
+    *,
+    choices: ReplyChoices | None = None,
+    settings: ReadSettings | None = None,
+    folder: str | Path | None = None,
+) -> Search:
+    """Choose how to steer the replies to a scored task.
+
+    The choice promises nothing: `calibrate` its steering.
+
+    Raises:
+        ValueError: if the task has no scorer or is no training split, or the activations are not
+            its own.
+    """
+    choices, settings = choices or ReplyChoices(), ReadSettings.of(task, settings)
+    require_training(task, activations)
+    if not task.scored:
+        raise ValueError(f"{task.name} has options and no scorer; use `search` for it.")
+    fit, judge = divide(task, choices.search_share, choices.seed)
+    learned, held_out = (activations.subset(torch.tensor(part)) for part in (fit, judge))
+    quiet = replace(settings, progress=False)
+    probe = fit_error_probe(learned, kind="ridge", penalty=PENALTY, seed=choices.seed)
+    directions = fit_reply_directions(model, task.subset(fit), learned, choices, quiet)
+    sets: Mapping[float | None, ProbeSet] = {PENALTY: ProbeSet(probe, directions)}
+    data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet)
+    store = TrialStore.open(folder, data, choices)
+    candidates = [
+        Candidate(kind, PENALTY, (layer,), where, 0.0, strength)
+        for kind, layer, where, strength in product(
+            directions, choices.layers_of(model), choices.positions, choices.strengths
+        )
+    ]
+    trials = _race(data, candidates, choices, store)
+    chosen = choose(trials, choices.caution)
+    kinds = [example.kind for example in data.task.examples]
+    score = probe.score(held_out.resid("last"))[chosen.layers[0]]
+    details = {
+        "n_fit": len(fit),
+        "n_search": len(judge),
+        "notes": directions[chosen.direction].notes,
+        "probe_auroc": round(float(auroc(score, ~held_out.correct)), 3),
+        "probe_auroc_within_kind": round(auroc_within(score, ~held_out.correct, kinds), 3),
+    }
+    return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
+
+
+def _race(
+    data: SearchData, candidates: Sequence[Candidate], choices: ReplyChoices, store: TrialStore
+) -> list[Trial]:
+    """Try all on a few prompts, fewer on more; gates come in before the last round."""
+    generator = torch.Generator().manual_seed(choices.seed)
+    order = torch.randperm(len(data.task), generator=generator).tolist()
+    field, seen = list(candidates), 0
+    for number, (keep, n) in enumerate(choices.rounds):
+        trials = [store.trial(each) for each in field]
+        if seen:
+            trials.sort(key=lambda each: -each.value(choices.caution))
+        field = [each.candidate for each in trials[:keep]]
+        if number + 1 == len(choices.rounds):
+            best = field[: max(1, keep // 2)]
+            field += [replace(each, threshold=gate) for gate in choices.gates for each in best]
+        until = min(n, len(order))
+        known = [each for each in field if each in store.gains]
+        for some, start in ((known, seen), ([e for e in field if e not in known], 0)):
+            lacking = [each for each in some if store.lacks(each, order[:until])]
+            if lacking:
+                store.add(lacking, data.gains(lacking, order[start:until]))
+                store.save(0.0)
+        seen = until
+    return [store.trial(each) for each in store.gains]
+
+
+# --- directions ----------------------------------------------------------------------------------
+
+
+def fit_reply_directions(
+    model: Model,
+    task: Task[Any],
+    activations: Activations,
+    choices: ReplyChoices,
+    settings: ReadSettings,
+) -> dict[str, Direction]:
+    """Find the directions that are asked for and can be had; the others are left out.
+
+    `instruction` takes an instruction on every prompt, the others right and wrong replies.
+
+    Raises:
+        ValueError: if none can be had.
+    """
+    found: dict[str, Direction] = {}
+    given = activations.resid("last")
+    instructed = all(example.instruction for example in task.examples)
+    toward: Direction | None = None
+    if instructed and {"instruction", "prompt_controlled"} & set(choices.directions):
+        without = prompt_activations(model, task.without_instruction(), settings=settings)
+        toward = Direction("instruction", instruction(without, given))
+    if toward is not None and "instruction" in choices.directions:
+        found["instruction"] = toward
+    if "contrastive" in choices.directions:
+        probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
+        found["contrastive"] = fit_direction(activations, probe, "contrastive")
+    if "prompt_controlled" in choices.directions:
+        found["prompt_controlled"] = _controlled(
+            model, task, activations, toward, choices, settings
+        )
+    usable = {kind: each for kind, each in found.items() if bool((each.vectors != 0).any())}
+    if not usable:
+        notes = "; ".join(note for each in found.values() for note in each.notes)
+        raise ValueError(
+            f"No direction of {', '.join(choices.directions)} can be had on {task.name} "
+            f"({notes or 'its prompts have no instruction'}); give the task an `instruction`, or "
+            "take examples with right and wrong replies."
+        )
+    return usable
+
+
+def _controlled(
+    model: Model,
+    task: Task[Any],
+    activations: Activations,
+    toward: Direction | None,
+    choices: ReplyChoices,
+    settings: ReadSettings,
+) -> Direction:
+    """Sample replies, and again from the model steered toward the instruction if few are mixed."""
+    hooks: FwdHooks = ()
+    resid, prompt, wrong = _draws(model, task, hooks, choices, settings)
+    notes, n_mixed = [], _n_mixed(prompt, wrong)
+    if n_mixed < choices.min_mixed and toward is not None:
+        probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
+        rule, middle = Gated(limit=-torch.inf), model.n_layers // 3
+        steering = Steering(probe, toward.vectors, rule, layers=(middle,), positions="last")
+        more = _draws(model, task, steering.fwd_hooks(), choices, settings)
+        resid = torch.cat([resid, more[0]], dim=1)
+        prompt, wrong = torch.cat([prompt, more[1]]), torch.cat([wrong, more[2]])
+        notes.append(f"{n_mixed} mixed prompts unsteered; sampled steered too")
+        n_mixed = _n_mixed(prompt, wrong)
+    notes.append(f"{n_mixed} of {len(task)} prompts have right and wrong replies")
+    return Direction("prompt_controlled", prompt_controlled(resid, prompt, wrong), tuple(notes))
+
+
+def _n_mixed(prompt: Tensor, wrong: Tensor) -> int:
+    return len(set(prompt[wrong].tolist()) & set(prompt[~wrong].tolist()))
+
+
+def _draws(
+    model: Model, task: Task[Any], hooks: FwdHooks, choices: ReplyChoices, settings: ReadSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample replies to every prompt: activations unsteered, the prompt's number, if it is wrong.
+
+    Only prompts with both outcomes are read: the others weigh nothing.
+    """
+    prompts = tokenize_task(model, task, settings)
+    sampling = Sampling(settings.reply_tokens, choices.temperature, choices.seed)
+    rows, wrong = sample_replies(model, task, prompts, choices.n_draws, sampling, hooks, settings)
+    number = torch.arange(len(task)).repeat_interleave(choices.n_draws)
+    mixed = set(number[wrong].tolist()) & set(number[~wrong].tolist())
+    kept = [i for i, place in enumerate(number.tolist()) if place in mixed]
+    resid = reply_activations(
+        model,
+        [prompts[int(number[i])] for i in kept],
+        [rows[i].tokens for i in kept],
+        settings=settings,
+    )
+    return resid, number[kept], wrong[kept]
+
+
+def sample_replies(
+    model: Model,
+    task: Task[Any],
+    prompts: Sequence[Sequence[int]],
+    n_draws: int,
+    sampling: Sampling,
+    hooks: FwdHooks,
+    settings: ReadSettings,
+) -> tuple[list[Row], Tensor]:
+    """Sample several replies to each prompt; also tell which are wrong.
+
+    A draw has the same random numbers under any hooks, so what differs is due to these.
+    """
+    copies = [prompt for prompt in prompts for _ in range(n_draws)]
+    rows = reply_to(model, copies, hooks, sampling, settings=settings, is_traced=False)
+    examples = [example for example in task.examples for _ in range(n_draws)]
+    texts = [text_of(model, row, sampling) for row in rows]
+    scores = [e.score(text) for e, text in zip(examples, texts, strict=True)]
+    return rows, torch.tensor(scores) < 1

@@ -1,0 +1,135 @@
+"""Directions for free replies, the search over them, and the baselines that draw again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_task
+from test_scored import SETTINGS, scored_task
+
+import mera_tl
+from mera_tl import ReadSettings, calibrate, collect, evaluate, generate
+from mera_tl.benchmark import Run, RunConfig
+from mera_tl.inference import prompt_activations, reply_activations
+from mera_tl.methods import (
+    METHODS,
+    ReplyChoices,
+    draw_replies,
+    fit_reply_directions,
+    search_replies,
+)
+from mera_tl.probes import auroc, auroc_within, fit_error_probe
+from mera_tl.steering import instruction, prompt_controlled
+from mera_tl.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def asked(models):
+    return models["llama"], scored_task(models["llama"])
+
+
+def test_what_a_prompt_adds_to_all_its_replies_does_not_count():
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(30).repeat_interleave(4)
+    wrong = torch.rand(120, generator=generator) < 0.2 + 0.6 * (prompt < 15)
+    planted = torch.randn(2, 1, 8, generator=generator)
+    noise = 0.01 * torch.randn(2, 120, 8, generator=generator)
+    topic = 9 * torch.randn(2, 30, 8, generator=generator)[:, prompt] * (prompt < 15)[:, None]
+    resid = noise + planted * wrong[:, None]
+    found = prompt_controlled(resid + topic, prompt, wrong)
+    assert torch.allclose(found, planted[:, 0], atol=0.05)
+    # A control: the plain difference of means is misled by what the failing prompts share.
+    plain = [(resid + topic)[:, rows].mean(1) for rows in (wrong, ~wrong)]
+    assert not torch.allclose(plain[0] - plain[1], planted[:, 0], atol=0.5)
+
+
+def test_prompts_with_one_outcome_weigh_nothing():
+    resid, prompt = torch.randn(1, 4, 3), torch.tensor([0, 0, 1, 1])
+    found = prompt_controlled(resid, prompt, torch.tensor([True, False, True, True]))
+    assert torch.allclose(found, resid[:, 0] - resid[:, 1])
+    assert not prompt_controlled(resid, prompt, torch.tensor([True, True, False, False])).any()
+
+
+def test_moving_against_the_instruction_direction_moves_toward_it():
+    without, given = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    assert torch.allclose(without.mean(1) - instruction(without, given), given.mean(1), atol=1e-6)
+
+
+def test_a_probe_of_the_kind_of_question_reads_nothing_within_kinds():
+    kinds = ["a"] * 50 + ["b"] * 50
+    wrong = torch.arange(100) % 50 < torch.tensor([40] * 50 + [10] * 50)
+    of_the_kind = torch.tensor([1.0] * 50 + [0.0] * 50)
+    assert auroc(of_the_kind, wrong) > 0.75
+    assert auroc_within(of_the_kind, wrong, kinds) == 0.5
+    assert auroc_within(wrong.double(), wrong, kinds) == 1.0
+
+
+def test_given_replies_are_read_as_they_were_when_they_were_made(asked):
+    model, task = asked
+    activations = collect(model, task, settings=SETTINGS)
+    prompts = [e.prompt for e in task.examples]
+    replies = [r.tokens for r in generate(model, prompts, max_new_tokens=6)]
+    read = reply_activations(model, model.tokenize(prompts), replies, settings=SETTINGS)
+    assert torch.allclose(read, activations.resid("generated"), atol=1e-4)
+    last = prompt_activations(model, task, settings=SETTINGS)
+    assert torch.allclose(last, activations.resid("last"), atol=1e-4)
+
+
+def test_drawing_again_pays_for_what_it_draws(asked):
+    model, task = asked
+    learned = collect(model, task, settings=SETTINGS)
+    probe = fit_error_probe(learned, position="generated")
+    draws = draw_replies(model, task, probe, 3, settings=SETTINGS)
+    tokens = torch.stack([each.n_generated for each in draws.outcomes])
+    assert torch.equal(draws.best().n_generated, tokens.sum(0))
+    assert draws.best_scored().accuracy >= max(each.accuracy for each in draws.outcomes)
+    never, always = draws.retried(1.0), draws.retried(0.0)
+    assert never.replies == learned.outcomes.replies
+    assert torch.equal(never.n_generated, tokens[0])
+    assert always.replies == draws.outcomes[1].replies != never.replies
+    assert torch.equal(always.n_generated, tokens[:2].sum(0))
+    best = draws.best()
+    for i, draw in enumerate(draws.predicted.argmin(0).tolist()):
+        assert best.replies[i] == draws.outcomes[draw].replies[i]
+
+
+def test_what_cannot_be_learned_is_said_or_left_out(asked):
+    model, task = asked
+    train = replace(task, role="train")
+    activations = collect(model, train, settings=SETTINGS)
+    choices = ReplyChoices(("instruction",))
+    with pytest.raises(ValueError, match="its prompts have no instruction"):
+        fit_reply_directions(model, train, activations, choices, SETTINGS)
+    both = ReplyChoices(("instruction", "contrastive"))
+    assert fit_reply_directions(model, train, activations, both, SETTINGS).keys() == {"contrastive"}
+    plain = replace(make_task(), role="train")
+    with pytest.raises(ValueError, match="use `search`"):
+        search_replies(model, plain, collect(model, plain))
+
+
+def test_the_planted_failure_is_corrected_in_sentences_and_certified():
+    model = mera_tl.load_model("organism")
+    settings = ReadSettings(reply_tokens=6, progress=False)
+    splits = load_task("spam_sentence").split(seed=0, train=400, calibration=200, test=200)
+    learned = collect(model, splits.train, settings=settings)
+    choices = ReplyChoices(("contrastive",), gates=(0.3, 0.5), strengths=(1.0, 2.0))
+    found = search_replies(model, splits.train, learned, choices=choices, settings=settings)
+    decision = calibrate(model, splits.calibration, found.steering, settings=settings)
+    assert str(decision).startswith("STEER")
+    before = evaluate(model, splits.test, settings=settings)
+    after = evaluate(model, splits.test, decision.fwd_hooks(), settings=settings)
+    assert before.accuracy < 0.8 < 0.9 < after.accuracy
+    assert after.replies[0].startswith("I would say")
+
+
+def test_a_run_compares_what_suits_its_task(tmp_path):
+    from mera_tl.benchmark import DEFAULT_METHODS
+
+    run = Run(RunConfig(model="organism", task="spam_sentence"), tmp_path)
+    assert "best_of_k" in run.suited(DEFAULT_METHODS)
+    assert run.suited(("flip",)) == ("flip",)
+    with pytest.raises(ValueError, match="flip needs options .* on spam_sentence there are no_st"):
+        run.announce(("flip",))
+    with pytest.raises(ValueError, match="retry needs replies that are scored"):
+        Run(RunConfig(model="organism", task="spam_cue"), tmp_path).announce(("retry",))
+    assert METHODS["searched"].on == "both"
