@@ -1,13 +1,14 @@
 """Does steering make a real model follow instructions that it is given and does not follow?
 
-Six kinds of checkable instruction on short questions and real messages, SmolLM2-135M-Instruct,
-three splits. A direction is learned from prompts with and without the instruction (`instruction`),
-from wrong and right replies (`contrastive`), or from wrong and right replies to the same prompt
+Six kinds of checkable instruction on short questions, SmolLM2-135M-Instruct, three splits. A
+direction is learned from prompts with and without the instruction (`instruction`), from wrong and
+right replies (`contrastive`), or from wrong and right replies to the same prompt
 (`prompt_controlled`). Layer, strength, scope and gate are chosen on training prompts; one candidate
 is certified on others; all is measured on a third part. Beside it on the same prompts: a firmer
 wording of the instruction, a second reply where a probe expects an error, the best of four replies
 by that probe, and by the scorer itself. Instructions were chosen by how often the unsteered model
-follows them on 32 training prompts (neither never nor always), before anything was steered.
+follows them on 32 training prompts (.03 to .59), before anything was steered; three were left out
+that it never follows there (all lower case, a closing phrase, JSON of a message).
 
 Expected: `instruction` gains where the model half understands. An hour on one core. Replies and
 trials are kept as they come: a run that is killed goes on, and splits share what they can.
@@ -62,7 +63,7 @@ class Config:
         "ifeval_like_words",
         "ifeval_like_numbered_list",
         "ifeval_like_no_comma",
-        "sms_json",
+        "ifeval_like_one_word",
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     directions: tuple[str, ...] = ("instruction",)

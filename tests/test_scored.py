@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl import ReadSettings, collect, evaluate, evaluate_many, generate
+from mera_tl import ReadSettings, collect, evaluate, evaluate_many, explain, generate
 from mera_tl.inference import Outcomes
 from mera_tl.models import resid_post
 from mera_tl.steering import Gated, Steering
@@ -103,3 +103,14 @@ def test_a_scorer_that_fails_is_named_with_its_row(asked, tmp_path):
         evaluate(model, replace(task, examples=examples), settings=SETTINGS)
     with pytest.raises(ValueError, match="has options and no scorer"):
         evaluate(model, make_task(), settings=ReadSettings("reply"))
+
+
+def test_explain_shows_both_replies(asked):
+    model, task = asked
+    steering = Steering(random_probe(model), rule=Gated(-torch.inf, 8.0), layers=(1,))
+    ledger = explain(model, task.examples[0], steering, settings=SETTINGS)
+    one, hooks = task.subset([0]), steering.fwd_hooks()
+    runs = [evaluate(model, one, each, settings=SETTINGS) for each in ((), hooks)]
+    assert ledger.replies == (runs[0].replies[0], runs[1].replies[0])
+    said = [task.options[int(run.predictions[0])] for run in runs]
+    assert list(ledger.answers) == said and repr(ledger.replies[0])[:80] in str(ledger)

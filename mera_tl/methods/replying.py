@@ -54,6 +54,8 @@ class ReplyChoices:
     positions: tuple[Positions, ...] = ("final", "last")
     gates: tuple[float, ...] = (0.5,)
     """Predicted errors above which the best candidates are also tried."""
+    gate_all: bool = False
+    """Whether every candidate is tried behind each gate from the first round on."""
     rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (10, 16), (4, 10**9))
     """How many candidates see how many judging prompts, round by round."""
     search_share: float = 0.4
@@ -113,6 +115,8 @@ def search_replies(
             directions, choices.layers_of(model), choices.positions, choices.strengths
         )
     ]
+    if choices.gate_all:
+        candidates += [replace(c, threshold=gate) for gate in choices.gates for c in candidates]
     trials = _race(data, candidates, choices, store)
     chosen = choose(trials, choices.caution)
     kinds = [example.kind for example in data.task.examples]
@@ -141,7 +145,8 @@ def _race(
         field = [each.candidate for each in trials[:keep]]
         if number + 1 == len(choices.rounds):
             best = field[: max(1, keep // 2)]
-            field += [replace(each, threshold=gate) for gate in choices.gates for each in best]
+            gated = [replace(each, threshold=gate) for gate in choices.gates for each in best]
+            field = list(dict.fromkeys([*field, *gated]))
         until = min(n, len(order))
         known = [each for each in field if each in store.gains]
         for some, start in ((known, seen), ([e for e in field if e not in known], 0)):

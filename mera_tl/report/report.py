@@ -155,7 +155,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
 def _constant(run: RunFolder) -> str:
     """Say what the best constant answer would get: a steering that only finds it is no insight."""
     answers = run.changes("no_steering")
-    if answers.empty:
+    if answers.empty or "finish_before" in answers:  # of a reply that is scored nothing is constant
         return ""
     share = answers["label"].value_counts(normalize=True)
     return f' (always "{share.index[0]}" would get {share.iloc[0]:.1%})'
@@ -345,6 +345,8 @@ def _moved(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
 def _methods(run: RunFolder) -> pd.DataFrame:
     """Tabulate methods, the decision first: a phone shows the first columns."""
     frame = table(run.records)
+    # What a method costs, where replies are generated to be scored.
+    tokens = [record.get("tokens_generated", 0.0) for record in run.records]
     return pd.DataFrame(
         {
             "method": frame["method"],
@@ -355,6 +357,7 @@ def _methods(run: RunFolder) -> pd.DataFrame:
             "regressed": frame["1->0"],
             "steered": frame["steered"],
             "threshold": frame["threshold"],
+            **({"tokens a reply": tokens} if any(tokens) else {}),
         }
     )
 
@@ -371,6 +374,7 @@ def _examples(run: RunFolder) -> dict[str, Any]:
         return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
     prompts = {example.row: example.prompt for example in test.examples}
     rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
+    said = "reply" if test.scored else "prediction"  # replies stand side by side as they are
     # Drawn by seed, not chosen; a stable sort keeps the draw within each kind.
     drawn = sorted(rng.sample(rows, len(rows)), key=lambda row: row["change"] in ("0->0", "1->1"))
     shown = [
@@ -378,13 +382,13 @@ def _examples(run: RunFolder) -> dict[str, Any]:
             "row": row["row"],
             "label": row["label"],
             "change": row["change"],
-            "before": row["prediction_before"],
-            "after": row["prediction_after"],
+            "before": row[f"{said}_before"],
+            "after": row[f"{said}_after"],
             "error_before": round(row["error_before"], 4),
             "error_after": round(row["error_after"], 4),
             "p_before": [round(p, 4) for p in row["probs_before"]],
             "p_after": [round(p, 4) for p in row["probs_after"]],
-            "reply": row.get("reply_after"),
+            "reply": None if test.scored else row.get("reply_after"),
             "prompt": prompts[row["row"]][-LONGEST_PROMPT:],
         }
         for row in drawn[:MOST_EXAMPLES]

@@ -252,7 +252,8 @@ class RunFolder:
             ValueError: if the data is gone or has changed since.
         """
         c = self.config
-        task = load_task(c.task, data_dir=c.data_dir, template=c.template)
+        where: dict[str, Any] = {"data_dir": c.data_dir, "template": c.template}
+        task = load_task(c.task, **where, trust_task_code=c.trust_task_code)
         test = task.split(c.seed, train=c.train, calibration=c.calibration, test=c.test).test
         wanted = self.records[0]["hashes"]["data"]["test"]
         if test.data_hash != wanted:

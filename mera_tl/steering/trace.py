@@ -56,6 +56,8 @@ class Ledger:
     """Where the probe was fitted; predictions elsewhere are no predictions."""
     instead: str = ""
     """What was done where no activation was moved, in words."""
+    replies: tuple[str | None, str | None] = (None, None)
+    """Before and after, where replies are scored."""
 
     def is_valid(self, pos: int) -> bool:
         """Whether the probe was fitted to predict from tokens at this place."""
@@ -103,6 +105,7 @@ class Ledger:
             "label",
             "answers",
             "probs",
+            "replies",
         )
         grids = {n: _plain(getattr(self, n)) for n in ("before", "after", "shift")}
         return {name: getattr(self, name) for name in names} | grids
@@ -111,6 +114,9 @@ class Ledger:
         return f"Row {self.row} of {self.model}: {self._change()}. {self._moved()}."
 
     def _change(self) -> str:
+        if self.replies != (None, None):
+            verdicts = zip(self.replies, self.answers, strict=True)
+            return " becomes ".join(f"{reply!r:.80} ({answer})" for reply, answer in verdicts)
         said = [answer or "nothing" for answer in self.answers]
         sure = [self._prob(answer, p) for answer, p in zip(self.answers, self.probs, strict=True)]
         if said[0] == said[1]:
@@ -212,6 +218,7 @@ def _ledger(
         label=example.options[example.label],
         answers=(answers[0], answers[1]),
         probs=(probs[0], probs[1]),
+        replies=(unsteered.reply, steered.reply),
     )
 
 
@@ -239,6 +246,13 @@ class _Run:
             self.reading: Reading = read_batch(model, tokens, options, settings, hooks)
         finally:
             handle.remove()
+        self.reply: str | None = None
+        if example.scorer is not None:
+            (self.reply,) = options.texts([[t for t in self.reading.tokens[0].tolist() if t >= 0]])
+            score = torch.tensor(example.score(self.reply))
+            graded = {"predictions": (score == 1).long()[None]}
+            graded["probs"] = torch.stack([1 - score, score])[None]
+            self.reading = replace(self.reading, **graded)
 
     def _feed(self, module: Any, fed: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         self._fed = fed[0]
