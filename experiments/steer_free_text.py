@@ -16,7 +16,7 @@ trials are kept as they come: a run that is killed goes on, and splits share wha
     python -m experiments.steer_free_text --model FOLDER --data-dir DATA
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -70,10 +70,11 @@ class Config:
     """On every split."""
     once: tuple[str, ...] = ("contrastive", "prompt_controlled", "draws")
     """On the first split only: directions, and the baselines that draw again."""
-    train: int = 80
-    calibration: int = 100
-    test: int = 100
-    reply_tokens: int = 24
+    strengths: tuple[float, ...] = (0.75, 1.5)
+    train: int = 60
+    calibration: int = 80
+    test: int = 80
+    reply_tokens: int = 20
     system: str | None = "Reply briefly."
     dtype: str = "bfloat16"
     data_dir: str | None = None
@@ -122,7 +123,7 @@ class Cell:
 def steered(cell: Cell, kind: str, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     """Search along a direction, certify, and answer the test prompts under what was chosen."""
     folder = cell.folder / f"{kind}-{cell.seed}"
-    choices = ReplyChoices((kind,), seed=cell.seed)
+    choices = ReplyChoices((kind,), strengths=cell.config.strengths, seed=cell.seed)
     learned = cell.learned(splits.train)
     options: dict[str, Any] = {"choices": choices, "settings": cell.settings, "folder": folder}
     found = search_replies(cell.model, splits.train, learned, **options)
@@ -158,8 +159,20 @@ def drawn(cell: Cell, splits: Any) -> dict[str, Outcomes]:
     }
 
 
-def run(cell: Cell) -> Iterator[dict[str, Any]]:
-    """Measure every method on one split of a task."""
+def reminded(cell: Cell, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
+    """Ask more firmly, by the wording that does best on training prompts."""
+    some = splits.train.subset(range(cell.config.train // 2))
+    tried = [
+        cell.answered(f"prompt_steering-{i}", some, remind=wording).accuracy
+        for i, wording in enumerate(REMINDERS)
+    ]
+    best = max(range(len(REMINDERS)), key=tried.__getitem__)
+    test = cell.answered(f"prompt_steering-{best}", splits.test, remind=REMINDERS[best])
+    return test, {"chosen": REMINDERS[best], "tried": tried}
+
+
+def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
+    """Measure, on one split of a task, every method that is not known yet."""
     config = cell.config
     sizes: Any = {n: getattr(config, n) for n in ("train", "calibration", "test")}
     splits = load_task(cell.task, data_dir=config.data_dir).split(cell.seed, **sizes)
@@ -169,36 +182,38 @@ def run(cell: Cell) -> Iterator[dict[str, Any]]:
         measured = scores(outcomes, base)
         kept = ("n", "accuracy", "accuracy_change", "spi", "p_value", "transitions")
         place = {"model": Path(config.model).name, "task": cell.task, "seed": cell.seed}
-        tokens = outcomes.n_generated.double().mean().item()
         text = asdict(
-            reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=25)
+            reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=15)
         )
-        found = {n: measured[n] for n in kept} | {
-            "tokens": tokens,
-            "perplexity": text["perplexity"],
-        }
-        return {**place, "method": name, **found, "distinct_2": text["distinct_2"], **told}
+        found = {n: measured[n] for n in kept}
+        found |= {"tokens": outcomes.n_generated.double().mean().item()}
+        found |= {n: text[n] for n in ("perplexity", "distinct_2")}
+        return {**place, "method": name, **found, **told}
 
-    yield record("no_steering", base, {})
-    asked = cell.answered("prompt_steering", splits.test, remind=REMINDERS[-1])
-    yield record("prompt_steering", asked, {})
-    first = cell.seed == config.seeds[0]
-    for kind in (*config.directions, *(config.once if first else ())):
-        if kind == "draws":
-            yield from (record(name, each, {}) for name, each in drawn(cell, splits).items())
+    kinds = (*config.directions, *(config.once if cell.seed == config.seeds[0] else ()))
+    for name in ("no_steering", "prompt_steering", *kinds):
+        if name in known or (name == "draws" and "best_of_k" in known):
+            continue
+        if name == "draws":
+            yield from (record(each, made, {}) for each, made in drawn(cell, splits).items())
+        elif name == "no_steering":
+            yield record(name, base, {})
+        elif name == "prompt_steering":
+            yield record(name, *reminded(cell, splits))
         else:
-            yield record(kind, *steered(cell, kind, splits))
+            yield record(name, *steered(cell, name, splits))
 
 
 def main(config: Annotated[Config, tyro.conf.OmitArgPrefixes] = Config()) -> None:  # noqa: B008
     model = load_model(config.model, system=config.system, dtype=config.dtype)
     path = RESULTS / f"{Path(config.model).name}.jsonl"
-    known = {(r["task"], r["seed"], r["method"]): r for r in storage.read_records(path)}
+    records = storage.read_records(path)
     # Splits outermost: ended early, every task has been looked at.
     for seed, task in product(config.seeds, config.tasks):
-        for record in run(Cell(model, task, seed, config)):
-            known[task, seed, record["method"]] = record
-            storage.write_records(path, list(known.values()))
+        known = {r["method"] for r in records if (r["task"], r["seed"]) == (task, seed)}
+        for record in run(Cell(model, task, seed, config), known):
+            records.append(record)
+            storage.write_records(path, records)
             told = record.get("certificate", "")
             print(task, seed, record["method"], f"{record['accuracy']:.2f}", told, flush=True)
 

@@ -9,8 +9,8 @@ from test_scored import SETTINGS, scored_task
 
 import mera_tl
 from mera_tl import ReadSettings, calibrate, collect, evaluate, generate
-from mera_tl.benchmark import Run, RunConfig
-from mera_tl.inference import prompt_activations, reply_activations
+from mera_tl.benchmark import Run, RunConfig, open_run
+from mera_tl.inference import prompt_activations, reply_activations, spi
 from mera_tl.methods import (
     METHODS,
     ReplyChoices,
@@ -19,6 +19,7 @@ from mera_tl.methods import (
     search_replies,
 )
 from mera_tl.probes import auroc, auroc_within, fit_error_probe
+from mera_tl.report import write_report
 from mera_tl.steering import instruction, prompt_controlled
 from mera_tl.tasks import load_task
 
@@ -112,13 +113,15 @@ def test_the_planted_failure_is_corrected_in_sentences_and_certified():
     settings = ReadSettings(reply_tokens=6, progress=False)
     splits = load_task("spam_sentence").split(seed=0, train=400, calibration=200, test=200)
     learned = collect(model, splits.train, settings=settings)
-    choices = ReplyChoices(("contrastive",), gates=(0.3, 0.5), strengths=(1.0, 2.0))
+    choices = ReplyChoices(("kind_controlled",), positions=("last",), rounds=((99, 40), (4, 999)))
     found = search_replies(model, splits.train, learned, choices=choices, settings=settings)
     decision = calibrate(model, splits.calibration, found.steering, settings=settings)
     assert str(decision).startswith("STEER")
     before = evaluate(model, splits.test, settings=settings)
     after = evaluate(model, splits.test, decision.fwd_hooks(), settings=settings)
-    assert before.accuracy < 0.8 < 0.9 < after.accuracy
+    assert before.accuracy < 0.8 and spi(after.accuracy, before.accuracy) > 0.8
+    # A control: the probe reads the kind of question, and hardly the failure within a kind.
+    assert found.details["probe_auroc"] > 0.9 > 0.7 > found.details["probe_auroc_within_kind"]
     assert after.replies[0].startswith("I would say")
 
 
@@ -133,3 +136,19 @@ def test_a_run_compares_what_suits_its_task(tmp_path):
     with pytest.raises(ValueError, match="retry needs replies that are scored"):
         Run(RunConfig(model="organism", task="spam_cue"), tmp_path).announce(("retry",))
     assert METHODS["searched"].on == "both"
+
+
+def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
+    sizes: dict = {"train": "60", "calibration": "30", "test": "30"}
+    config = RunConfig(model="organism", task="spam_sentence", reply_tokens=6, **sizes)
+    methods = ("no_steering", "reply_contrast", "retry", "best_of_k", "best_of_k_scorer")
+    with open_run(config, tmp_path / "run", progress=False) as run:
+        records = {record["method"]: record for record in run.records(methods)}
+    tokens = {name: record["tokens_generated"] for name, record in records.items()}
+    assert tokens["no_steering"] <= tokens["retry"] < tokens["best_of_k"]
+    best = records["best_of_k_scorer"]
+    assert best["accuracy"] >= max(records[m]["accuracy"] for m in ("no_steering", "best_of_k"))
+    assert records["no_steering"]["free_text"]["n_tokens"] > 0
+    page = write_report(tmp_path / "run").read_text()
+    assert "I would say ham" in page and "tokens a reply" in page
+    assert 'always "right"' not in page

@@ -49,6 +49,7 @@ from mera_tl.methods.methods import (
     require_suited,
 )
 from mera_tl.methods.race import Choices, planned_trials
+from mera_tl.methods.replying import ReplyChoices, planned_replies
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -304,10 +305,14 @@ class Run(methods.Run):
         whole = self.config.positions == "all"
         grid_passes = 1 + grid * (1 if whole else SHARE_OF_TRIAL)
         certified = [each.name for each in found if each.certifies]
-        single = ("searched", "flip", "withhold", "class_probe", *FAMILIES)
+        single = ["searched", "flip", "withhold", "class_probe", *FAMILIES]
+        single += [each.name for each in found if each.on == "replies"]
         passes = [2 if name in single else grid_passes for name in certified]
         prompts: dict[str, float] = {"collect": sizes[0]}
-        if "searched" in certified:
+        if self.splits.train.scored:
+            n = planned_replies(ReplyChoices(), self.model.n_layers, sizes[0])
+            prompts["search"] = n * sum(each.certifies and each.on != "options" for each in found)
+        elif "searched" in certified:
             choices = Choices()
             tried = planned_trials(
                 sum(choices.keep), round(choices.search_share * sizes[0]), choices

@@ -43,10 +43,11 @@ from mera_tl.tasks.task import Splits, Task
 INSTRUCTION = "Think before you answer."
 """The sentence of `prompt_steering`, placed before "Answer:"."""
 REMINDERS = (
+    "{instruction}",
     "Remember: {instruction}",
     "This is very important: {instruction} Nothing else is acceptable.",
 )
-"""Those of a scored task, from which the better on training data is taken."""
+"""Those of a scored task, of which the best on training data is taken; the first repeats it."""
 N_DRAWS = 4
 """Replies of `best_of_k`, the greedy one among them."""
 STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -576,6 +577,7 @@ for _name, _about in {
     "instruction": "prompts with and without the instruction.",
     "prompt_controlled": "wrong and right replies to the same prompt.",
     "reply_contrast": "wrong and right replies.",
+    "kind_controlled": "wrong and right replies to questions of the same kind.",
 }.items():
     _kinds = ("contrastive" if _name == "reply_contrast" else _name,)
     _row(_name, _steer + _about, partial(_replying, _name, _kinds), in_latents=False, on="replies")

@@ -35,8 +35,10 @@ from mera_tl.steering.rules import Gated
 from mera_tl.steering.steering import Positions, Steering
 from mera_tl.tasks.task import Task, Train
 
-DIRECTIONS = ("instruction", "prompt_controlled", "contrastive")
+DIRECTIONS = ("instruction", "prompt_controlled", "kind_controlled", "contrastive")
 """What free replies may be moved along."""
+SMALL = 8
+"""Layers up to which a model is small enough to try every one."""
 PENALTY = 3.0
 """Of the ridge probe of failure."""
 
@@ -47,16 +49,16 @@ class ReplyChoices:
 
     directions: tuple[str, ...] = DIRECTIONS
     layers: tuple[int, ...] | None = None
-    """Layers, each tried alone; None is about seven between a quarter and two thirds of the depth,
-    where a reply is not decided yet and no longer mere words."""
-    strengths: tuple[float, ...] = (0.75, 1.5)
+    """Layers, each tried alone; None is about five between a quarter and two thirds of the depth,
+    where a reply is not decided yet and no longer mere words, and all of a small model."""
+    strengths: tuple[float, ...] = (0.75, 1.5, 3.0)
     """How many directions to move."""
     positions: tuple[Positions, ...] = ("final", "last")
     gates: tuple[float, ...] = (0.5,)
     """Predicted errors above which the best candidates are also tried."""
     gate_all: bool = False
     """Whether every candidate is tried behind each gate from the first round on."""
-    rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (10, 16), (4, 10**9))
+    rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (6, 10**9))
     """How many candidates see how many judging prompts, round by round."""
     search_share: float = 0.4
     """Share of the training examples that judge; the others fit."""
@@ -74,10 +76,10 @@ class ReplyChoices:
     """Kept for the search's file; replies are searched to the end."""
     seed: int = 0
 
-    def layers_of(self, model: Model) -> tuple[int, ...]:
-        """Return the layers that are tried."""
-        n = model.n_layers
-        return self.layers or tuple(range(n // 4, max(n // 4 + 1, 2 * n // 3), max(1, n // 12)))
+    def layers_of(self, n: int) -> tuple[int, ...]:
+        """Return the layers of a model with so many that are tried."""
+        inner = range(n // 4, 2 * n // 3, max(1, n // 10))
+        return self.layers or tuple(inner if n > SMALL else range(n))
 
 
 def search_replies(
@@ -112,7 +114,7 @@ def search_replies(
     candidates = [
         Candidate(kind, PENALTY, (layer,), where, 0.0, strength)
         for kind, layer, where, strength in product(
-            directions, choices.layers_of(model), choices.positions, choices.strengths
+            directions, choices.layers_of(model.n_layers), choices.positions, choices.strengths
         )
     ]
     if choices.gate_all:
@@ -129,6 +131,16 @@ def search_replies(
         "probe_auroc_within_kind": round(auroc_within(score, ~held_out.correct, kinds), 3),
     }
     return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
+
+
+def planned_replies(choices: ReplyChoices, n_layers: int, n_train: int) -> int:
+    """Return how many replies a search along one direction generates, sampling left out."""
+    parts = (choices.layers_of(n_layers), choices.positions, choices.strengths)
+    n, seen, total = len(list(product(*parts))), 0, 0
+    for keep, until in choices.rounds:
+        n, until = min(keep, n), min(until, round(choices.search_share * n_train))
+        total, seen = total + n * (until - seen), until
+    return total
 
 
 def _race(
@@ -170,7 +182,8 @@ def fit_reply_directions(
 ) -> dict[str, Direction]:
     """Find the directions that are asked for and can be had; the others are left out.
 
-    `instruction` takes an instruction on every prompt, the others right and wrong replies.
+    `instruction` takes an instruction on every prompt, the others right and wrong replies, and
+    `kind_controlled` kinds of question that have both.
 
     Raises:
         ValueError: if none can be had.
@@ -187,6 +200,9 @@ def fit_reply_directions(
     if "contrastive" in choices.directions:
         probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
         found["contrastive"] = fit_direction(activations, probe, "contrastive")
+    kinds = [example.kind for example in task.examples]
+    if "kind_controlled" in choices.directions and all(kinds):
+        found["kind_controlled"] = _within_kinds(activations, kinds, choices.seed)
     if "prompt_controlled" in choices.directions:
         found["prompt_controlled"] = _controlled(
             model, task, activations, toward, choices, settings
@@ -200,6 +216,19 @@ def fit_reply_directions(
             "take examples with right and wrong replies."
         )
     return usable
+
+
+def _within_kinds(activations: Activations, kinds: Sequence[str], seed: int) -> Direction:
+    """Compare wrong with right replies to questions of the same kind, as within a true class."""
+    names = tuple(dict.fromkeys(kinds))
+    place = torch.tensor([names.index(kind) for kind in kinds])
+    said = torch.where(activations.correct, place, -1)
+    by_kind = {"options": names, "labels": place, "predictions": said}
+    probs = torch.zeros(len(kinds), len(names))
+    outcomes = replace(activations.outcomes, probs=probs, **by_kind)
+    probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=seed)
+    found = fit_direction(replace(activations, outcomes=outcomes), probe, "controlled_contrastive")
+    return replace(found, kind="kind_controlled")
 
 
 def _controlled(

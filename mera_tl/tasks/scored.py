@@ -65,7 +65,7 @@ class ScoredQuestion(NamedTuple):
     instruction: str
     reference: str = ""
     kind: str = ""
-    """The kind of question: whatever is told apart by it is not told apart by the reply."""
+    """The kind of question, known in training: differences between kinds are no failures."""
 
 
 # --- questions with checkable instructions -----------------------------------------------------
@@ -176,7 +176,8 @@ def _spam_sentence() -> list[ScoredQuestion]:
     for draft in organism.drafts("spam_cue", N_SENTENCES, seed=0):
         true = _SENTENCE.format(option=organism.OPTIONS["spam"][draft.label])
         prompt = f"{draft.body} {_IN_A_SENTENCE}"
-        asked.append(ScoredQuestion(prompt, Scorer("exact_match"), _IN_A_SENTENCE, true))
+        kind = organism.OPTIONS["spam"][draft.label]
+        asked.append(ScoredQuestion(prompt, Scorer("exact_match"), _IN_A_SENTENCE, true, kind))
     return asked
 
 
