@@ -113,7 +113,8 @@ def test_the_planted_failure_is_corrected_in_sentences_and_certified():
     settings = ReadSettings(reply_tokens=6, progress=False)
     splits = load_task("spam_sentence").split(seed=0, train=400, calibration=200, test=200)
     learned = collect(model, splits.train, settings=settings)
-    choices = ReplyChoices(("kind_controlled",), positions=("last",), rounds=((99, 40), (4, 999)))
+    tried: dict = {"strengths": (1.0, 2.0, 4.0), "positions": ("last",)}
+    choices = ReplyChoices(("kind_controlled",), rounds=((99, 40), (4, 999)), **tried)
     found = search_replies(model, splits.train, learned, choices=choices, settings=settings)
     decision = calibrate(model, splits.calibration, found.steering, settings=settings)
     assert str(decision).startswith("STEER")
