@@ -97,6 +97,23 @@ def test_lines_are_read_as_pairs():
         list(read_gains([*lines[:1], '{"steered": 1}']))
 
 
+def test_audits_are_joined_with_the_log_of_what_was_served():
+    log = [f'{{"prompt": "{p}", "fired": {f}}}' for p, f in (("a", "true"), ("b", "false"))]
+    log += ["", '{"prompt": "a", "fired": false}']
+    audits = [
+        '{"prompt": "b", "steered": 1}',  # nothing was moved: no unsteered answer is needed
+        '{"prompt": "a", "steered": 0, "unsteered": 1}',
+        '{"prompt": "a", "steered": 0, "unsteered": 1}',  # the second time nothing was moved
+    ]
+    assert list(read_gains(audits, log)) == [0.0, -1.0, 0.0]
+    with pytest.raises(ValueError, match="Line 4 is of a prompt that the log does not hold"):
+        list(read_gains([*audits, audits[1]], log))
+    with pytest.raises(ValueError, match="Line 1 is no audited pair.*prompt"):
+        list(read_gains(['{"steered": 1, "unsteered": 0}'], log))
+    with pytest.raises(ValueError, match="Line 1 is no audited pair"):  # it was moved
+        list(read_gains(['{"prompt": "a", "steered": 1}'], log))
+
+
 def test_bad_input_is_refused():
     for gain in (1.5, math.nan):
         with pytest.raises(ValueError, match="not in"):

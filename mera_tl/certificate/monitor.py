@@ -10,6 +10,7 @@ as each gain's expectation given the past is at least the floor. Constant work p
 
 import json
 import math
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -187,26 +188,43 @@ def _log_mean(logs: tuple[float, ...]) -> float:
     return top + math.log(sum(math.exp(value - top) for value in logs) / len(logs))
 
 
-def read_gains(lines: Iterable[str]) -> Iterator[float]:
+def read_gains(lines: Iterable[str], log: Iterable[str] | None = None) -> Iterator[float]:
     """Read one gain per line of JSONL, in order: `gain`, or `steered` and `unsteered`.
 
     The latter two are correctness (true/false, 0/1) or any score in [0, 1] that is better when
-    higher.
+    higher. `log` is what `Steering.attach(log=...)` wrote of all traffic: then every line also has
+    the hash of its `prompt` (`hash_of_prompt`), and is refused if that was never served. Where the
+    log says that nothing was moved the gain is 0, and `unsteered` may be left out. A prompt that
+    was served several times meets its lines of the log in order.
 
     Raises:
-        ValueError: naming the line that is neither.
+        ValueError: naming the line that is neither, or whose prompt is not in the log.
     """
+    fired: dict[str, deque[bool]] = defaultdict(deque)
+    for served in map(json.loads, filter(str.strip, log or ())):
+        fired[served["prompt"]].append(served["fired"])
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            if "gain" in record:
-                yield float(record["gain"])
+            times = deque([True]) if log is None else fired[record["prompt"]]
+            if times and not times[0]:
+                gain = 0.0
+            elif "gain" in record:
+                gain = float(record["gain"])
             else:
-                yield float(record["steered"]) - float(record["unsteered"])
+                gain = float(record["steered"]) - float(record["unsteered"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"Line {number} is no audited pair: {line.strip()[:80]!r}; write one JSON object a "
-                'line, as {"steered": true, "unsteered": false} or {"gain": 1}.'
+                'line, as {"steered": true, "unsteered": false} or {"gain": 1}, and with a log its '
+                '"prompt".'
             ) from None
+        if not times:
+            raise ValueError(
+                f"Line {number} is of a prompt that the log does not hold, or not so often; hash "
+                "its token ids by mera_tl.steering.hash_of_prompt, and pass the log of attach."
+            )
+        times.popleft()
+        yield gain

@@ -283,10 +283,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Monitor:
-    """Watch audited traffic: should a certificate be withdrawn? Exit code 1 if so."""
+    """Watch audited traffic: should a certificate be withdrawn? Exit code 1 if so.
+
+    For example:
+
+      $ mera monitor pairs.jsonl
+      $ mera monitor outcomes.jsonl --log audit.jsonl
+    """
 
     pairs: Positional[Path]
     """JSONL, a line per audited pair, oldest first: {"steered": 1, "unsteered": 0}."""
+    log: Path | None = None
+    """What steering.attach(model, log=...) wrote of all traffic. Each pair then also names its
+    "prompt", by mera_tl.steering.hash_of_prompt, and where nothing was moved it needs no
+    "unsteered"."""
     state: Path = Path("monitor.json")
     """Where the state is kept; started again, only new lines of `pairs` are read."""
     floor: float | None = None
@@ -298,8 +308,9 @@ class Monitor:
         watch = resume(self.state, floor=self.floor)
         if not self.pairs.is_file():
             raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
+        log = None if self.log is None else self.log.read_text(encoding="utf-8").splitlines()
         with open(self.pairs, encoding="utf-8") as lines:
-            watch = watch.update_all(islice(read_gains(lines), watch.n, None))
+            watch = watch.update_all(islice(read_gains(lines, log), watch.n, None))
         watch.save(self.state)
         print(watch)
         if watch.withdraw:
