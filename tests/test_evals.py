@@ -1,15 +1,16 @@
 """Benchmarks of lm-evaluation-harness on a steered model: the same numbers in any batch."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl import Adaptive, Steering
+from mera_tl import Adaptive, Steering, calibrate
+from mera_tl.cli import main
 from mera_tl.evals import Continuation, SteeredLM, compare_on_tasks, log_likelihoods
-from mera_tl.inference import ReadSettings, option_tokens
+from mera_tl.inference import ReadSettings, option_tokens, read_batch
 from mera_tl.steering import Sampling, reply_to
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -100,13 +101,20 @@ def test_steering_by_the_answer_needs_its_options(models):
     prompts = model.tokenize(PROMPTS)
     pairs = [Continuation(tuple(p), (5, 6)) for p in prompts]
     together = log_likelihoods(model, pairs, steering.fwd_hooks(), options=options)
+    answers = read_batch(model, prompts, options, ReadSettings("last")).predictions
+    for pair, (value, _), answer in zip(pairs, together, answers.tolist(), strict=True):
+        single = replace(steering, direction=steering.direction[answer])
+        ((own, _),) = log_likelihoods(model, [pair], single.fwd_hooks())
+        assert value == pytest.approx(own, abs=1e-4)
     alone = [log_likelihoods(model, [p], steering.fwd_hooks(), options=options)[0] for p in pairs]
     torch.testing.assert_close(
         *(torch.tensor([v for v, _ in x]) for x in (together, alone)), atol=1e-4, rtol=0
     )
 
 
-def test_local_tasks_are_compared_with_paired_intervals(models, tmp_path):
+@pytest.fixture
+def toy(tmp_path):
+    """A task file, and its rows."""
     lines = [{"text": p, "label": i % 2} for i, p in enumerate(PROMPTS * 3)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "toy.yaml").write_text(
@@ -123,8 +131,13 @@ metric_list:
   - metric: acc
 """
     )
+    return tmp_path / "toy.yaml", lines
+
+
+def test_local_tasks_are_compared_with_paired_intervals(models, toy):
+    path, lines = toy
     model = models["llama"]
-    (effect,) = compare_on_tasks(model, steering_of(model), [str(tmp_path / "toy.yaml")], limit=20)
+    (effect,) = compare_on_tasks(model, steering_of(model), [str(path)], limit=20)
     assert (effect.task, effect.metric, effect.n) == ("toy_choice", "acc", 20)
     assert effect.low <= effect.difference <= effect.high
     assert 0 < effect.unsteered < 1 and effect.n_changed <= 20
@@ -138,3 +151,21 @@ metric_list:
     assert effect.steered == pytest.approx(sum(right) / 20)
     with pytest.raises(ValueError, match="no task file"):
         compare_on_tasks(model, steering_of(model), ["nowhere.yaml"])
+
+
+def test_the_command_line_shows_side_effects(
+    models, checkpoints, toy, tmp_path, monkeypatch, capsys
+):
+    model, task = models["llama"], make_task(12).subset(range(12), role="calibration")
+    decision = calibrate(model, task, steering_of(model), min_gain=-0.99)
+    command = ["mera", "eval", "--steering", str(decision.save(tmp_path / "steering"))]
+    command += ["--model", str(checkpoints["llama"]), "--tasks", str(toy[0]), "--limit", "20"]
+    (effect,) = compare_on_tasks(model, steering_of(model), [str(toy[0])], limit=20)
+    monkeypatch.setattr("sys.argv", [*command, "--json"])
+    main()
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row == pytest.approx(asdict(effect) | {"difference": effect.difference})
+    monkeypatch.setattr("sys.argv", [*command[:-4], "--tasks", "nowhere.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "There is no task file nowhere.yaml" in " ".join(capsys.readouterr().err.split())

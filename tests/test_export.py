@@ -9,8 +9,9 @@ import torch
 from conftest import random_probe, talking_task
 
 from mera_tl import Adaptive, Additive, Steering, calibrate
+from mera_tl.cli import main
 from mera_tl.inference import ReadSettings
-from mera_tl.steering import export_control_vector, generate
+from mera_tl.steering import control_vectors, export_control_vector, generate
 
 
 @pytest.fixture
@@ -37,6 +38,21 @@ def test_a_control_vector_is_read_back_as_the_shift_of_every_token(models, addit
     ]
     both = [model.hooked.run_with_hooks(ids, fwd_hooks=h) for h in (add, additive.fwd_hooks())]
     torch.testing.assert_close(*both)
+
+
+def test_the_command_line_exports_what_was_certified(
+    models, additive, tmp_path, monkeypatch, capsys
+):
+    gguf = pytest.importorskip("gguf")
+    task = talking_task(models["llama"]).subset(range(12), role="calibration")
+    decision = calibrate(models["llama"], task, additive, min_gain=-0.99)
+    folder, path = decision.save(tmp_path / "steering"), tmp_path / "vector.gguf"
+    monkeypatch.setattr("sys.argv", ["mera", "export", "--steering", str(folder), "-o", str(path)])
+    main()
+    assert capsys.readouterr().out.strip() == str(path)
+    tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(path).tensors}
+    for layer, vector in control_vectors(additive).items():
+        assert torch.equal(tensors[f"direction.{layer}"], torch.tensor(vector))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Replies: the same alone and in a batch, steered and not by the same random numbers."""
 
+import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from conftest import make_task, random_probe
 
 import mera_tl
-from mera_tl import Additive, Steering, generate
+from mera_tl import Additive, Steering, calibrate, generate
+from mera_tl.cli import main
 from mera_tl.inference import ReadSettings
 
 PROMPTS = [example.prompt for example in make_task(6).examples]
@@ -86,32 +89,61 @@ def test_what_cannot_be_generated_is_refused(models, steering):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         generate(model, ["a"], max_new_tokens=0)
     by_answer = replace(steering, direction=torch.randn(2, 3, 32))
-    with pytest.raises(ValueError, match="was certified with the readout"):
+    with pytest.raises(ValueError, match="knows of none; take one that was certified"):
         generate(model, ["a"], by_answer)
 
 
-def test_the_command_line_replies_side_by_side(models, checkpoints, tmp_path, monkeypatch, capsys):
-    import json
-
-    from mera_tl import calibrate
-    from mera_tl.cli import main
-
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
     model, task = models["llama"], make_task(12)
     steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
-    decision = calibrate(
-        model, task.subset(range(12), role="calibration"), [steering], min_gain=-0.99
-    )
-    folder = str(decision.save(tmp_path / "steering"))
-    command = ["mera", "generate", PROMPTS[0], "--steering", folder]
+    split = task.subset(range(12), role="calibration")
+    decision = calibrate(model, split, [steering], min_gain=-0.99)
+    return decision.save(tmp_path_factory.mktemp("saved") / "steering")
+
+
+def test_the_command_line_replies_side_by_side(
+    models, checkpoints, folder, steering, monkeypatch, capsys
+):
+    command = ["mera", "generate", PROMPTS[0], "--steering", str(folder)]
     command += ["--model", str(checkpoints["llama"]), "--max-new-tokens", "6", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", [*command, "--json"])
     main()
     (row,) = json.loads(capsys.readouterr().out)
     for name, each in (("unsteered", None), ("steered", steering)):
-        (reply,) = generate(model, PROMPTS[:1], each, max_new_tokens=6)
+        (reply,) = generate(models["llama"], PROMPTS[:1], each, max_new_tokens=6)
         assert tuple(row[name]["tokens"]) == reply.tokens and row[name]["text"] == reply.text
     assert max(map(max, (r[:-1] for r in row["steered"]["shift"]))) > 0
     monkeypatch.setattr("sys.argv", command)
     main()
     out = capsys.readouterr().out
     assert "unsteered" in out and "Moved 1 tokens of the prompt" in out and "STEER" in out
+
+
+def test_prompts_come_from_standard_input_or_a_file(
+    checkpoints, folder, tmp_path, monkeypatch, capsys
+):
+    command = ["mera", "generate", "--steering", str(folder), "--json", "--device", "cpu"]
+    command += ["--model", str(checkpoints["llama"]), "--max-new-tokens", "2"]
+    lines = "\n".join(PROMPTS[:3]) + "\n\n"
+    (tmp_path / "prompts.txt").write_text(lines)
+    told = []
+    for more in ([], ["--file", str(tmp_path / "prompts.txt")], PROMPTS[:3]):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        main()
+        told.append(json.loads(capsys.readouterr().out))
+    assert [row["prompt"] for row in told[0]] == PROMPTS[:3]
+    assert told[0] == told[1] == told[2]
+    typed = io.StringIO(lines)
+    typed.isatty = lambda: True
+    monkeypatch.setattr("sys.argv", command[:4] + command[5:])  # to a person, without --json
+    monkeypatch.setattr("sys.stdin", typed)
+    main()
+    shown = capsys.readouterr().out
+    assert [shown.count(prompt) for prompt in PROMPTS[:3]] == [1, 1, 1] and "prompt>" in shown
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    with pytest.raises(SystemExit):
+        main()
+    assert "There is no prompt" in " ".join(capsys.readouterr().err.split())

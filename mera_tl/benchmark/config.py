@@ -266,6 +266,8 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """For options of these names: what must hold, and how a message says it."""
+FREE = ("pilot", "prompts")
+"""Options that may be empty, or name something twice."""
 
 
 def check(options: Any) -> None:
@@ -282,7 +284,7 @@ def check(options: Any) -> None:
         listed = isinstance(value, tuple)
         for each in value if listed else (value,):
             _check_one(option.name, each, [k for kind in kinds for k in _parts(kind, listed)])
-        if listed and (not value or len(set(value)) < len(value)) and option.name != "pilot":
+        if listed and (not value or len(set(value)) < len(value)) and option.name not in FREE:
             fault = "names one twice" if value else "is empty"
             raise ValueError(f"{option.name}={value!r} {fault}; give at least one, each once.")
     if values.get("primary") not in (None, *values.get("methods", (values.get("primary"),))):

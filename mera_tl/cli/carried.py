@@ -1,7 +1,8 @@
 """What is done with a saved steering: generate with it, evaluate it elsewhere, export it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,13 +52,15 @@ class Generate(Carried):
     For example:
 
       $ mera generate "Is this spam ?" --steering spam-steering -m organism
-      $ mera generate --steering spam-steering -m organism --json < prompts.txt
+      $ mera generate --steering spam-steering -m organism --file prompts.txt
 
     Tokens are coloured by predicted error, from green to red, and underlined where they were moved.
     """
 
     prompts: Positional[tuple[str, ...]] = ()
-    """Prompts. Default: each line of standard input."""
+    """Prompts. Default: each line of standard input, or one after another as you type them."""
+    file: Path | None = None
+    """A file with a prompt on every line."""
     max_new_tokens: int = 64
     """Most tokens of a reply."""
     temperature: float = 0.0
@@ -66,13 +69,21 @@ class Generate(Carried):
     """Of the random numbers."""
 
     def __call__(self) -> None:
+        prompts = list(self.prompts)
+        if self.file is not None:
+            prompts += _lines(self.file.read_text(encoding="utf-8").splitlines())
+        is_typed = not prompts and sys.stdin.isatty()
+        prompts = prompts or ([] if is_typed else _lines(sys.stdin))
+        if not prompts and not is_typed:
+            raise ValueError("There is no prompt; name one, or pass lines on standard input.")
+        model, steering = self.loaded()
+        for some in ([line] for line in _typed()) if is_typed else [prompts]:
+            self._reply(model, steering, some)
+
+    def _reply(self, model: Any, steering: Any, prompts: list[str]) -> None:
         from mera_tl.steering.generation import generate
         from mera_tl.steering.rules import Adaptive
 
-        prompts = self.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not prompts:
-            raise ValueError("There is no prompt; name one, or pass lines on standard input.")
-        model, steering = self.loaded()
         # The probe reads the unsteered reply too: the same steering, with no limit.
         reader = replace(steering, rule=Adaptive()).with_certificate(steering.certificate)
         unsteered, steered = (
@@ -110,8 +121,8 @@ class Eval(Carried):
     of the paired difference.
     """
 
-    tasks: str
-    """Names of its tasks and paths of YAML task files, with commas between."""
+    tasks: tuple[str, ...]
+    """Names of its tasks, and paths of YAML task files."""
     limit: int | None = None
     """Examples per task. Default: all."""
     shots: int | None = None
@@ -121,8 +132,9 @@ class Eval(Carried):
         from mera_tl.evals.comparing import compare_on_tasks
 
         model, steering = self.loaded()
-        tasks = [task.strip() for task in self.tasks.split(",") if task.strip()]
-        effects = compare_on_tasks(model, steering, tasks, limit=self.limit, n_shots=self.shots)
+        effects = compare_on_tasks(
+            model, steering, self.tasks, limit=self.limit, n_shots=self.shots
+        )
         rows = [asdict(effect) | {"difference": effect.difference} for effect in effects]
         if self.json:
             return terminal.print_json(rows)
@@ -152,6 +164,17 @@ class Export:
 
         steering = load_steering(self.steering)
         print(export_control_vector(steering, self.out, architecture=self.architecture))
+
+
+def _lines(lines: Iterable[str]) -> list[str]:
+    return [line.rstrip("\n") for line in lines if line.strip()]
+
+
+def _typed() -> Iterator[str]:
+    """Ask for prompts until there is none."""
+    with suppress(EOFError):
+        while line := console().input("[bold]prompt>[/bold] ").strip():
+            yield line
 
 
 def _plain(reply: Any) -> dict[str, Any]:
