@@ -25,7 +25,6 @@ from mera_tl.certificate.terms import Terms
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mera_tl.models.model import Model
     from mera_tl.steering.spaces import Space
     from mera_tl.steering.steering import Steering
 
@@ -240,19 +239,22 @@ class Calibration:
         """
         return [] if self.steering is None else list(self.steering.fwd_hooks())
 
-    def check(self, model: "Model") -> None:
+    def check(self, model: Any) -> None:
         """Refuse a model, tokenizer or chat template other than the one certified for.
+
+        A model of transformers, or a bare `HookedTransformer`, has the tokenizer that its user
+        gives it: of such, weights, sizes and dtype are looked at.
 
         Raises:
             ValueError: naming what differs.
         """
         got = identity(model)
         for key, words in _IDENTITY.items():
-            wanted = self.setup.get(key, got[key])
-            if wanted != got[key]:
+            wanted = self.setup.get(key)
+            if None not in (wanted, got.get(key)) and wanted != got[key]:
                 raise ValueError(
                     f"This steering was certified on {self.setup.get('model')} with {words} "
-                    f"{wanted}, but {model.name} has {got[key]}; use that model, or load it with "
+                    f"{wanted}, but {got['model']} has {got[key]}; use that model, or load it with "
                     "anyway=True, without its certificate."
                 )
 
@@ -432,8 +434,14 @@ def _follows(issued: Calibration) -> bool:
     )
 
 
-def identity(model: "Model") -> dict[str, Any]:
+def identity(model: Any) -> dict[str, Any]:
     """Say by hashes what model, tokenizer and chat template this is."""
+    from mera_tl.models.identity import manifest_of
+    from mera_tl.models.model import Model
+
+    manifest = manifest_of(model)
+    if not isinstance(model, Model):
+        return manifest
     tokenizer = model.tokenizer
     # Equal vocabularies may be merged differently: an example shows it.
     example = "To steer, or not to steer?\n\tDelta = 0.05 \u2014 answer: yes"
@@ -442,7 +450,7 @@ def identity(model: "Model") -> dict[str, Any]:
         "ids": tokenizer(example)["input_ids"],
         "template": getattr(tokenizer, "chat_template", None) if model.chat else None,
     }
-    return {**model.manifest, "tokenizer": storage.fingerprint(seen)}
+    return {**manifest, "tokenizer": storage.fingerprint(seen)}
 
 
 def check_min_gain(min_gain: float) -> None:

@@ -1,11 +1,12 @@
 """Load a steering that a decision saved, for the model it was certified on and no other."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.certificate import Calibration, identity
 from mera_tl.certificate.folder import FILES
-from mera_tl.models.model import Model
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
 
@@ -15,8 +16,10 @@ class NoCertificate:
     """Stands where a certificate was left behind, and says why."""
 
     reason: str
+    setup: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the certificate was about, as far as it is so of the model, too."""
 
-    def check(self, model: Model) -> None:
+    def check(self, model: Any) -> None:
         """Accept any model: nothing is promised."""
 
     def __str__(self) -> str:
@@ -26,16 +29,16 @@ class NoCertificate:
 def load_steering(
     source: str | Path,
     *,
-    model: Model | None = None,
+    model: Any = None,
     space: Space | None = None,
     anyway: bool = False,
 ) -> Steering:
     """Return the steering that `Calibration.save` wrote, with its certificate.
 
     `source` is a folder, or an id on the Hugging Face hub as "org/name", of which nothing but the
-    three files of a steering is fetched. `model` is checked against the certificate here;
-    `steering.check(model)` does so later. A steering in SAE space needs its `space`. With `anyway`
-    the steering comes without its certificate, which its repr says.
+    three files of a steering is fetched. `model`, of any kind that can be steered, is checked
+    against the certificate here; `steering.check(model)` does so later. A steering in SAE space
+    needs its `space`. With `anyway` the steering comes without its certificate, as its repr says.
 
     Raises:
         ValueError: if a file is missing, damaged or was changed, the decision was to abstain, or
@@ -51,17 +54,20 @@ def load_steering(
         )
     steering = decision.steering
     assert steering is not None
-    reason = "No model was named."
+    reason, setup = "No model was named.", decision.setup
     if model is not None:
+        got = identity(model)
         try:
             decision.check(model)
-            reason = f"It fits {model.name}."
+            reason = f"It fits {got['model']}."
         except ValueError as error:
-            width = steering.probe.manifest.get("d_model", model.d_model)
-            if not anyway or (steering.probe.n_layers, width) != (model.n_layers, model.d_model):
+            width = steering.probe.manifest.get("d_model", got["d_model"])
+            if not anyway or (steering.probe.n_layers, width) != (got["n_layers"], got["d_model"]):
                 raise
             reason = str(error).split(";")[0] + "."
-    return steering.with_certificate(NoCertificate(reason)) if anyway else steering
+            if got.get("tokenizer") != setup.get("tokenizer"):
+                setup = {}  # its options may be other tokens
+    return steering.with_certificate(NoCertificate(reason, setup)) if anyway else steering
 
 
 def _fetch(name: str) -> Path:

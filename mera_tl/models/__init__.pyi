@@ -9,6 +9,7 @@ from .hooks import HookPoint as HookPoint
 from .hooks import resid_post as resid_post
 from .hugging_face import HookedCausalLM as HookedCausalLM
 from .hugging_face import decoder_layers as decoder_layers
+from .identity import manifest_of as manifest_of
 from .listing import describe_models as describe_models
 from .listing import model_names as model_names
 from .loading import load_model as load_model

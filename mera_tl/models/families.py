@@ -7,6 +7,7 @@ they lie in memory as Hugging Face has them, which is how TransformerLens multip
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -79,11 +80,15 @@ def build(original: Any, n_devices: int = 1) -> "HookedTransformer":
 
 
 def empty_cache(hooked: "HookedTransformer", n_rows: int) -> KeyValueCache:
-    """Return an empty key-value cache, whose keys are turned once where that is exact."""
+    """Return an empty key-value cache, whose keys are turned once where that is exact.
+
+    Which takes a model that `build` made; another `HookedTransformer` turns them at every pass.
+    """
     from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
     cfg = hooked.cfg
     turned = cfg.positional_embedding_type == "rotary" and not cfg.use_dynamic_ntk_rope
+    turned = turned and isinstance(hooked.blocks[0].attn.apply_rotary, partial)
     device = hooked.W_E.device
     shape = (n_rows, 0, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head)
     entries = []

@@ -47,8 +47,15 @@ class HookedCausalLM:
             name: HookPoint(name) for name in map(resid_post, range(self.cfg.n_layers))
         }
         self._accepted = set(inspect.signature(original.forward).parameters)
-        for layer, point in zip(self.layers, self.hook_dict.values(), strict=True):
+        self._handles = [
             layer.register_forward_hook(partial(_pass_through, point))
+            for layer, point in zip(self.layers, self.hook_dict.values(), strict=True)
+        ]
+
+    def release(self) -> None:
+        """Leave the original without hook points."""
+        for handle in self._handles:
+            handle.remove()
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Return the weights, each once."""

@@ -16,6 +16,7 @@ from mera_tl.models.check import difference
 from mera_tl.models.checkpoint import Source, locate, outline, read_config, read_model
 from mera_tl.models.fingerprints import fingerprint, recall
 from mera_tl.models.hugging_face import HookedCausalLM
+from mera_tl.models.identity import remember
 from mera_tl.models.listing import model_names
 from mera_tl.models.model import Engine, Model
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
@@ -84,7 +85,9 @@ def load_model(
         system,
         "" if device == "meta" else fingerprint(config.to_dict(), source.files()),
     )
-    return _on_engine(model, engine, n_devices, check=check and device != "meta")
+    model = _on_engine(model, engine, n_devices, check=check and device != "meta")
+    remember(getattr(model.hooked, "original", model.hooked), model.fingerprint)
+    return model
 
 
 def _on_engine(

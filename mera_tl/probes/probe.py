@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.models.model import Model
+from mera_tl.models.identity import manifest_of
 from mera_tl.probes import metrics
 from mera_tl.probes.examples import Mixture, Position, read_examples
 
@@ -145,18 +145,19 @@ class LinearProbe:
         tensors = storage.load_tensors(Path(folder) / "probe.safetensors")
         return LinearProbe(**tensors, **plain | {"metrics": tuple(plain["metrics"])})
 
-    def check(self, model: Model) -> None:
-        """Refuse a model other than the one whose activations were fitted.
+    def check(self, model: Any) -> None:
+        """Refuse a model, of whatever kind, other than the one whose activations were fitted.
 
         Raises:
             ValueError: naming what differs.
         """
-        for name, got in model.manifest.items():
+        manifest = manifest_of(model) if self.manifest else {}
+        for name, got in manifest.items():
             fitted = self.manifest.get(name, got)
             if name not in ("model", "dtype") and fitted != got:
                 raise ValueError(
                     f"This probe was fitted on {self.manifest.get('model')} with {name} {fitted}, "
-                    f"but {model.name} has {name} {got}; fit a probe on this model first."
+                    f"but {manifest['model']} has {name} {got}; fit a probe on this model first."
                 )
 
     def __repr__(self) -> str:

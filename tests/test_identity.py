@@ -1,0 +1,85 @@
+"""Which model this is, told of whatever object the user has."""
+
+import pytest
+import torch
+from conftest import random_probe, talking_task
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from mera_tl import calibrate, load_model, load_steering
+from mera_tl.inference import ReadSettings
+from mera_tl.models import manifest_of
+from mera_tl.steering import Steering
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    """A certified steering of the tiny Llama."""
+    model = models["llama"]
+    task = talking_task(model).subset(range(12), role="calibration")
+    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
+    read = ReadSettings(progress=False)
+    decision = calibrate(model, task, steering, min_gain=-0.99, settings=read)
+    return decision.save(tmp_path_factory.mktemp("saved") / "steering")
+
+
+def loaded(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_a_model_of_transformers_has_the_fingerprint_of_its_files(models, checkpoints, family):
+    told, model = manifest_of(loaded(checkpoints[family])), models[family]
+    assert told == {**{k: model.manifest[k] for k in told}, "model": told["model"]}
+    assert manifest_of(model.hooked)["model_fingerprint"] == model.fingerprint  # from loading
+
+
+def test_a_certified_steering_refuses_other_weights_on_any_kind_of_model(
+    folder, models, checkpoints
+):
+    steering = load_steering(folder)
+    own, ids = loaded(checkpoints["llama"]), torch.tensor([[4, 5, 6]])
+    with steering.attach(own):  # the control
+        assert own(ids).logits.isfinite().all()
+    assert load_steering(folder, model=own).certificate == steering.certificate
+    with steering.attach(models["llama"].hooked):
+        models["llama"].hooked(ids)
+    trained = loaded(checkpoints["llama"])
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    nameless = LlamaForCausalLM(own.config)
+    nameless.name_or_path = ""
+    for other, reason in (
+        (loaded(checkpoints["qwen2"]), "Qwen2ForCausalLM has "),
+        (trained, "other than those in"),
+        (nameless, "from no folder that it names"),
+        (own.bfloat16(), "dtype float32, but LlamaForCausalLM has bfloat16|other than"),
+    ):
+        with pytest.raises(ValueError, match=f"certified on .*({reason}).*anyway=True"):
+            steering.attach(other)
+    anyway = load_steering(folder, model=nameless, anyway=True)
+    with anyway.attach(nameless):
+        nameless(ids)
+
+
+def test_weights_that_change_while_they_are_known_are_known_no_longer(folder, checkpoints):
+    model = loaded(checkpoints["llama"])
+    load_steering(folder).attach(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] += 1
+        model.model.embed_tokens.weight[0] += 1
+    with pytest.raises(ValueError, match="other than those in"):
+        load_steering(folder).attach(model)
+
+
+def test_a_probe_that_names_no_model_goes_on_any(models, checkpoints):
+    Steering(random_probe(models["llama"])).at(0.5).attach(loaded(checkpoints["qwen2"]))
+
+
+def test_a_hooked_transformer_from_elsewhere_cannot_name_its_weights(folder):
+    from transformer_lens import HookedTransformer
+
+    own = load_model("organism").hooked
+    stranger = HookedTransformer(own.cfg, None)
+    assert manifest_of(stranger)["model_fingerprint"] == "that it cannot name"
+    with pytest.raises(ValueError, match="that it cannot name|number of layers"):
+        load_steering(folder).attach(stranger)
