@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_task, random_probe, talking_task
+from conftest import FAMILIES, make_task, random_probe, save_random_checkpoint, talking_task
 
-from mera_tl import Adaptive, Additive, Steering, evaluate, load_model
-from mera_tl.inference import Decoding, ReadSettings, hooked_pass
+from mera_tl import Adaptive, Additive, Steering, calibrate, evaluate, generate, load_model
+from mera_tl.inference import Decoding, ReadSettings, hooked_pass, option_tokens, read_batch
 from mera_tl.models import resid_post
 
 N_NEW = 6
@@ -26,12 +26,32 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def originals(checkpoints):
+def others(tmp_path_factory):
+    """Families that the engine hugging_face alone runs."""
+    from transformers import GPTNeoXConfig, OPTConfig
+
+    shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    ends = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=64)
+    configs = {
+        "gpt_neox": GPTNeoXConfig(**shape, **ends, intermediate_size=48),
+        "opt": OPTConfig(**shape, **ends, ffn_dim=48, word_embed_proj_dim=32),
+    }
+    base = tmp_path_factory.mktemp("others")
+    return {name: save_random_checkpoint(c, base / name) for name, c in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def every(models, others):
+    return models | {name: load_model(str(path), device="cpu") for name, path in others.items()}
+
+
+@pytest.fixture(scope="module")
+def originals(checkpoints, others):
     """The same checkpoints as a user of transformers has them, and their ends never sampled."""
     from transformers import AutoModelForCausalLM
 
     loaded = {}
-    for family, path in checkpoints.items():
+    for family, path in (checkpoints | others).items():
         loaded[family] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         loaded[family].generation_config.eos_token_id = None
     return loaded
@@ -79,11 +99,11 @@ def steering_for(model, positions: str = "all", *, threshold: float = 0.5) -> St
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "final", "generated"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "opt"])
 def test_generate_of_hugging_face_says_the_tokens_of_our_own_decoding(
-    models, originals, family, positions
+    every, originals, family, positions
 ):
-    model, hf = models[family], originals[family]
+    model, hf = every[family], originals[family]
     steering = steering_for(model, positions)
     prompts = model.tokenize(PROMPTS)
     expected = ours(model, prompts, steering)
@@ -296,18 +316,24 @@ def test_a_batch_in_bfloat16_is_steered_in_float32_and_cast_once(models, origina
     torch.testing.assert_close(batch[0][mask[0] == 1], alone[0], atol=0.15, rtol=0.05)
 
 
-def test_steering_by_the_answer_runs_the_answer_pass_itself(models, originals):
-    from mera_tl.inference import option_tokens, read_batch
+def by_answer(model, positions: str = "last") -> Steering:
+    """Every token moves: along a direction to one answer, against it to the other."""
+    steering = steering_for(model, positions)
+    both = torch.stack([steering.direction, -steering.direction])
+    return replace(steering, direction=both, rule=Adaptive(-2.0))
+
+
+def test_steering_by_the_answer_runs_the_answer_pass_itself(models, originals, checkpoints):
+    from transformer_lens.model_bridge import TransformerBridge
 
     model, hf, task = models["qwen2"], originals["qwen2"], make_task(12)
     options = option_tokens(model, task, ReadSettings("last"))
-    steering = steering_for(model, "last")
-    by_answer = torch.stack([steering.direction, -steering.direction])
-    steering = replace(steering, direction=by_answer, rule=Adaptive(-2.0))
+    steering = by_answer(model)
     prompts = model.tokenize([example.prompt for example in task.examples])
     expected = read_batch(model, prompts, options, ReadSettings("last"), steering.fwd_hooks())
     ids, mask = padded(prompts)
-    for host in (hf, model.hooked):
+    bridge = TransformerBridge.boot_transformers(str(checkpoints["qwen2"]), device="cpu")
+    for host in (hf, model.hooked, bridge.original_model):
         with torch.no_grad(), steering.attach(host, options=options):
             out = host(ids, attention_mask=mask)
         logits = out if isinstance(out, torch.Tensor) else out.logits
@@ -318,9 +344,45 @@ def test_steering_by_the_answer_runs_the_answer_pass_itself(models, originals):
     assert (plain - expected.probs).abs().max() > 0.01
     with pytest.raises(ValueError, match="about to answer; pass options="):
         steering.attach(hf).__enter__()
+    with torch.no_grad(), steering.attach(hf, options=options):
+        with pytest.raises(ValueError, match="must come as tokens"):
+            hf(inputs_embeds=hf.get_input_embeddings()(ids), attention_mask=mask)
+        assert not any(len(m._forward_hooks) > 1 for m in hf.modules())
 
 
-def test_the_log_has_a_line_per_prompt(models, originals, tmp_path):
+@pytest.mark.parametrize("positions", ["all", "last", "final"])
+@pytest.mark.parametrize("readout", ["options", "last"])
+def test_a_certified_steering_by_the_answer_knows_its_options(
+    models, originals, readout, positions
+):
+    """Each prompt is steered as by the plain steering of the answer that it was about to get."""
+    model, hf = models["qwen2"], originals["qwen2"]
+    # Of several tokens each: their scores take more than the logits of the prompt.
+    several = ("not good", "very bad") if readout == "options" else ("good", "bad")
+    task = make_task(12, options=several).subset(range(12), role="calibration")
+    read = ReadSettings(readout, progress=False)
+    decision = calibrate(model, task, by_answer(model, positions), min_gain=-0.99, settings=read)
+    steering = decision.steering
+    prompts = model.tokenize([example.prompt for example in task.examples])[:6]
+    answers = evaluate(model, task, settings=read).predictions.tolist()
+    single = [replace(steering, direction=steering.direction[i]) for i in (0, 1)]
+    expected = [theirs(hf, [p], single[a])[0] for p, a in zip(prompts, answers[:6], strict=True)]
+    for cache in (True, False):
+        assert torch.equal(theirs(hf, prompts, steering, use_cache=cache), torch.stack(expected))
+    texts = [example.prompt for example in task.examples][:6]
+    for reply, row in zip(
+        generate(model, texts, steering, max_new_tokens=N_NEW), expected, strict=True
+    ):
+        said = row.tolist()
+        assert list(reply.tokens) == said[: said.index(2) if 2 in said else N_NEW]
+    wrong = [theirs(hf, [p], single[1 - a])[0] for p, a in zip(prompts, answers[:6], strict=True)]
+    assert not torch.equal(torch.stack(wrong), torch.stack(expected))  # the control
+
+
+def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(
+    models, originals, tmp_path, monkeypatch, capsys
+):
+    from mera_tl.cli import main
     from mera_tl.steering import hash_of_prompt
 
     model, hf, path = models["llama"], originals["llama"], tmp_path / "audit.jsonl"
@@ -336,6 +398,15 @@ def test_the_log_has_a_line_per_prompt(models, originals, tmp_path):
     assert all(line["fired"] and line["shift"] > 0 for line in lines)
     assert all(0.5 < line["predicted_error"] < 1 for line in lines)
     assert lines[3]["n_steerable"] == model.n_layers * (len(prompts[0]) + 3)
+    # Audited: which of these were answered better, or worse, than unsteered.
+    audits = tmp_path / "outcomes.jsonl"
+    rows = [{"prompt": hash_of_prompt(p), "steered": 0, "unsteered": 1} for p in prompts]
+    audits.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    state = tmp_path / "monitor.json"
+    arguments = ["mera", "monitor", audits, "--log", path, "--state", state]
+    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
+    main()
+    assert "3 audited pairs (0 better, 3 worse)" in capsys.readouterr().out
 
 
 def test_fixed_strengths_are_attached_too(models, originals):

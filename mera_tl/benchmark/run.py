@@ -56,9 +56,10 @@ from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.loading import default_source, load_saes
 from mera_tl.sae.probes import fit_latent_probe
+from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.reach import evaluate_reach
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
-from mera_tl.steering.steering import SteerHook, Steering
+from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Splits, Task, load_task
 
 if TYPE_CHECKING:  # an abstract property may be overridden by a property only

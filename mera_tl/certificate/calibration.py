@@ -21,7 +21,7 @@ from jaxtyping import Real
 from mera_tl.certificate.certificate import Calibration, Evidence, check_min_gain, identity
 from mera_tl.certificate.description import describe, names_of
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
-from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
@@ -141,11 +141,14 @@ def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str,
     """Say what a certificate is about, in plain values and hashes."""
     unread = ("progress", "batch_size", "batch_tokens")
     packages = ("mera-tl", "torch", "transformers", "transformer-lens")
+    options = option_tokens(model, task, settings)
+    whole = [[list(ids) for ids in variants] for variants in options.continuations]
     return {
         **identity(model),
         "readout": {k: v for k, v in asdict(settings).items() if k not in unread},
         "task": task.name,
         "options": list(task.options),
+        "answers": {"tokens": [list(ids) for ids in options.tokens], "continuations": whole},
         "template": task.source.get("template"),
         "data": task.data_hash,
         "versions": {p: version(p) for p in packages} | {"python": platform.python_version()},

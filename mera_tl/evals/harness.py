@@ -9,7 +9,7 @@ from typing import Any
 from mera_tl.evals.likelihood import Continuation, log_likelihoods
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.models.model import Model
-from mera_tl.steering.generation import Sampling, reply_to, text_of
+from mera_tl.steering.generation import Sampling, hooks_and_options, reply_to, text_of
 from mera_tl.steering.steering import Steering
 
 try:
@@ -42,13 +42,7 @@ class SteeredLM(TemplateLM):
         super().__init__()
         self.model, self.settings = model, settings or ReadSettings()
         self.tokenizer = model.tokenizer
-        self._hooks = [] if steering is None else steering.checked_hooks(model)
-        self._options = None if steering is None else steering.options(model)
-        if self._options is None and any(hook.per_answer for _, hook in self._hooks):
-            raise ValueError(
-                "This steering depends on the option that the model is about to answer, and knows "
-                "of none; evaluate one that was certified with the readout last or exact."
-            )
+        self._hooks, self._options = hooks_and_options(model, steering)
 
     @property
     def eot_token_id(self) -> int:

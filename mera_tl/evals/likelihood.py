@@ -13,6 +13,7 @@ from mera_tl.inference.evaluation import run_batches
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
+from mera_tl.steering.attach import unsteered_answers
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,22 @@ def _score(
     width, lengths = tokens.shape[1], [len(continuation) for _, continuation in rows]
     # The last token of a continuation is predicted, not fed.
     ends = torch.tensor([width - n + 1 for n in lengths])
-    window = Window(mask.bool(), int(ends.max()), ends=ends)
+    answers = None
+    if any(getattr(hook, "per_answer", False) for _, hook in hooks):
+        assert options is not None
+        contexts = [
+            tuple(fed[: len(fed) - n + 1]) for (fed, _), n in zip(rows, lengths, strict=True)
+        ]
+        answers = unsteered_answers(model, contexts, options)
+    window = Window(mask.bool(), int(ends.max()), answers, ends=ends)
     with torch.inference_mode(), hooked_pass(model, hooks):
-        if any(getattr(hook, "per_answer", False) for _, hook in hooks):
-            assert options is not None
-            plain = _logits(model, tokens, mask, hooks, window)  # no answers yet: nothing moves
-            at_end = plain[torch.arange(len(rows)), ends.to(plain.device) - 1]
-            answers = options.class_logits(at_end).argmax(-1)
-            window = Window(window.real, window.n_prompt, answers, ends=ends)
-        logits = _logits(model, tokens, mask, hooks, window)
+        for name, _ in hooks:
+            model.hooked.hook_dict[name].ctx["window"] = window
+        logits = model.hooked(tokens, attention_mask=mask)
     return [
         _of_row(row[width - n :], continuation)
         for row, n, (_, continuation) in zip(logits, lengths, rows, strict=True)
     ]
-
-
-def _logits(
-    model: Model, tokens: Tensor, mask: Tensor, hooks: FwdHooks, window: Window
-) -> Float[Tensor, "batch pos d_vocab"]:
-    for name, _ in hooks:
-        model.hooked.hook_dict[name].ctx["window"] = window
-    return model.hooked(tokens, attention_mask=mask)
 
 
 def _of_row(

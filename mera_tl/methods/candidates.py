@@ -23,10 +23,11 @@ from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.probes import fit_latent_probe
 from mera_tl.steering.directions import Direction, fit_directions
+from mera_tl.steering.hook import Positions
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive, Additive, Gated
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
-from mera_tl.steering.steering import Positions, Steering
+from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Task
 
 RAW = ResidualSpace()

@@ -21,7 +21,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -31,11 +31,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mera_tl.inference.decoding import Window
+from mera_tl.inference.answers import ReadSettings, about_to_answer
+from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
-from mera_tl.models.hugging_face import decoder_layers
+from mera_tl.models.hugging_face import HookedCausalLM, decoder_layers
 from mera_tl.models.model import Model
+from mera_tl.steering.hook import DENSE, Move, Scope, SteerHook, relative_shift
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +79,7 @@ def attach_hooks(
     attachment.warn_if_idle()
 
 
-def _check(host: "_Host", hooks: Sequence[Any], options: OptionTokens | None) -> None:
-    if options is not None and not options.tokens:
-        raise ValueError(
-            "These options are read as a whole, which takes more than the logits of a prompt; pass "
-            "those of the readout last or exact."
-        )
+def _check(host: "_Host", hooks: Sequence[SteerHook], options: OptionTokens | None) -> None:
     if not hooks:
         raise ValueError("There are no hooks to attach; pass those of a Steering.")
     beyond = [hook.layer for hook in hooks if hook.layer >= len(host.layers)]
@@ -99,7 +96,7 @@ def _check(host: "_Host", hooks: Sequence[Any], options: OptionTokens | None) ->
     if options is None and any(hook.per_answer for hook in hooks):
         raise ValueError(
             "This steering depends on the option that the model is about to answer; pass "
-            "options=option_tokens(model, task, ReadSettings('last')) to say which those are."
+            "options=option_tokens(model, task, ReadSettings()) to say which those are."
         )
 
 
@@ -131,19 +128,25 @@ class Generation:
         return cls(tuple(map(tuple, prompts)), none, none.clone(), shift, shift - torch.inf)
 
     @torch.no_grad()
-    def add(self, left: Sequence[dict[str, Any]]) -> None:
-        """Take in what the hooks of one pass left."""
-
-        def stacked(name: str) -> Float[Tensor, "layer batch"]:
-            # Of several devices, that of the first steered layer.
-            return torch.stack([each.pop(name).to(self.peak) for each in left])
-
-        moved = [each.pop("moved").sum(-1).to(self.n_steered) for each in left]
+    def add(self, moves: Sequence[Move]) -> None:
+        """Take in what the hooks of one pass did, all layers at once."""
+        device, inside = self.peak.device, moves[0].scope.inside
+        # Of several devices, that of the first steered layer.
+        moved = torch.stack([each.moved.to(device) for each in moves])
+        score = torch.stack([each.score.to(device) for each in moves])
         # Not in place: tensors of inference mode may be counted on outside of it.
-        self.n_steered = self.n_steered + torch.stack(moved).sum(0)
-        self.n_steerable = self.n_steerable + stacked("steerable").sum(0).long()
-        self.shift = self.shift + stacked("shift").sum(0)
-        self.peak = self.peak.maximum(stacked("peak").amax(0))
+        self.n_steered = self.n_steered + moved.sum((0, 2))
+        self.n_steerable = self.n_steerable + len(moves) * inside.sum(-1)
+        self.peak = self.peak.maximum(score.masked_fill(~inside, -torch.inf).amax((0, 2)))
+        written = [each for each in moves if each.after is not None]
+        if written:
+            before, after = (
+                torch.cat([part.flatten(0, -2).to(device) for part in parts])
+                for parts in ([each.before for each in written], [each.after for each in written])
+            )
+            # Layer by layer and row by row, as the tokens that moved lie there.
+            rows = moved.nonzero()[:, 1]
+            self.shift = self.shift.index_add(0, rows, relative_shift(after, before))
 
     def records(self, n_prompts: int) -> Iterator[dict[str, Any]]:
         """Yield one record per prompt; its beams and draws are summed up."""
@@ -177,15 +180,8 @@ class _Pass:
 
     mask: Tensor | None
     n_past: int
-    unsteered_logits: Callable[[Int[Tensor, " batch"]], Float[Tensor, "batch d_vocab"]]
-    """Run the same pass once more and return the logits at one column of each row."""
-
-
-class _Point:
-    """Stands in for a `HookPoint`: a hook only looks at its `ctx`."""
-
-    def __init__(self) -> None:
-        self.ctx: dict[str, Any] = {}
+    layer: int = -1
+    """Where it was noticed: at a layer, or before all of them."""
 
 
 class Attachment:
@@ -198,7 +194,7 @@ class Attachment:
     def __init__(
         self,
         host: "_Host",
-        hooks: Sequence[Any],
+        hooks: Sequence[SteerHook],
         options: OptionTokens | None,
         log: Path | None,
     ) -> None:
@@ -206,11 +202,13 @@ class Attachment:
         self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]
         self._needs_place = any(hook.positions != "all" for hook in hooks)
         self._per_answer = any(hook.per_answer for hook in hooks)
-        self._points: list[_Point] = []
+        self._moves: list[Move] = []
+        self._latest = len(host.layers)
         self.n_passes = self.n_calls = self.n_steered = 0
         self.peak = -torch.inf
         self._pass: _Pass | None = None
         self._window: Window | None = None
+        self._scope: Scope | None = None
         self._answers: Int[Tensor, " batch"] | None = None
         self._current: Generation | None = None
         self._tokens: Tensor | None = None
@@ -224,8 +222,7 @@ class Attachment:
         yield from (h.remove for h in host.watch(self._begin, {h.layer for h in self._hooks}))
         yield host.embed.register_forward_pre_hook(self._see_tokens).remove
         for hook in self._hooks:
-            self._points.append(point := _Point())
-            function = partial(self._steer, hook, point)
+            function = partial(self._steer, hook)
             yield host.layers[hook.layer].register_forward_hook(function).remove
         for owner in host.generators:
             own = vars(owner).get("generate")  # rarely: someone else has wrapped it for themselves
@@ -255,14 +252,14 @@ class Attachment:
         return wrapped
 
     def _count(self) -> None:
-        """Add up what the hooks left of the latest pass."""
-        left = [point.ctx for point in self._points if "moved" in point.ctx]
-        if not left or self._current is None:
+        """Add up what the hooks did in the latest pass."""
+        moves, self._moves = self._moves, []
+        if not moves or self._current is None:
             return
-        if len(left[0]["moved"]) == len(self._current.peak):
-            self._current.add(left)
+        if len(moves[0].moved) == len(self._current.peak):
+            self._current.add(moves)
         else:  # rows have dropped out of the batch, and which is which is not known
-            self.n_steered += sum(int(each.pop("moved").sum()) for each in left)
+            self.n_steered += sum(int(each.moved.sum()) for each in moves)
 
     def finish(self) -> None:
         """End the running generation, and log it."""
@@ -298,26 +295,38 @@ class Attachment:
     # --- during a pass ---
 
     def _see_tokens(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        self._tokens = args[0] if args else None
+        if not self._is_paused:
+            self._tokens = args[0] if args else None
 
     def _begin(self, begun: _Pass) -> None:
-        if not self._is_paused:
-            self._count()
-            self.n_passes += 1
-            self._pass, self._window = begun, None
+        if self._is_paused:
+            return
+        goes_on, self._latest = begun.layer > self._latest, begun.layer
+        if goes_on:
+            return
+        if begun.layer < 0:
+            self._tokens = None  # if embeddings are given, none will be seen
+        self._count()
+        self.n_passes += 1
+        self._pass, self._window, self._scope = begun, None, None
 
-    def _steer(self, hook: Any, point: _Point, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
+    def _steer(self, hook: SteerHook, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
         if self._is_paused:
             return None
         resid = output[0] if isinstance(output, tuple) else output
-        if self._window is None:
+        if self._window is None or self._scope is None:
             self._window = self._describe(resid)
-        point.ctx["window"] = self._window
-        steered = hook(resid, point)
+            self._scope = hook.scope(resid.shape[1], self._window)
+        move = hook.move(resid, self._window, self._scope)
         self.n_calls += 1
-        if steered is resid:
+        if move is None:
             return None
-        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+        self._moves.append(move)
+        if move.score.numel() > DENSE:
+            self._count()  # so that no two layers' activations of a long prompt are held
+        if move.resid is resid:
+            return None
+        return (move.resid, *output[1:]) if isinstance(output, tuple) else move.resid
 
     def _describe(self, resid: Float[Tensor, "batch pos d_model"]) -> Window:
         """Work out where the columns of this pass are."""
@@ -333,7 +342,7 @@ class Attachment:
         if self._current is None:
             self._begin_generation(real)
         if self._per_answer and self._answers is None:
-            self._answers = self._ask(n_prompt, ends, n_rows)
+            self._answers = self._ask(real, n_prompt)
         if self._answers is not None and len(self._answers) != n_rows:
             raise ValueError(
                 f"The batch changed from {len(self._answers)} to {n_rows} rows while decoding, so "
@@ -378,30 +387,50 @@ class Attachment:
         return 0
 
     def _begin_generation(self, real: Bool[Tensor, "batch pos"]) -> None:
-        tokens, prompts = self._tokens, []
-        if self._log is not None and tokens is not None and tokens.shape == real.shape:
-            rows = zip(tokens.tolist(), real.tolist(), strict=True)
-            prompts = [[t for t, is_real in zip(*row, strict=True) if is_real] for row in rows]
+        prompts = [] if self._log is None else self._rows(real)
         self._current = Generation.begin(prompts, len(real), real.device)
 
-    def _ask(
-        self, n_prompt: int, ends: Int[Tensor, " batch"] | None, n_rows: int
-    ) -> Int[Tensor, " batch"]:
-        """Return the option that each row is about to answer unsteered."""
+    def _rows(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:
+        """Return the tokens of a pass without padding; none where it was given embeddings."""
+        tokens = self._tokens
+        if tokens is None or tokens.shape != real.shape:
+            return []
+        rows = zip(tokens, real.to(tokens.device), strict=True)
+        return [tuple(row[is_real].tolist()) for row, is_real in rows]
+
+    def _ask(self, real: Bool[Tensor, "batch pos"], n_prompt: int) -> Int[Tensor, " batch"]:
+        """Return the option that each row is about to answer unsteered, each prompt run once."""
         assert self._pass is not None and self._options is not None
-        if self._pass.n_past:
+        rows = self._rows(real)
+        if self._pass.n_past or n_prompt > real.shape[1] or not rows:
             raise ValueError(
-                "This steering depends on the answer to the prompt, but the cache holds tokens "
-                "already; start from an empty cache."
+                "This steering depends on the answer to the prompt, which must come as tokens, in "
+                "one pass and on an empty cache."
             )
-        last = torch.full((n_rows,), n_prompt) if ends is None else ends.cpu()
         self._is_paused = True
         try:
-            with torch.no_grad():
-                logits = self._pass.unsteered_logits(last - 1)
+            with self._host.reader() as model:
+                return unsteered_answers(model, rows, self._options)
         finally:
             self._is_paused = False
-        return self._options.class_logits(logits).argmax(-1)
+
+
+@torch.no_grad()
+def unsteered_answers(
+    model: Model, prompts: Sequence[tuple[int, ...]], options: OptionTokens
+) -> Int[Tensor, " prompt"]:
+    """Return the option that a model is about to answer to each prompt; equal ones are run once."""
+    distinct = list(dict.fromkeys(prompts))
+    with hooked_pass(model, ()):
+        decoding = Decoding(model, distinct, ())
+        answers = about_to_answer(decoding, decoding.prompt(), options, settings_of(options))
+    place = {prompt: number for number, prompt in enumerate(distinct)}
+    return answers[[place[prompt] for prompt in prompts]]
+
+
+def settings_of(options: OptionTokens) -> ReadSettings:
+    """Return how these tokens are read where a prompt ends: as whole options, or one each."""
+    return ReadSettings("options" if options.continuations else "last")
 
 
 def _row_ends(mask: Bool[Tensor, "batch pos"], n_past: int) -> Int[Tensor, " batch"] | None:
@@ -436,6 +465,8 @@ class _Host:
     """Objects whose `generate` says how long the prompt is."""
     watch: Callable[[_Begin, set[int]], Iterator[Any]]
     """Have a function called before every pass over some layers; yield handles."""
+    reader: Callable[[], AbstractContextManager[Model]]
+    """The same network, to run prompts of our own."""
 
     def device_of(self, layer: int) -> torch.device:
         """Return where a layer computes."""
@@ -467,49 +498,43 @@ def _hugging_face(model: Any, name: str, owners: tuple[Any, ...]) -> _Host:
     body = next(
         m for m in model.modules() if any(list(c.children()) == layers for c in m.children())
     )
-    names, head = list(inspect.signature(body.forward).parameters), model.get_output_embeddings()
+    names = list(inspect.signature(body.forward).parameters)
 
-    def before(begin: _Begin, module: Any, args: Any, kwargs: Any) -> None:
+    def before(begin: _Begin, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
         given = dict(zip(names, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
         n_past = 0 if cache is None else int(cache.get_seq_length())
-
-        def unsteered_logits(column: Tensor) -> Tensor:
-            hidden = module.forward(**given | {"past_key_values": None, "use_cache": False})[0]
-            return head(hidden[torch.arange(len(hidden)), column])
-
-        begin(_Pass(given.get("attention_mask"), n_past, unsteered_logits))
+        begin(_Pass(given.get("attention_mask"), n_past))
 
     def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:  # noqa: ARG001
         yield body.register_forward_pre_hook(partial(before, begin), with_kwargs=True)
 
+    @contextmanager
+    def reader() -> Iterator[Model]:
+        hooked = HookedCausalLM(model)
+        try:
+            yield Model(hooked, None, name, ())
+        finally:
+            hooked.release()
+
     generators = tuple(owner for owner in owners if hasattr(owner, "generate"))
-    return _Host(name, layers, model.get_input_embeddings(), generators, watch)
+    return _Host(name, layers, model.get_input_embeddings(), generators, watch, reader)
 
 
 def _transformer_lens(model: Any, name: str) -> _Host:
     """Take a `HookedTransformer`, whose `generate` calls its blocks but not the model itself."""
 
     def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:
-        latest = [len(model.blocks)]
-
         def before(number: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-            is_first, latest[0] = number <= latest[0], number
-            if not is_first:
-                return
             entry = kwargs.get("past_kv_cache_entry")
             n_past = 0 if entry is None else entry.past_keys.shape[1]
-            rest = {n: kwargs.get(n) for n in ("shortformer_pos_embed", "attention_mask")}
-
-            def unsteered_logits(column: Tensor) -> Tensor:
-                logits = model.forward(args[0], start_at_layer=number, **rest)
-                latest[0] = number
-                return logits[torch.arange(len(logits)), column]
-
-            begin(_Pass(rest["attention_mask"], n_past, unsteered_logits))
+            begin(_Pass(kwargs.get("attention_mask"), n_past, number))
 
         for number in sorted(steered):
             block = model.blocks[number]
             yield block.register_forward_pre_hook(partial(before, number), with_kwargs=True)
 
-    return _Host(name, list(model.blocks), model.embed, (model,), watch)
+    def reader() -> AbstractContextManager[Model]:
+        return nullcontext(Model(model, None, name, ()))
+
+    return _Host(name, list(model.blocks), model.embed, (model,), watch, reader)

@@ -17,13 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.evaluation import run_batches
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
-from mera_tl.steering.steering import SteerHook, Steering
+from mera_tl.steering.attach import settings_of
+from mera_tl.steering.hook import SteerHook
+from mera_tl.steering.steering import Steering
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,19 +99,33 @@ def generate(
             model, or it depends on the unsteered answer and was not certified with options.
     """
     sampling = Sampling(max_new_tokens, temperature, seed)
-    hooks = [] if steering is None else steering.checked_hooks(model)
-    options = None if steering is None else steering.options(model)
-    if options is None and any(hook.per_answer for _, hook in hooks):
-        raise ValueError(
-            "This steering depends on the option that the model is about to answer, and knows of "
-            "none; generate with one that was certified with the readout last or exact."
-        )
+    hooks, options = hooks_and_options(model, steering)
     tokens = model.tokenize(list(prompts))
     replies = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
     return [
         Reply(prompt, text_of(model, reply, sampling), *_plain(reply), reply.trace(model, hooks))
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
+
+
+def hooks_and_options(
+    model: Model, steering: Steering | None
+) -> tuple[list[tuple[str, SteerHook]], OptionTokens | None]:
+    """Return the hooks for this model, and the options among which they ask for its answer.
+
+    Raises:
+        ValueError: if the steering is not for this model, or depends on the unsteered answer and
+            was not certified with options.
+    """
+    if steering is None:
+        return [], None
+    hooks, options = steering.checked_hooks(model), steering.options
+    if options is None and any(hook.per_answer for _, hook in hooks):
+        raise ValueError(
+            "This steering depends on the option that the model is about to answer, and knows of "
+            "none; take one that was certified, with `calibrate`, on a task with options."
+        )
+    return hooks, options
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -204,7 +220,8 @@ def _decode(
     logits = decoding.prompt()
     if any(hook.per_answer for _, hook in hooks):
         assert options is not None  # the caller has looked
-        logits = decoding.prompt_again(options.class_logits(logits).argmax(-1))
+        answers = about_to_answer(decoding, logits, options, settings_of(options))
+        logits = decoding.prompt_again(answers)
     for step in range(sampling.max_new_tokens):
         here = [rows[i] for i in decoding.rows.tolist()]
         emitted = _choose(logits, here, sampling.temperature)

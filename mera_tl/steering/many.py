@@ -34,9 +34,10 @@ from mera_tl.inference.evaluation import check_call, gather, run_batches, tokeni
 from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model, resid_post
+from mera_tl.steering.hook import Positions, SteerHook, first_column
 from mera_tl.steering.rules import Rule
 from mera_tl.steering.spaces import Space
-from mera_tl.steering.steering import Positions, SteerHook, Steering, first_column
+from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Task
 
 CACHED = 4

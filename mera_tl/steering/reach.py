@@ -21,7 +21,7 @@ from mera_tl.inference.decoding import Window
 from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import FwdHooks, Model, resid_post
-from mera_tl.steering.steering import SteerHook
+from mera_tl.steering.hook import SteerHook
 from mera_tl.tasks.task import Task
 
 BACK = 24

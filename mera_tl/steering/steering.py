@@ -8,28 +8,21 @@ import math
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.inference.decoding import Window
-from mera_tl.inference.variants import OptionTokens, single_tokens
+from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.model import Model, resid_post
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.attach import Attachment, attach_hooks
+from mera_tl.steering.hook import Positions, SteerHook
 from mera_tl.steering.rules import Adaptive, Gated, Rule
 from mera_tl.steering.spaces import ResidualSpace, Space
-
-DENSE = 64
-"""Tokens up to which a pass is steered as a whole where all of them move."""
-
-Positions = Literal["all", "last", "final", "generated"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,29 +173,24 @@ class Steering:
         decoder-only model of transformers; call its forward or `generate` as ever, in batches
         padded on either side, with beams, draws, with or without a cache. `log` is a file to which
         every prompt adds a line of JSON (see `Generation.records`). A steering that depends on the
-        unsteered answer needs the `options` (certified on a `mera_tl.Model`, it knows them), and
-        then runs every prompt once more.
+        unsteered answer runs every prompt once more; it needs the `options`, and knows those that
+        it was certified with.
 
         Raises:
-            ValueError: as `attach_hooks`, or if a `mera_tl.Model` is not the one certified.
+            ValueError: as `attach_hooks`, or if the model is not the one certified or fitted on.
         """
-        if isinstance(model, Model):
-            self.check(model)
-            options = options or self.options(model)
-        return attach_hooks(model, self.fwd_hooks(), log=log, options=options)
+        self.check(model)
+        return attach_hooks(model, self.fwd_hooks(), log=log, options=options or self.options)
 
-    def options(self, model: Model) -> OptionTokens | None:
-        """Return the tokens of the options that it was certified with.
-
-        None if it was not, or if answers were read as whole options (readout "options"), which
-        takes more than the logits of one pass.
-        """
+    @property
+    def options(self) -> OptionTokens | None:
+        """The tokens of the options that it was certified with; None if it was not."""
         setup = getattr(self.certificate, "setup", None) or {}
-        readout = (setup.get("readout") or {}).get("readout", "options")
-        if readout == "options":
+        if "answers" not in setup:
             return None
-        tokens = single_tokens(model, setup["options"], first=readout == "exact")
-        return OptionTokens(tuple(setup["options"]), model.tokenizer, tokens)
+        tokens = tuple(map(tuple, setup["answers"]["tokens"]))
+        whole = tuple(tuple(map(tuple, each)) for each in setup["answers"]["continuations"])
+        return OptionTokens(tuple(setup["options"]), None, tokens, whole)
 
     def _hooks(self) -> list[tuple[str, "SteerHook"]]:
         return [(resid_post(layer), self.hook(layer)) for layer in self.layer_numbers]
@@ -217,140 +205,3 @@ class Steering:
         unit = self.probe.resid_norm[layer] * self.space.stretch(d, layer)
         step = self.rule.step(w, d, unit)
         return SteerHook(layer, weights, bias, step, self.rule, self.space, self.positions)
-
-
-@dataclass(frozen=True, eq=False)
-class SteerHook:
-    """A hook on one layer's `resid_post`.
-
-    Inside `evaluate` it knows padding and prompt from the window; elsewhere a pass of several
-    columns is taken as a prompt without padding, a pass of one column as a decoded token.
-    """
-
-    layer: int
-    # TransformerLens names every hook it puts on by its repr: printing tensors took longer than
-    # running a small model.
-    weights: Float[Tensor, "*#option d"] = field(repr=False)
-    bias: Float[Tensor, "*#option"] = field(repr=False)
-    step: Float[Tensor, "*option d"] = field(repr=False)
-    rule: Rule
-    space: Space
-    positions: Positions
-
-    def to(self, device: torch.device) -> "SteerHook":
-        """Return the same hook with its vectors on a device."""
-        moved = {n: getattr(self, n).to(device) for n in ("weights", "bias", "step")}
-        return replace(self, **moved)
-
-    @property
-    def per_answer(self) -> bool:
-        """Whether the unsteered answer must be known, for the direction or for the probe."""
-        return self.step.ndim == 2
-
-    @cached_property
-    def _always_steps(self) -> bool:
-        """Whether no answer has an empty direction; asked once, not at every token."""
-        return bool((self.step != 0).any(-1).all())
-
-    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        """Return the steered activation."""
-        window = hook.ctx.get("window")
-        span = self._columns(resid.shape[1], window)
-        if span.start >= span.stop or (
-            self.per_answer and getattr(window, "answers", None) is None
-        ):
-            return resid
-        is_whole = span == slice(0, resid.shape[1])
-        here = resid if is_whole else resid[:, span]
-        features, score = self.read(here, window)
-        amount = self.rule.amount(score)
-        step = self._for_rows(self.step, window).to(here.device)[:, None]
-        moved = amount != 0
-        if not self._always_steps:
-            moved = moved & (step != 0).any(-1)
-        if window is not None:
-            inside = self._inside(span, window).to(here.device)
-            moved = moved & inside
-            margin = (span.start, resid.shape[1] - span.stop)
-            hook.ctx["moved"] = moved if is_whole else torch.nn.functional.pad(moved, margin)
-            hook.ctx["shift"] = torch.zeros(len(here), device=here.device)
-            hook.ctx["steerable"] = inside.sum(-1)
-            hook.ctx["peak"] = score.masked_fill(~inside, -torch.inf).amax(-1)
-        n_moved = int(moved.sum())
-        if not n_moved:
-            return resid
-        if n_moved == moved.numel() <= DENSE:
-            # A decoded token: picking what moves would cost more than moving it.
-            steered_here = self.space.write(here, features, amount[..., None] * step, self.layer)
-            if window is not None:
-                hook.ctx["shift"] = _relative(steered_here, here).sum(-1)
-            return (
-                steered_here
-                if is_whole
-                else torch.cat([resid[:, : span.start], steered_here, resid[:, span.stop :]], dim=1)
-            )
-        # Only the tokens that move are written: the others stay bit-equal, and cost nothing.
-        shift = amount[moved][:, None] * step.expand_as(features)[moved]
-        before = here[moved]
-        after = self.space.write(before, features[moved], shift, self.layer)
-        steered = resid.clone()
-        steered[:, span][moved] = after
-        if window is not None:
-            rows = moved.nonzero()[:, 0]
-            hook.ctx["shift"].index_add_(0, rows, _relative(after, before))
-        return steered
-
-    def read(
-        self, resid: Float[Tensor, "batch pos d_model"], window: Window | None
-    ) -> tuple[Float[Tensor, "batch pos d"], Float[Tensor, "batch pos"]]:
-        """Return features and the probe's score of some columns."""
-        features = self.space.read(resid, self.layer)
-        weights = self._for_rows(self.weights, window).to(resid.device)
-        bias = self._for_rows(self.bias[..., None], window).to(resid.device)
-        if len(weights) == 1:  # the same for all rows
-            return features, features @ weights[0] + bias
-        return features, einsum(features, weights, "batch pos d, batch d -> batch pos") + bias
-
-    @staticmethod
-    def _for_rows(
-        values: Float[Tensor, "*option d"], window: Window | None
-    ) -> Float[Tensor, "#batch d"]:
-        """Return what holds for every row of a pass, where it depends on the unsteered answer."""
-        if values.ndim == 1:
-            return values[None]
-        assert window is not None and window.answers is not None  # __call__ has looked
-        return values[window.answers.to(values.device)]
-
-    def _columns(self, n_columns: int, window: Window | None) -> slice:
-        """Return the columns of a pass that hold everything in scope."""
-        n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
-        ends = None if window is None else window.ends
-        first_end = n_prompt if ends is None else int(ends.min())
-        start = first_column(self.positions, first_end, n_columns)
-        stop = min(n_prompt, n_columns) if self.positions == "final" else n_columns
-        return slice(start, stop)
-
-    def _inside(self, span: slice, window: Window) -> Bool[Tensor, "batch pos"]:
-        """Return which tokens of these columns are in scope, row by row."""
-        real = window.real[:, span]
-        if window.ends is None or self.positions == "all":
-            return real
-        column = torch.arange(span.start, span.stop, device=real.device)
-        final = window.ends.to(real.device)[:, None] - 1
-        in_scope = {"last": column >= final, "final": column == final, "generated": column > final}
-        return real & in_scope[self.positions]
-
-
-def _relative(
-    after: Float[Tensor, "*tokens d_model"], before: Float[Tensor, "*tokens d_model"]
-) -> Float[Tensor, "*tokens"]:
-    """Return the length of a shift relative to what it moved."""
-    size = before.float().norm(dim=-1).clamp(min=1e-12)
-    return (after - before).float().norm(dim=-1) / size
-
-
-def first_column(positions: str, n_prompt: int, n_columns: int) -> int:
-    """Return the first column of a pass that is in scope; `n_columns` where none is."""
-    last = max(0, n_prompt - 1)
-    final = last if n_prompt else n_columns
-    return {"all": 0, "last": last, "final": final, "generated": n_prompt}[positions]

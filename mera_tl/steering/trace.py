@@ -22,9 +22,10 @@ from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read
 from mera_tl.inference.decoding import Window
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
+from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.reach import around
 from mera_tl.steering.spaces import ResidualSpace
-from mera_tl.steering.steering import SteerHook, Steering
+from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Example, Task
 
 
