@@ -55,9 +55,9 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     parts: tuple[str, ...] = ("table", "labels", "transfer")
     methods: tuple[str, ...] = COMPARED
-    train: int = 1000
-    calibration: int = 400
-    test: int = 500
+    train: int = 600
+    calibration: int = 300
+    test: int = 400
     sizes: tuple[int, ...] = (50, 100, 200, 500, 1000)
     """Numbers of training labels."""
     few_tasks: tuple[str, ...] = ("spam_cue", "yesno_hint", "sentiment_fan", "choice_hint")
