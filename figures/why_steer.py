@@ -40,18 +40,16 @@ def gain_against_harm(df: pd.DataFrame) -> go.Figure:
         figure.add_scatter(
             x=[broken[method]],
             y=[recovered[method]],
-            mode="markers+text",
+            mode="markers",
             name=method,
-            text=[method],
-            textposition="middle right",
             marker=look,
-            showlegend=False,
         )
     figure.update_xaxes(title="right answers that became wrong", tickformat=".1%")
     figure.update_yaxes(title="wrong answers that became right", tickformat=".0%")
     n = len(df.groupby(["model", "task", "seed"]))
     caption = f"sums over {n} (task, split) cells, test examples; top left is better"
-    return style.finish(figure, "What each way corrects, and what it breaks", caption, height=560)
+    told = {"height": 620, "margin": {"b": 190}}
+    return style.finish(figure, "What each way corrects, and what it breaks", caption, **told)
 
 
 def few_labels(df: pd.DataFrame) -> go.Figure:
