@@ -106,7 +106,7 @@ def write_task(folder: Path, name: str, task: Any) -> Path:
         'doc_to_text: "{{prompt}}"',
         'doc_to_choice: "{{choices}}"',
         "doc_to_target: label",
-        "metric_list: [{metric: acc}]",
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]",
     ]
     storage.write_text(folder / f"{name}.yaml", "\n".join(lines) + "\n")
     return folder / f"{name}.yaml"

@@ -229,8 +229,9 @@ def _where(trace: Any) -> str:
         return "Nothing was moved."
     layers = [layer for layer, row in zip(trace.layers, moved, strict=True) if row.any()]
     in_prompt = int(moved[:, : trace.n_prompt].any(0).sum())
+    several = f"{len(layers)} layers ({layers[0]} to {layers[-1]})"
     return (
         f"Moved {in_prompt} tokens of the prompt and {int(moved.any(0).sum()) - in_prompt} of the "
-        f"reply, in {len(layers)} layers ({layers[0]} to {layers[-1]}), by up to "
+        f"reply, in {several if len(layers) > 1 else f'layer {layers[0]}'}, by up to "
         f"{float(trace.shift[moved].max()):.2f} of the activation's length."
     )
