@@ -247,7 +247,9 @@ def save_tensors(
 
 
 def load_tensors(path: str | Path) -> dict[str, Any]:
-    """Read a safetensors file into torch tensors.
+    """Lay a safetensors file under torch tensors: what is looked at is read, then.
+
+    Writing to them changes no file.
 
     Raises:
         ValueError: if the file is missing or damaged.
@@ -256,31 +258,6 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
 
     with _readable(path):
         return load_file(path)
-
-
-def map_tensors(path: str | Path) -> dict[str, Any]:
-    """Lay a file of float32 tensors under torch tensors: what is looked at is read, then.
-
-    Writing to them changes no file.
-
-    Raises:
-        ValueError: as `load_tensors`.
-    """
-    import torch
-    from safetensors import safe_open
-
-    with _readable(path), safe_open(path, framework="np"):  # which checks the whole header
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        places = {name: 8 + size + spec["data_offsets"][0] for name, spec in header.items()}
-        return {
-            name: torch.from_numpy(
-                np.memmap(path, np.float32, "c", places[name], tuple(spec["shape"]))
-            )
-            for name, spec in header.items()
-        }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Laws of certificates that share a calibration split: all hold at once, and earlier runs count."""
+"""Laws of certificates that share a calibration split: all hold at once."""
 
 import math
 from functools import cache
@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from mera_tl.certificate import Terms, certify, remember_run, share_delta, step_down, unconditional
+from mera_tl.certificate import Terms, certify, share_delta, step_down, unconditional
 
 METHODS = [f"method {i}" for i in range(11)]
 
@@ -84,17 +84,3 @@ def test_a_primary_method_has_all_of_delta_and_the_others_what_it_hands_on():
     assert not step_down(before)["fair"].abstained
     nothing = step_down(decisions({"good": (4, 4), "fair": (30, 4)}, terms))
     assert all(decision.abstained for decision in nothing.values())
-
-
-def test_a_second_run_on_the_same_texts_is_recognised(tmp_path):
-    texts = [f"text {i}" for i in range(50)]
-    told = {"methods": ["searched"], "delta": 0.05, "model": "m", "signature": "s"}
-    assert remember_run(tmp_path, "runs/a", texts, **told) == []
-    assert remember_run(tmp_path, "runs/a", texts, **told) == []  # the same run goes on
-    assert remember_run(tmp_path, "runs/copy", texts, **told) == []  # the same promise again
-    other = {**told, "methods": ["flip"], "signature": "t"}
-    found = remember_run(tmp_path, "runs/b", texts[40:] + ["new"], **other)
-    assert {run.run for run in found} == {"runs/a", "runs/copy"}
-    assert found[0].shared == 10 and "sum of their deltas" in str(found[0])
-    assert remember_run(tmp_path, "runs/c", texts, **{**other, "model": "another"}) == []
-    assert remember_run(tmp_path, "runs/d", ["unseen"], **other) == []

@@ -32,7 +32,7 @@ from mera_tl.benchmark.records import decision_of, idle, scores, versions
 from mera_tl.benchmark.resources import choose_threads
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.sharing import EarlierRun, share_delta
+from mera_tl.certificate.sharing import share_delta
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -208,9 +208,13 @@ class Run(methods.Run):
             except (ValueError, KeyError, TypeError, OSError):
                 continue  # the folder of something else, or one that is just begun
             if same and about["model"] == self.model.fingerprint and mine != (config, families):
-                names = tuple(name for family in families for name in family)
-                total, n = config["delta"] * len(families), len(self.splits.calibration)
-                told.append(str(EarlierRun(path.parent.name, names, total, n)))
+                names = ", ".join(name for family in families for name in family)
+                told.append(
+                    f"{path.parent.name} was certified on {len(self.splits.calibration)} of the "
+                    f"same calibration texts ({names}; delta {config['delta'] * len(families):g}): "
+                    "the promises of both runs hold together only with the sum of their deltas. "
+                    "Trust one of them, chosen beforehand, or take another calibration split."
+                )
         for sentence in told:
             logger.warning("%s", sentence)
         return tuple(told)

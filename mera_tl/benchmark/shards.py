@@ -102,7 +102,7 @@ def join(run: Run, shards: Sequence[Shard], folder: Path) -> Activations:
     """Write shards in the order of the task as one folder of activations; remove them."""
     task, records = run.splits.train, {}
     manifest = storage.read_json(Path(shards[0].folder) / "manifest.json")
-    parts = [storage.map_tensors(Path(s.folder) / "activations.safetensors") for s in shards]
+    parts = [storage.load_tensors(Path(s.folder) / "activations.safetensors") for s in shards]
     shapes = {name: (len(task), *part.shape[1:]) for name, part in parts[0].items()}
     with storage.TensorFile(folder / "activations.safetensors", shapes) as file:
         for shard, part in zip(shards, parts, strict=True):

@@ -26,8 +26,6 @@ from .sample_sizes import power as power
 from .sample_sizes import sample_size as sample_size
 from .sample_sizes import sample_size_table as sample_size_table
 from .saving import load_steering as load_steering
-from .sharing import EarlierRun as EarlierRun
-from .sharing import remember_run as remember_run
 from .sharing import share_delta as share_delta
 from .sharing import step_down as step_down
 from .terms import DEFAULT_THRESHOLDS as DEFAULT_THRESHOLDS

@@ -6,12 +6,8 @@ promises `min_gain` only, and no lower bounds, what a certified method no longer
 others (Holm 1979): `step_down`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from mera_tl import storage
 from mera_tl.certificate.certificate import Calibration
 
 FAVOURITE = "searched"
@@ -74,52 +70,3 @@ def step_down(decisions: Mapping[str, Calibration]) -> dict[str, Calibration]:
         if not found:
             return {name: certified.get(name) or again[name] for name in decisions}
         certified |= found
-
-
-@dataclass(frozen=True)
-class EarlierRun:
-    """A run that was certified on some of the same texts, for the same model."""
-
-    run: str
-    methods: tuple[str, ...]
-    delta: float
-    shared: int
-    """Number of texts in common."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.run} was certified on {self.shared} of the same calibration texts "
-            f"({', '.join(self.methods)}; delta {self.delta:g}): the promises of both runs hold "
-            "together only with the sum of their deltas. Trust one of them, chosen beforehand, or "
-            "take another calibration split."
-        )
-
-
-def remember_run(
-    folder: Path,
-    run: str,
-    texts: Sequence[str],
-    *,
-    methods: Sequence[str],
-    delta: float,
-    model: str,
-    signature: str,
-) -> list[EarlierRun]:
-    """Note in `folder` which texts a run is certified on; return earlier runs that share some.
-
-    `model` is a fingerprint: promises about another model are another matter. Runs of the same
-    `signature`, all that decides their numbers, make the same promise and do not count.
-    """
-    hashes = {hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts}
-    earlier = []
-    for path in sorted(folder.glob("*.json")):
-        known = storage.read_json(path)
-        shared = len(hashes & set(known["texts"]))
-        other = known["signature"] != signature and known["run"] != run
-        if shared and other and known["model"] == model:
-            told = known["run"], tuple(known["methods"]), known["delta"], shared
-            earlier.append(EarlierRun(*told))
-    note = {"run": run, "methods": list(methods), "delta": delta, "model": model}
-    note |= {"signature": signature, "texts": sorted(hashes)}
-    storage.write_json(folder / f"{storage.fingerprint(run)}.json", note)
-    return earlier

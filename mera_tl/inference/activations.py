@@ -98,7 +98,7 @@ class Activations:
         """
         manifest = storage.read_json(Path(folder) / "manifest.json")
         records = storage.read_records(Path(folder) / "outcomes.jsonl")
-        tensors = storage.map_tensors(Path(folder) / "activations.safetensors")
+        tensors = storage.load_tensors(Path(folder) / "activations.safetensors")
         return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
     def plot(self, layer: int = -1, position: Position = "last") -> Any:

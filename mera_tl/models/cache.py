@@ -62,20 +62,6 @@ class KeyValueCache:
         self.previous_attention_mask = torch.cat([self.previous_attention_mask, mask], dim=-1)
         return self.previous_attention_mask
 
-    def fork(self) -> "KeyValueCache":
-        """Return a cache of the same tensors that goes its own way from here."""
-        return replace(self, entries=[replace(entry) for entry in self.entries])
-
-    def select(self, rows: Tensor) -> "KeyValueCache":
-        """Return a cache of some rows, by number (any number of times each) or by truth value."""
-        entries = []
-        for entry in self.entries:
-            here = rows.to(entry.past_keys.device)
-            keys, values = entry.past_keys[here], entry.past_values[here]
-            entries.append(replace(entry, past_keys=keys, past_values=values))
-        mask = self.previous_attention_mask
-        return replace(self, entries=entries, previous_attention_mask=mask[rows.to(mask.device)])
-
     def drop_last(self, n: int = 1) -> "KeyValueCache":
         """Return a cache that has not seen the last `n` tokens."""
         entries = [
