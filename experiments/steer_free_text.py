@@ -161,7 +161,7 @@ def drawn(cell: Cell, splits: Any) -> dict[str, Outcomes]:
 
 def reminded(cell: Cell, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     """Ask more firmly, by the wording that does best on training prompts."""
-    some = splits.train.subset(range(cell.config.train // 2))
+    some = splits.train.subset(range(cell.config.train // 3))
     tried = [
         cell.answered(f"prompt_steering-{i}", some, remind=wording).accuracy
         for i, wording in enumerate(REMINDERS)
@@ -183,7 +183,7 @@ def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
         kept = ("n", "accuracy", "accuracy_change", "spi", "p_value", "transitions")
         place = {"model": Path(config.model).name, "task": cell.task, "seed": cell.seed}
         text = asdict(
-            reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=15)
+            reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=8)
         )
         found = {n: measured[n] for n in kept}
         found |= {"tokens": outcomes.n_generated.double().mean().item()}

@@ -6,6 +6,7 @@ trial is a reply that is generated and scored, which costs a hundred times what 
 few are tried: all on a handful of prompts, the better ones on more, the best on all.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,6 +25,7 @@ from mera_tl.methods.race import Search, TrialStore, divide, require_training
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.metrics import auroc, auroc_within
+from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import (
     Direction,
     fit_direction,
@@ -111,26 +113,22 @@ def search_replies(
     sets: Mapping[float | None, ProbeSet] = {PENALTY: ProbeSet(probe, directions)}
     data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet)
     store = TrialStore.open(folder, data, choices)
-    candidates = [
-        Candidate(kind, PENALTY, (layer,), where, 0.0, strength)
-        for kind, layer, where, strength in product(
-            directions, choices.layers_of(model.n_layers), choices.positions, choices.strengths
-        )
-    ]
-    if choices.gate_all:
-        candidates += [replace(c, threshold=gate) for gate in choices.gates for c in candidates]
+    candidates = _list_candidates(choices, tuple(directions), model.n_layers)
     trials = _race(data, candidates, choices, store)
     chosen = choose(trials, choices.caution)
-    kinds = [example.kind for example in data.task.examples]
-    score = probe.score(held_out.resid("last"))[chosen.layers[0]]
-    details = {
-        "n_fit": len(fit),
-        "n_search": len(judge),
-        "notes": directions[chosen.direction].notes,
-        "probe_auroc": round(float(auroc(score, ~held_out.correct)), 3),
-        "probe_auroc_within_kind": round(auroc_within(score, ~held_out.correct, kinds), 3),
-    }
+    details: dict[str, Any] = {"n_fit": len(fit), "n_search": len(judge)}
+    details |= {"notes": directions[chosen.direction].notes}
+    details |= _reading(data, probe, chosen.layers[0])
     return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
+
+
+def _list_candidates(choices: ReplyChoices, kinds: Sequence[str], n_layers: int) -> list[Candidate]:
+    """List what the first round tries; a threshold of 0 asks no probe."""
+    ways = product(kinds, choices.layers_of(n_layers), choices.positions, choices.strengths)
+    found = [Candidate(kind, PENALTY, (at,), where, 0.0, size) for kind, at, where, size in ways]
+    if choices.gate_all:
+        found += [replace(each, threshold=gate) for gate in choices.gates for each in found]
+    return found
 
 
 def planned_replies(choices: ReplyChoices, n_layers: int, n_train: int) -> int:
@@ -168,6 +166,18 @@ def _race(
                 store.save(0.0)
         seen = until
     return [store.trial(each) for each in store.gains]
+
+
+def _reading(data: SearchData, probe: LinearProbe, layer: int) -> dict[str, float | None]:
+    """Say how well failures are read, over all judging prompts and within kinds of question.
+
+    None where all replies that could be compared are right, or all are wrong.
+    """
+    score = probe.score(data.activations.resid("last"))[layer]
+    wrong, kinds = ~data.base.correct, [example.kind for example in data.task.examples]
+    within = auroc_within(score, wrong, kinds)
+    values = {"probe_auroc": float(auroc(score, wrong)), "probe_auroc_within_kind": within}
+    return {n: None if math.isnan(value) else round(value, 3) for n, value in values.items()}
 
 
 # --- directions ----------------------------------------------------------------------------------
