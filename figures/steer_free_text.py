@@ -10,6 +10,7 @@ from mera_tl.plots import style
 NAME = "steer_free_text"
 LOOKS = {
     "instruction": (style.GREEN, "circle"),
+    "kind_controlled": (style.BLUE, "circle"),
     "prompt_controlled": (style.GREEN, "diamond"),
     "contrastive": (style.VERMILLION, "circle"),
     "prompt_steering": (style.GREY, "diamond"),
@@ -20,8 +21,7 @@ LOOKS = {
 
 
 def main() -> None:
-    df = results(NAME, "smollm2.jsonl")
-    save(gain_and_cost(df), NAME)
+    save(gain_and_cost(results(NAME)), NAME)
 
 
 def gain_and_cost(df: pd.DataFrame) -> go.Figure:
