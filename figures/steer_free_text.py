@@ -63,9 +63,8 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
         figure.add_vline(x=at, line={"color": style.LINE, "width": 1}, **where)  # pyright: ignore[reportArgumentType]
     figure.update_xaxes(title="generated tokens per prompt", type="log")
     figure.update_yaxes(title="gain in points")
-    caption = (
-        f"{df['n'].iloc[0]} test prompts a split, {df['seed'].nunique()} splits; open: abstains"
-    )
+    sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
+    caption = f"{sizes} test prompts a split, a mark a split; open: not certified; line: unsteered"
     title = "Following instructions: gain and cost"
     return style.finish(figure, title, caption, height=360 * -(-len(tasks) // 3))
 
