@@ -182,9 +182,7 @@ def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
         measured = scores(outcomes, base)
         kept = ("n", "accuracy", "accuracy_change", "spi", "p_value", "transitions")
         place = {"model": Path(config.model).name, "task": cell.task, "seed": cell.seed}
-        text = asdict(
-            reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=8)
-        )
+        text = asdict(reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=8))
         found = {n: measured[n] for n in kept}
         found |= {"tokens": outcomes.n_generated.double().mean().item()}
         found |= {n: text[n] for n in ("perplexity", "distinct_2")}
