@@ -10,13 +10,13 @@ minutes on the organism, ten for one task of a small real model:
     python -m experiments.side_effects
     python -m experiments.side_effects --model smollm2 --data-dir data --sources sms_spam
         --tasks sms_spam sentiment_analysis yes_no_question mmlu_high_school truthfulqa
-        --train 240 --calibration 120 --test 60 --directions controlled_contrastive pattern
+        --train 120 --calibration 60 --test 30 --directions controlled_contrastive pattern
         --layers 7 14 21 28
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,15 +59,20 @@ def main(config: Config) -> None:
     path = RESULTS / f"{storage.fingerprint(json.loads(json.dumps(told)))}.jsonl"
     records = storage.read_records(path)
     for source in config.sources:
-        if source not in {record["source"] for record in records}:
-            started = time.process_time()
-            records += across(config, model, source)
+        done = {record["task"] for record in records if record["source"] == source}
+        started = time.process_time()
+        for record in across(config, model, source, [t for t in config.tasks if t not in done]):
+            records.append(record)
             storage.write_records(path, records)
-            print(model.name, source, f"{time.process_time() - started:.0f} s", flush=True)
+        print(model.name, source, f"{time.process_time() - started:.0f} s", flush=True)
 
 
-def across(config: Config, model: Any, source: str) -> Iterator[dict[str, Any]]:
-    """Certify a steering for one task, and compare every task with and without it."""
+def across(
+    config: Config, model: Any, source: str, targets: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Certify a steering for one task, and compare others with and without it."""
+    if not targets:
+        return
     sizes = {"train": config.train, "calibration": config.calibration, "test": config.test}
     splits = {
         name: load_task(name, data_dir=config.data_dir).split(config.seed, **sizes)
@@ -80,9 +85,9 @@ def across(config: Config, model: Any, source: str) -> Iterator[dict[str, Any]]:
     found = search(model, train, choices=choices, settings=read)
     decision = calibrate(model, calibration, found.steering, settings=read)
     steering = decision.steering or found.steering
-    for task, split in splits.items():
+    for task in targets:
         with TemporaryDirectory() as folder:
-            file = write_task(Path(folder), task, split.test)
+            file = write_task(Path(folder), task, splits[task].test)
             (effect,) = compare_on_tasks(model, steering, [str(file)], settings=read)
         place = {"model": model.name, "seed": config.seed, "source": source, "task": task}
         about = {"certified": not decision.abstained, "steering": repr(steering)}
