@@ -1,12 +1,13 @@
 # make demo: set up and run the main job.  make test: all tests.  make check: lint, format, types.
 # make test-next: what has to work with transformer-lens 4, in an environment of its own.
+# make real: a real model on real messages: fetch, run, report (DATA=folder with the SMS collection; the hub otherwise).
 # make mutate: do the tests notice when the code is broken?
 PYTHON ?= python3
 BIN := .venv/bin
 # Set-up is done once per change of the pinned versions or of pyproject.toml.
 READY := .venv/.ready
 
-.PHONY: demo test test-next mutate check figures clean
+.PHONY: demo test test-next real mutate check figures clean
 
 demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/mera demo
@@ -16,6 +17,11 @@ test: $(READY)
 
 test-next: .venv-next/.ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-next/bin/python -m pytest tests/test_next.py tests/test_chat.py tests/test_checkpoint.py
+
+real: $(READY)
+	$(BIN)/python -m experiments.fetch_models --models smollm2 --into runs/models
+	$(BIN)/mera run -m runs/models/smollm2 -t sms_spam --limit 200 --positions last --out runs/real \
+		$(if $(DATA),--data-dir $(DATA))
 
 mutate: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.mutations

@@ -84,9 +84,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def main(into: Path | None = None) -> None:
-    """Fetch both models and say where they are."""
-    for name in MODELS:
+def main(models: tuple[str, ...] = tuple(MODELS), into: Path | None = None) -> None:
+    """Fetch models and say where they are."""
+    for name in models:
         print(fetch(name, into or cache_folder() / "real_models"))
 
 

@@ -65,14 +65,38 @@ class Config:
 def main(config: Annotated[Config, tyro.conf.OmitArgPrefixes] = Config()) -> None:  # noqa: B008
     if config.data_dir is None:
         print(f"Reading {', '.join(config.tasks)} from the Hugging Face hub, or its cache")
+    print(HEADER)
     for name in config.models:
         path = fetch(name, config.into or cache_folder() / "real_models")
         for task in config.tasks:
             for seed in config.seeds:
                 rows = run(config, str(path), task, seed)
                 storage.write_records(config.results / f"{name}-{task}-seed{seed}.jsonl", rows)
-                for row in rows:
-                    print(*(row[key] for key in ("model", "task", "method", "decision", "spi")))
+                print(summary(rows))
+
+
+HEADER = """\
+| model, task | n | accuracy (majority) | unanswered | AUROC | decisions (SPI) | CPU s | MiB |
+|---|---|---|---|---|---|---|---|"""
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return a line of the table: one model on one task; sizes are train/calibration/test."""
+    row, asked = rows[0], [row for row in rows if row["decision"]]
+    acting = [row for row in asked if row["decision"] != "ABSTAIN"]
+    told = [f"{row['method']} acts ({row['spi']:+.2f})" for row in acting]
+    left = len(asked) - len(acting)
+    cells = (
+        f"{row['model']}, {row['task']}",
+        "/".join(str(row[f"n_{role}"]) for role in ("train", "calibration", "test")),
+        f"{row['accuracy_unsteered']:.2f} ({row['majority']:.2f})",
+        f"{row['unanswered']:.0%}",
+        f"{row['auroc']:.2f}",
+        ", ".join(told + [f"{left} abstain"] * bool(left)),
+        f"{row['cpu_seconds_unsteered'] + sum(each['cpu_seconds'] for each in rows):.0f}",
+        f"{row['peak_mib']:,}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def run(config: Config, model: str, task: str, seed: int) -> list[dict[str, Any]]:
