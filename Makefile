@@ -20,7 +20,7 @@ test-next: .venv-next/.ready
 
 real: $(READY)
 	$(BIN)/python -m experiments.fetch_models --models smollm2 --into runs/models
-	$(BIN)/mera run -m runs/models/smollm2 -t sms_spam --limit 200 --positions last --out runs/real \
+	$(BIN)/mera run -m runs/models/smollm2 -t sms_spam --limit 150 --positions last --out runs/real \
 		$(if $(DATA),--data-dir $(DATA))
 
 mutate: $(READY)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from conftest import make_task
 
 from mera_tl import storage
-from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run
+from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run, run
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app as cli
 from mera_tl.cli import parsing
@@ -192,9 +193,15 @@ def test_bad_data_is_one_sentence(name, monkeypatch, capsys, checkpoints, tmp_pa
     assert not {"activations", "outcomes"} & {each.name for each in tmp_path.glob("run/*")}
 
 
-def test_without_a_method_that_learns_one_class_is_enough(monkeypatch, checkpoints, tmp_path):
-    told = arguments(checkpoints, write_task(tmp_path, labels="one"), tmp_path / "run")
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering") == 0
+def test_without_a_method_that_learns_one_class_is_enough_and_blank_rows_are_counted(
+    monkeypatch, capsys, checkpoints, tmp_path
+):
+    path = write_task(tmp_path, labels="one")
+    with (tmp_path / "toy.csv").open("a", encoding="utf-8") as file:
+        file.write(" ,yes\n ,no\n")
+    told = arguments(checkpoints, path, tmp_path / "run", methods="no_steering")
+    assert mera(monkeypatch, "run", *told) == 0
+    assert "; 2 rows with a blank text are left out" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("split", ["train", "calibration", "test"])
@@ -220,6 +227,26 @@ def test_another_configuration_in_the_folder_is_refused(
     assert mera(monkeypatch, "collect", *arguments(checkpoints, toy, out)) == 0
     assert mera(monkeypatch, "run", *arguments(checkpoints, toy, out, seed=1)) == 2
     assert "another configuration (seed" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_so_and_ends_as_an_undisturbed_one(
+    monkeypatch, capsys, checkpoints, toy, tmp_path
+):
+    methods = {"methods": "no_steering,optimal_probe"}
+    told, whole = (arguments(checkpoints, toy, tmp_path / name, **methods) for name in ("a", "b"))
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "collect", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert mera(patched, "run", *told) == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "mera: stopped; start it again to resume."
+    assert "Traceback" not in said.err + said.out and not (tmp_path / "a" / "activations").exists()
+    for arguments_ in (told, whole):
+        assert mera(monkeypatch, "run", *arguments_) == 0
+    first, second = (without_times(tmp_path / name / "records.jsonl") for name in ("a", "b"))
+    assert [record.pop("hashes")["data"] for record in first] == [
+        record.pop("hashes")["data"] for record in second
+    ]
+    assert first == second
 
 
 def test_a_folder_in_use_is_refused(monkeypatch, capsys, checkpoints, toy, tmp_path):

@@ -410,6 +410,9 @@ def _say_splits(out: Any, opened: Any) -> None:
     sizes = ", ".join(f"{len(split)} {split.role}" for split in opened.splits)
     dropped = sum(opened.splits.train.source.get("split", {}).get("dropped", {}).values())
     note = f"; {dropped} rows that recur in a later split are left out" if dropped else ""
+    reasons = dict(opened.splits.train.source.get("left_out", {}))
+    reasons.pop("not of this task", None)  # of a filter, nobody expects them
+    note += "".join(f"; {count} rows {reason} are left out" for reason, count in reasons.items())
     out.print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", markup=False)
 
 
