@@ -83,7 +83,7 @@ def few_labels(df: pd.DataFrame) -> go.Figure:
     n = sorted(set(df["n"]))
     caption = f"SPI by number of training labels; {n[0]} test examples, mean of the splits"
     told = {"height": 180 + 260 * rows, "margin": {"b": 110}}
-    return style.finish(figure, "Where steering overtakes the classifier", caption, **told)
+    return style.finish(figure, "Few labels do not favour steering", caption, **told)
 
 
 if __name__ == "__main__":

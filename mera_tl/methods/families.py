@@ -4,7 +4,8 @@ Other toolkits move activations in other ways than by a probe and a direction. H
 list of steerings that differ in layer, threshold and strength, all fitted on a part of the training
 split. The rest of it chooses one, and the calibration split tests that one, as with `search`: what
 differs between rows of a table is the idea, not the care. They are not in `search` itself, whose
-budget they would double.
+budget they would double, and they act in the residual stream: the statistics they need (a
+covariance, a spread, a length) are not those of sparse latents.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
