@@ -41,6 +41,19 @@ def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
     assert "together only with delta 0.1" in caplog.text
 
 
+def test_a_search_budget_ends_with_the_best_so_far_which_is_certified_as_usual(tmp_path):
+    sizes = {"train": "120", "calibration": "40", "test": "40"}
+    config = replace(CONFIG, positions="last", search_budget="0.001s", **sizes)
+    with open_run(config, tmp_path, progress=False) as run:
+        record = run.record("searched")
+    details = record["details"]
+    assert details["budget"] == 0.001 and not details["complete"]
+    assert details["n_candidates"] > 400 and "40" in record["certificate"]
+    for wrong in ("10", "0m", "ten minutes", "-5s"):
+        with pytest.raises(ValueError, match="no time above 0"):
+            replace(CONFIG, search_budget=wrong)
+
+
 def test_a_second_run_on_the_same_calibration_examples_is_recognised(tmp_path, caplog):
     sizes = {"train": "120", "calibration": "40", "test": "40", "layers": "1"}
     config = replace(CONFIG, positions="last", **sizes)

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from mera_tl.inference.progress import seconds_of
 from mera_tl.tasks import splitting
 
 SpaceName = Literal["raw", "sae"]
@@ -89,6 +90,9 @@ class RunOptions:
     """Test behind the certificate. Default: unconditional for correct, betting for error."""
     probe_penalty: float | None = None
     """Penalty of the ridge probe, as a multiple of the mean feature variance. Default: 3."""
+    search_budget: str | None = None
+    """Time after which a search takes the best so far, such as 90s, 10m or 2h, counted over all
+    attempts. Default: none."""
     strength: float = 0.1
     """Shift length of the additive methods, as a multiple of the layer's median residual norm."""
     pairs: int = 0
@@ -296,6 +300,8 @@ def check(options: Any) -> None:
         parse_layers(values["layers"])
         parse_thresholds(values.get("thresholds", "default"))
         splitting.read_wishes({role: values.get(role) for role in splitting.SHARES})
+        if values.get("search_budget") is not None:
+            seconds_of(values["search_budget"])
         if values.get("metric") == "error" and values.get("bound") in ("unconditional", "mcnemar"):
             raise ValueError(
                 f"bound={values['bound']!r} counts correct answers and the metric is 'error'; "

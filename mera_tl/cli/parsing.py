@@ -68,7 +68,7 @@ GROUPS = {
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
     "sae sae_sibling sae_correction",
     "certificate": "min_gain delta max_regressions max_risk primary metric thresholds bound",
-    "speed": "batch_size batch_tokens cache shards ray gpus",
+    "speed": "search_budget batch_size batch_tokens cache shards ray gpus",
     "output": "out config overwrite dry_run strict json verbose quiet",
 }
 """Headings of `--help`; what is in none of them stands under "more"."""
@@ -90,6 +90,7 @@ METAVARS = {
     "calibration": "N|ROWS",
     "test": "N|ROWS",
     "layers": "LAYERS",
+    "search_budget": "TIME",
     "data_dir": "FOLDER",
     "template": "FILE",
     "config": "FILE",

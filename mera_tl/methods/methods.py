@@ -23,6 +23,7 @@ from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.progress import seconds_of
 from mera_tl.methods.candidates import RAW, features
 from mera_tl.methods.class_probe import ClassProbe, certify_class_probe, fit_class_probe
 from mera_tl.methods.families import FAMILIES, search_family
@@ -309,7 +310,9 @@ def _searched(run: Run) -> Treatment:
 
 
 def _look(run: Run, folder: Path) -> Search:
-    choices = Choices(metric=run.config.metric, seed=run.config.seed)
+    given = run.config.search_budget
+    budget = None if given is None else seconds_of(given)
+    choices = Choices(metric=run.config.metric, seed=run.config.seed, budget=budget)
     return search(
         run.model,
         run.splits.train,
