@@ -33,6 +33,7 @@ from mera_tl.methods import (
     divide,
     flipped,
     list_candidates,
+    log_odds_gradients,
     reading_hooks,
     search,
     search_flip,
@@ -40,7 +41,7 @@ from mera_tl.methods import (
 )
 from mera_tl.models import load_model
 from mera_tl.probes import LinearProbe
-from mera_tl.steering import Adaptive, Direction, Gated, Steering
+from mera_tl.steering import Adaptive, Additive, Direction, Gated, Steering
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
@@ -375,6 +376,25 @@ def test_an_ended_search_goes_on_from_what_it_kept(tmp_path, monkeypatch):
 
 def test_first_order_gains_rank_candidates_as_real_ones_do():
     assert found().details["foresight"] > 0.5
+
+
+@pytest.mark.parametrize("options", [("yes", "no"), ("blue bird", "blue tree film")])
+def test_gradients_are_those_of_whole_options(options, models):
+    """A small shift of the final prompt token changes log-odds as the gradient says it will."""
+    model, task = models["llama"], make_task(12, options=options)
+    resid = collect(model, task, settings=QUIET).resid()
+    gradients = log_odds_gradients(model, task, resid, QUIET)
+    probe, layer = random_probe(model), 1
+    steering = Steering(probe, layers=(layer,), positions="final", rule=Additive(1e-3))
+    hook = steering.hook(layer)
+    foreseen = gradients[layer] @ hook.step * 1e-3
+    before, after = (
+        evaluate(model, task, hooks, settings=QUIET).probs.double().log()
+        for hooks in ((), steering.fwd_hooks())
+    )
+    change = (after - before)[torch.arange(12), torch.tensor(task.labels)]
+    assert change.abs().max() > 1e-5
+    assert torch.corrcoef(torch.stack([foreseen.double(), change]))[0, 1] > 0.98
 
 
 # --- flip ---------------------------------------------------------------------------------------

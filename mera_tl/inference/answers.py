@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.multiple_choice import first_tokens, option_log_probs
+from mera_tl.inference.prefix import Prefix
 from mera_tl.inference.replies import answered_option, has_begun, is_over
 from mera_tl.inference.variants import (
     OptionTokens,
@@ -170,16 +171,18 @@ def read_batch(
     settings: ReadSettings,
     fwd_hooks: FwdHooks = (),
     *,
+    prefix: Prefix | None = None,
     on_prompt: Observer | None = None,
     on_answer: Observer | None = None,
 ) -> Reading:
     """Run one batch of tokenized prompts under hooks and read its answers.
 
-    `on_prompt` is called after the prompt pass; `on_answer` whenever answer tokens have been fed
-    back, with the rows they belong to. Both are for hooks that gather activations.
+    With `prefix`, no hook may act on the tokens that all prompts begin with. `on_prompt` is called
+    after the prompt pass; `on_answer` whenever answer tokens have been fed back, with the rows they
+    belong to. Both are for hooks that gather activations.
     """
     with torch.inference_mode(), hooked_pass(model, fwd_hooks):
-        decoding = Decoding(model, prompts, fwd_hooks)
+        decoding = Decoding(model, prompts, fwd_hooks, prefix=prefix)
         logits = decoding.prompt()
         if on_prompt is not None:
             on_prompt(decoding.rows)
@@ -225,7 +228,7 @@ def about_to_answer(
     """
     if settings.readout == "reply":
         return logits.new_zeros(len(logits), dtype=torch.long)
-    return _scores(decoding, logits, options, settings).argmax(-1)
+    return option_scores(decoding, logits, options, settings).argmax(-1)
 
 
 def tokens_read(options: OptionTokens, settings: ReadSettings) -> list[int] | None:
@@ -233,14 +236,17 @@ def tokens_read(options: OptionTokens, settings: ReadSettings) -> list[int] | No
     return first_tokens(options.continuations) if settings.readout == "options" else None
 
 
-def _scores(
+def option_scores(
     decoding: Decoding,
     logits: Float[Tensor, "batch some"],
     options: OptionTokens,
     settings: ReadSettings,
     decide: bool = False,
 ) -> Float[Tensor, "batch option"]:
-    """Return what P(option) is the softmax of, at the end of the prompt."""
+    """Return what P(option) is the softmax of, at the end of the prompt.
+
+    With `decide`, no work goes into what cannot change the likeliest option.
+    """
     if settings.readout != "options":
         return options.class_logits(logits)
     # Copies of the cache for branches may take as much again as the batch, twice.
@@ -269,7 +275,7 @@ def read_from(
         tokens = _decode(decoding, logits, found, settings.n_new, on_answer)
         predictions, probs = found.result()
     else:
-        probs = _scores(decoding, logits, options, settings, decide).softmax(-1)
+        probs = option_scores(decoding, logits, options, settings, decide).softmax(-1)
         predictions, tokens = probs.argmax(-1), logits.new_zeros(len(logits), 0, dtype=torch.long)
     counts = {name: getattr(decoding, name).cpu() for name in COUNTS}
     return Reading(predictions.cpu(), probs.cpu(), tokens.cpu(), **counts)

@@ -6,7 +6,7 @@ there (attribution patching). It says which candidates are worth a trial, and de
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.inference.answers import ReadSettings, option_tokens
+from mera_tl.inference.answers import ReadSettings, option_scores, option_tokens
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import run_batches, tokenize_task
 from mera_tl.inference.outcomes import Metric, Outcomes
+from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
 from mera_tl.steering.many import Stack
 from mera_tl.steering.spaces import SAESpace
@@ -36,30 +37,30 @@ def log_odds_gradients(
 ) -> Float[Tensor, "layer example d_model"]:
     """Return the gradients of log P(true option) at the final prompt token, after each layer.
 
-    `resid` is the unsteered residual stream there. Options are compared by their first tokens.
+    `resid` is the unsteered residual stream there. Options of several tokens are scored whole: a
+    shift of the final token reaches later ones through what they attend to.
     """
     options = option_tokens(model, task, settings)
-    if not options.tokens:
-        first = tuple(tuple({ids[0] for ids in variants}) for variants in options.continuations)
-        options = replace(options, tokens=first)
     prompts, labels = tokenize_task(model, task, settings), torch.tensor(task.labels)
     gradients = torch.zeros_like(resid)
+    prefix = Prefix.of(model, prompts, 0)
 
     def run(batch: list[int]) -> None:
         rows = torch.arange(len(batch), device=model.device)
         shape = (len(batch), 1, model.d_model)
         leaves = [torch.zeros(shape, device=model.device, requires_grad=True) for _ in resid]
-        hooks = [
-            (resid_post(layer), lambda x, hook, leaf=leaf: x + leaf.to(x))  # noqa: ARG005
-            for layer, leaf in enumerate(leaves)
-        ]
+
+        def shifted(leaf: Tensor, resid: Tensor, hook: Any) -> Tensor:
+            return resid if hook.ctx["window"].scores else resid + leaf.to(resid)
+
+        hooks = [(resid_post(n), partial(shifted, leaf)) for n, leaf in enumerate(leaves)]
         with torch.no_grad(), hooked_pass(model, ()):
-            decoding = Decoding(model, [prompts[i] for i in batch], ())
+            decoding = Decoding(model, [prompts[i] for i in batch], (), prefix=prefix)
             decoding.prompt()
         with torch.enable_grad(), hooked_pass(model, hooks):
             fork = decoding.fork(rows, hooks)
             logits = fork.resume(0, resid[0, batch][:, None].to(model.device))
-            chosen = options.class_logits(logits).log_softmax(-1)
+            chosen = option_scores(fork, logits, options, settings).log_softmax(-1)
             chosen.gather(1, labels[batch, None].to(chosen.device)).sum().backward()
         for layer, leaf in enumerate(leaves):
             if leaf.grad is not None:
