@@ -67,8 +67,29 @@ def test_each_of_many_equals_itself_alone(model, readout):
     check_each(model, readout)
 
 
-def test_each_equals_itself_under_the_other_engine(checkpoints):
-    check_each(load_model(str(checkpoints["gemma2"]), device="cpu", engine="hugging_face"), "exact")
+@pytest.mark.parametrize(("family", "readout"), [("gemma2", "exact"), ("llama", "options")])
+def test_each_equals_itself_under_the_other_engine(family, readout, checkpoints):
+    model = load_model(str(checkpoints[family]), device="cpu", engine="hugging_face")
+    assert model.resumes
+    check_each(model, readout)
+
+
+def test_the_other_engine_runs_only_layers_above_the_first_steered_one(checkpoints):
+    model = load_model(str(checkpoints["llama"]), device="cpu", engine="hugging_face")
+    task, rows = make_task(14), [0] * model.n_layers
+    some = [
+        Steering(random_probe(model, seed=i), layers=(0,), positions="final", rule=Gated(-99.0))
+        for i in range(4)
+    ]
+
+    def counting(module, args, out):
+        rows[[layer.mlp for layer in model.hooked.layers].index(module)] += len(out)
+
+    handles = [layer.mlp.register_forward_hook(counting) for layer in model.hooked.layers]
+    evaluate_many(model, task, some, settings=QUIET)
+    for handle in handles:
+        handle.remove()
+    assert rows[2] - rows[0] == 4 * 14
 
 
 def check_each(model, readout):

@@ -21,8 +21,9 @@ from torch import Tensor
 from mera_tl import storage
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, hooked_pass
-from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
+from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
 from mera_tl.tasks.task import Task
 
@@ -143,6 +144,7 @@ def collect(
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
+    prefix = Prefix.of(model, prompts, n_after(model, task, settings))
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
     kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
 
@@ -164,6 +166,7 @@ def collect(
                 options,
                 settings,
                 capture.fwd_hooks,
+                prefix=prefix,
                 on_prompt=lambda rows: capture.write("last", rows),
                 on_answer=capture.add if whole else lambda rows: capture.write("exact", rows),
             )

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import FwdHooks, Model, resid_post
+from mera_tl.models.partial import Part
 from mera_tl.models.shared_prompt import KeysAndValues, Seats, SharedKeys, sharing
 
 
@@ -74,11 +76,18 @@ class Decoding:
         prompts: Sequence[Sequence[int]],
         fwd_hooks: FwdHooks,
         labels: Int[Tensor, " batch"] | None = None,
+        prefix: Prefix | None = None,
     ) -> None:
         self.model = model
         self._points = [model.hooked.hook_dict[name] for name in dict(fwd_hooks)]
-        self._tokens, self._mask = left_pad(prompts, model.device)
+        known = () if prefix is None else prefix.tokens
+        self._tokens, self._mask = left_pad([p[len(known) :] for p in prompts], model.device)
         self._cache = model.new_cache(len(prompts))
+        if prefix is not None:
+            self._cache = prefix.for_rows(len(prompts))
+            shared = torch.tensor(known, device=model.device).expand(len(prompts), -1)
+            self._tokens = torch.cat([shared, self._tokens], dim=1)
+            self._mask = torch.cat([torch.ones_like(shared), self._mask], dim=1)
         self._eos = torch.tensor(model.eos_ids, dtype=torch.long, device=model.device)
         self._answers: Int[Tensor, " batch"] | None = None
         self._labels = labels
@@ -104,8 +113,9 @@ class Decoding:
         return self._moved.sum(-1)
 
     def prompt(self) -> Float[Tensor, "batch d_vocab"]:
-        """Run the prompts; return the logits at their final tokens."""
-        return self._forward(self._tokens, self._mask, n_prompt=self._tokens.shape[1])
+        """Run the prompts, less a prefix that was run; return the logits at their final tokens."""
+        tokens, mask = (x[:, self.n_columns :] for x in (self._tokens, self._mask))
+        return self._forward(tokens, mask, n_prompt=tokens.shape[1])
 
     def last_token_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Run the final prompt token once more on the same cache, the unsteered answers known."""
@@ -117,12 +127,16 @@ class Decoding:
         self._answers = answers
         return self._again(self._tokens.shape[1])
 
-    def _again(self, n_columns: int) -> Float[Tensor, "batch d_vocab"]:
+    def _again(self, n_columns: int, part: Part | None = None) -> Float[Tensor, "batch some"]:
         """Run the last columns of the prompts once more, on the cache of what comes before."""
         self._settle()
-        self._cache = self._cache.drop_last(n_columns)
+        before, self._cache = self._cache, self._cache.drop_last(n_columns)
         tokens, mask = self._tokens[:, -n_columns:], self._mask[:, -n_columns:]
-        return self._forward(tokens, mask, n_prompt=n_columns)
+        logits = self._forward(tokens, mask, n_prompt=n_columns, part=part)
+        if part is not None and part.after is not None:
+            n_known = part.after + 1  # layers that were not run again keep what they knew
+            self._cache.entries[:n_known] = before.entries[:n_known]
+        return logits
 
     def resume(
         self,
@@ -137,8 +151,9 @@ class Decoding:
         alone, the logits are of these.
         """
         n_columns = resid.shape[1]
-        if not self.model.resumes:
-            return self._again(n_columns)
+        if self.model.engine == "hugging_face":
+            known = Part(layer, resid, tokens) if self.model.resumes else Part(tokens=tokens)
+            return self._again(n_columns, known)
         mask = self._mask[:, -n_columns:]
         self._describe(mask, n_columns)
         resid = self.model.hooked.hook_dict[resid_post(layer)](resid)
@@ -292,11 +307,15 @@ class Decoding:
         return torch.isin(tokens, self._eos)
 
     def _forward(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], n_prompt: int
-    ) -> Float[Tensor, "batch d_vocab"]:
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        n_prompt: int,
+        part: Part | None = None,
+    ) -> Float[Tensor, "batch some"]:
         self._settle()
         self._describe(mask, n_prompt)
-        logits = self.model.next_token_logits(tokens, mask, self._cache)
+        logits = self.model.next_token_logits(tokens, mask, self._cache, part)
         self._count(mask)
         return logits
 

@@ -24,6 +24,7 @@ from mera_tl.inference.answers import (
     read_batch,
 )
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.inference.progress import is_watched
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.tasks.task import Example, Splits, Task
@@ -51,9 +52,13 @@ def evaluate(
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
+    prefix = None
+    if moves_none_before_the_last(fwd_hooks):
+        prefix = Prefix.of(model, prompts, n_after(model, task, settings))
 
     def run(batch: list[int]) -> Reading:
-        return read_batch(model, [prompts[i] for i in batch], options, settings, fwd_hooks)
+        some = [prompts[i] for i in batch]
+        return read_batch(model, some, options, settings, fwd_hooks, prefix=prefix)
 
     return gather(task, options, run_batches(prompts, run, settings, title))
 
@@ -202,7 +207,7 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     """
     prefix = settings.prefix(model)
     prompts = model.tokenize([example.prompt for example in task.examples], prefix=prefix)
-    room = model.n_ctx - _n_after(model, task, settings)
+    room = model.n_ctx - n_after(model, task, settings)
     long = [i for i, tokens in enumerate(prompts) if len(tokens) > room]
     if not settings.truncate and long:
         raise ValueError(
@@ -221,7 +226,7 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     return prompts
 
 
-def _n_after(model: Model, task: Task[Any], settings: ReadSettings) -> int:
+def n_after(model: Model, task: Task[Any], settings: ReadSettings) -> int:
     """Return how many tokens may be fed after a prompt."""
     if settings.readout != "options":
         return settings.n_new if settings.decodes else 0

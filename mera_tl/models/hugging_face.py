@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor
 
 from mera_tl.models.cache import KeyValueCache, LayerCache
 from mera_tl.models.hooks import FwdHooks, HookPoint, hooks_on, resid_post
+from mera_tl.models.partial import Part, can_unembed_some, is_passed_over, running
+
+RESUMED = {torch.float32: 1e-4}
+"""Largest relative difference of logits that rounding explains; others than float32: 5e-2."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Shape:
     d_head: int
     d_mlp: int
     dtype: torch.dtype
+    window_size: int | None
+    """How many columns back a layer with a window looks."""
 
 
 class HookedCausalLM:
@@ -57,6 +63,11 @@ class HookedCausalLM:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether a token's position is given to the model, and not its column."""
+        return "position_ids" in self._accepted
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Return the weights, each once."""
         return self.original.parameters()
@@ -74,10 +85,12 @@ class HookedCausalLM:
         past_kv_cache: KeyValueCache | None = None,
         stop_at_layer: int | None = None,
         n_last: int = 0,
+        part: Part | None = None,
     ) -> Float[Tensor, "batch some d"]:
         """Return the logits of the last `n_last` positions (0: of all).
 
-        With `stop_at_layer`, return the residual stream before that layer instead.
+        With `stop_at_layer`, return the residual stream before that layer instead. With `part`, run
+        that only; layers that are not run leave their cache as it was.
         """
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
         if stop_at_layer is not None:
@@ -86,10 +99,46 @@ class HookedCausalLM:
         if past_kv_cache is not None:
             mask = past_kv_cache.append_attention_mask(mask)
             past = _to_hugging_face(past_kv_cache)
-        logits = self._forward(tokens, mask, past, n_last)
+        part, head = part or Part(), self.original.get_output_embeddings()
+        with running(part, self.layers, head):
+            logits = self._forward(tokens, mask, past, n_last)
         if past_kv_cache is not None:
             past_kv_cache.entries = _from_hugging_face(past)
+        if part.tokens is not None and not can_unembed_some(head):
+            logits = logits[..., list(part.tokens)]
         return logits[:, -n_last:]
+
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether a pass can start from the stream after some layer; tried once, on five tokens.
+
+        Not where layers hand each other more than the stream, such as keys that they share.
+        """
+        if self.embed.weight.is_meta or self.cfg.n_layers < 2:
+            return False
+        functions = [list(point.functions) for point in self.hook_dict.values()]
+        try:
+            for point in self.hook_dict.values():
+                point.functions.clear()
+            with torch.no_grad():
+                return self._resumes_after(self.cfg.n_layers - 2)
+        except Exception:  # whatever it says: it is not made for this
+            return False
+        finally:
+            for point, before in zip(self.hook_dict.values(), functions, strict=True):
+                point.functions[:] = before
+
+    def _resumes_after(self, layer: int) -> bool:
+        device = self.embed.weight.device
+        tokens, kept = torch.arange(5, device=device)[None], list[Tensor]()
+        cache = KeyValueCache([], torch.empty((1, 0), dtype=torch.int, device=device))
+        with self.hooks([(resid_post(layer), lambda resid, hook: kept.append(resid))]):  # noqa: ARG005
+            whole = self(tokens, past_kv_cache=cache, n_last=1)
+        part = Part(layer, kept[0][:, -1:])
+        again = self(tokens[:, -1:], past_kv_cache=cache.drop_last(), n_last=1, part=part)
+        return bool(
+            (whole - again).abs().max() <= RESUMED.get(whole.dtype, 5e-2) * whole.abs().max()
+        )
 
     def _forward(
         self,
@@ -159,7 +208,7 @@ def decoder_layers(original: Any) -> list[torch.nn.Module]:
 
 
 def _pass_through(point: HookPoint, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
-    if not point.functions:
+    if not point.functions or is_passed_over(module):
         return None
     if isinstance(output, tuple):
         return (point(output[0]), *output[1:])
@@ -172,6 +221,8 @@ def _shape_of(original: Any, n_layers: int) -> Shape:
     rows, width = original.get_input_embeddings().weight.shape
     d_model = getattr(text, "hidden_size", None) or width
     n_heads = getattr(text, "num_attention_heads", None) or 1
+    names = ("sliding_window", "window_size", "attention_chunk_size")
+    windows = (getattr(text, name, None) for name in names)
     return Shape(
         n_layers=n_layers,
         d_model=d_model,
@@ -182,6 +233,7 @@ def _shape_of(original: Any, n_layers: int) -> Shape:
         d_head=getattr(text, "head_dim", None) or d_model // n_heads,
         d_mlp=getattr(text, "intermediate_size", None) or 4 * d_model,
         dtype=original.dtype,
+        window_size=next((w for w in windows if w), None),
     )
 
 

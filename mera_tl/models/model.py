@@ -17,6 +17,7 @@ from mera_tl.models.cache import KeyValueCache
 from mera_tl.models.chat import Turn, encode_plain
 from mera_tl.models.hooks import FwdHooks, resid_post
 from mera_tl.models.hugging_face import HookedCausalLM
+from mera_tl.models.partial import Part
 from mera_tl.models.shared_prompt import can_share
 
 Engine = Literal["transformer_lens", "hugging_face"]
@@ -113,16 +114,18 @@ class Model:
         tokens: Int[Tensor, "batch pos"],
         mask: Int[Tensor, "batch pos"],
         cache: Any = None,
-    ) -> Float[Tensor, "batch d_vocab"]:
+        part: Part | None = None,
+    ) -> Float[Tensor, "batch some"]:
         """Run the model and unembed the last position only.
 
         Equal to the last row of the full logits, without ever holding "batch pos d_vocab". With a
-        `cache` (see `new_cache`), `tokens` and `mask` are the new ones alone.
+        `cache` (see `new_cache`), `tokens` and `mask` are the new ones alone. With `part`, only
+        that is run, by the engine hugging_face.
 
         Raises:
             ValueError: if a logit is not finite, naming the layer where that begins.
         """
-        logits = self._last_logits(tokens, mask, cache)
+        logits = self._last_logits(tokens, mask, cache, part)
         # A NaN or an infinity anywhere makes the sum of the absolute values NaN or infinite.
         if not logits.is_meta and not torch.isfinite(logits.abs().sum(dtype=torch.float32)):
             raise ValueError(self._where_not_finite(tokens, mask, cache))
@@ -133,10 +136,12 @@ class Model:
         tokens: Int[Tensor, "batch pos"],
         mask: Int[Tensor, "batch pos"],
         cache: Any,
-    ) -> Float[Tensor, "batch d_vocab"]:
+        part: Part | None = None,
+    ) -> Float[Tensor, "batch some"]:
         hooked = self.hooked
         if isinstance(hooked, HookedCausalLM):
-            return hooked(tokens, attention_mask=mask, past_kv_cache=cache, n_last=1)[:, 0]
+            given = {"attention_mask": mask, "past_kv_cache": cache, "n_last": 1}
+            return hooked(tokens, **given, part=part)[:, 0]
         stop = self.n_layers
         resid: Any = hooked(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
         return self.unembed(resid[:, -1])
@@ -144,7 +149,7 @@ class Model:
     def unembed(
         self, resid: Float[Tensor, "batch d_model"], tokens: Sequence[int] | None = None
     ) -> Float[Tensor, "batch some"]:
-        """Return the logits that a final residual stream gives; of an engine that `resumes`.
+        """Return the logits that a final residual stream gives; of the engine transformer_lens.
 
         Of all tokens, or of some alone: a vocabulary may cost as much as many layers.
         """
@@ -160,12 +165,21 @@ class Model:
     @property
     def resumes(self) -> bool:
         """Whether a pass can start from the residual stream of some layer."""
-        return not isinstance(self.hooked, HookedCausalLM)
+        return not isinstance(self.hooked, HookedCausalLM) or self.hooked.resumes
 
     @property
     def shares_prompts(self) -> bool:
         """Whether many variants of a prompt's final token can attend to one copy of its cache."""
-        return self.resumes and can_share(self.hooked.cfg)
+        return not isinstance(self.hooked, HookedCausalLM) and can_share(self.hooked.cfg)
+
+    def allows_gaps(self, n_columns: int) -> bool:
+        """Return whether padding may stand amid so many columns: none measures distance in them."""
+        cfg, hooked = self.hooked.cfg, self.hooked
+        if isinstance(hooked, HookedCausalLM):
+            counted = hooked.takes_positions
+        else:
+            counted = cfg.positional_embedding_type in ("standard", "rotary")
+        return counted and n_columns <= (getattr(cfg, "window_size", None) or n_columns)
 
     def resume(
         self,
@@ -174,7 +188,10 @@ class Model:
         mask: Int[Tensor, "batch all"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Run the layers above `layer`, from what that one left; `mask` is of all columns."""
+        """Run the layers above `layer`, from what that one left; `mask` is of all columns.
+
+        Of the engine transformer_lens; the other one takes a `Part`.
+        """
         return self.hooked(
             resid,
             start_at_layer=layer + 1,

@@ -30,9 +30,10 @@ from mera_tl.inference.answers import (
     tokens_read,
 )
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
-from mera_tl.inference.evaluation import check_call, gather, run_batches, tokenize_task
+from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
 from mera_tl.steering.hook import Positions, SteerHook, first_column
 from mera_tl.steering.rules import Rule
@@ -67,15 +68,16 @@ def evaluate_many(
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
-    outcomes: dict[int, Outcomes] = {}
+    n_new, outcomes = n_after(model, task, settings), dict[int, Outcomes]()
     # One hook a layer reads and writes one space.
     for space in {id(each.space): each.space for each in steerings}.values():
         numbers = [i for i, each in enumerate(steerings) if each.space is space]
         stack = Stack(tuple(steerings[i] for i in numbers))
+        prefix = None if stack.everywhere else Prefix.of(model, prompts, n_new)
+        batches = _Batch(model, stack, options, settings, prefix, decide)
 
-        def run(batch: list[int], stack: Stack = stack) -> _Readings:
-            some = [prompts[i] for i in batch]
-            return _Batch(model, stack, options, settings, decide).read(some)
+        def run(batch: list[int], batches: _Batch = batches) -> _Readings:
+            return batches.read([prompts[i] for i in batch])
 
         # Passes of one token: more prompts at once, as long as their cache stays near the cores.
         wide = settings if stack.everywhere else settings.wider(2)
@@ -354,6 +356,7 @@ class _Batch:
     stack: Stack
     options: OptionTokens
     settings: ReadSettings
+    prefix: Prefix | None
     decide: bool
 
     def read(self, prompts: Sequence[Sequence[int]]) -> _Readings:
@@ -361,7 +364,7 @@ class _Batch:
         record = _Recorder(list(self.stack.layers), None if self.stack.everywhere else 1)
         labels = torch.arange(len(prompts), device=self.model.device)
         with torch.inference_mode(), hooked_pass(self.model, record.hooks):
-            decoding = Decoding(self.model, prompts, record.hooks, labels)
+            decoding = Decoding(self.model, prompts, record.hooks, labels, self.prefix)
             logits = decoding.prompt()
             unsteered = decoding.fork(labels, record.hooks)
             base = self._read(unsteered, logits)
