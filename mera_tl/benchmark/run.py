@@ -39,6 +39,7 @@ from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.free_text import free_text, reply_text
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.progress import seconds_of
 from mera_tl.methods import methods
 from mera_tl.methods.families import FAMILIES
 from mera_tl.methods.methods import (
@@ -324,7 +325,10 @@ class Run(methods.Run):
             )
             prompts["search"] = SHARE_OF_TRIAL * tried
         prompts |= {"calibrate": sum(passes) * sizes[1], "test": len(found) * sizes[2]}
-        return {stage: self.preflight.seconds(n) for stage, n in prompts.items()}
+        seconds = {stage: self.preflight.seconds(n) for stage, n in prompts.items()}
+        if "search" in seconds and self.config.search_budget is not None:
+            seconds["search"] = min(seconds["search"], seconds_of(self.config.search_budget))
+        return seconds
 
     @cached_property
     def activations(self) -> Activations:
