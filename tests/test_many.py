@@ -76,6 +76,7 @@ def test_each_equals_itself_under_the_other_engine(family, readout, checkpoints)
 
 def test_the_other_engine_runs_only_layers_above_the_first_steered_one(checkpoints):
     model = load_model(str(checkpoints["llama"]), device="cpu", engine="hugging_face")
+    assert model.resumes  # which is tried once, at a few tokens
     task, rows = make_task(14), [0] * model.n_layers
     some = [
         Steering(random_probe(model, seed=i), layers=(0,), positions="final", rule=Gated(-99.0))
