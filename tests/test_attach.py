@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, make_task, random_probe, save_random_checkpoint, talking_task
+from conftest import (
+    FAMILIES,
+    make_task,
+    mixed_options,
+    random_probe,
+    save_random_checkpoint,
+    talking_task,
+)
 
 from mera_tl import Adaptive, Additive, Steering, calibrate, evaluate, generate, load_model
 from mera_tl.inference import Decoding, ReadSettings, hooked_pass, option_tokens, read_batch
@@ -357,14 +364,16 @@ def test_a_certified_steering_by_the_answer_knows_its_options(
 ):
     """Each prompt is steered as by the plain steering of the answer that it was about to get."""
     model, hf = models["qwen2"], originals["qwen2"]
-    # Of several tokens each: their scores take more than the logits of the prompt.
-    several = ("not good", "very bad") if readout == "options" else ("good", "bad")
-    task = make_task(12, options=several).subset(range(12), role="calibration")
+    options = mixed_options(model)
+    if readout == "options":  # of several tokens, which takes more than the logits of the prompt
+        options = tuple(f"{option} red" for option in options)
+    task = make_task(12, options=options).subset(range(12), role="calibration")
     read = ReadSettings(readout, progress=False)
     decision = calibrate(model, task, by_answer(model, positions), min_gain=-0.99, settings=read)
     steering = decision.steering
     prompts = model.tokenize([example.prompt for example in task.examples])[:6]
     answers = evaluate(model, task, settings=read).predictions.tolist()
+    assert len(set(answers[:6])) == 2
     single = [replace(steering, direction=steering.direction[i]) for i in (0, 1)]
     expected = [theirs(hf, [p], single[a])[0] for p, a in zip(prompts, answers[:6], strict=True)]
     for cache in (True, False):

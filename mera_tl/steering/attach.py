@@ -131,6 +131,7 @@ class Generation:
     def add(self, moves: Sequence[Move]) -> None:
         """Take in what the hooks of one pass did, all layers at once."""
         device, inside = self.peak.device, moves[0].scope.inside
+        assert inside is not None  # every pass has a window here
         # Of several devices, that of the first steered layer.
         moved = torch.stack([each.moved.to(device) for each in moves])
         score = torch.stack([each.score.to(device) for each in moves])
@@ -138,15 +139,13 @@ class Generation:
         self.n_steered = self.n_steered + moved.sum((0, 2))
         self.n_steerable = self.n_steerable + len(moves) * inside.sum(-1)
         self.peak = self.peak.maximum(score.masked_fill(~inside, -torch.inf).amax((0, 2)))
-        written = [each for each in moves if each.after is not None]
-        if written:
-            before, after = (
-                torch.cat([part.flatten(0, -2).to(device) for part in parts])
-                for parts in ([each.before for each in written], [each.after for each in written])
-            )
+        before = [each.before.flatten(0, -2) for each in moves if each.before is not None]
+        after = [each.after.flatten(0, -2) for each in moves if each.after is not None]
+        if after:
+            old, new = (torch.cat([part.to(device) for part in parts]) for parts in (before, after))
             # Layer by layer and row by row, as the tokens that moved lie there.
             rows = moved.nonzero()[:, 1]
-            self.shift = self.shift.index_add(0, rows, relative_shift(after, before))
+            self.shift = self.shift.index_add(0, rows, relative_shift(new, old))
 
     def records(self, n_prompts: int) -> Iterator[dict[str, Any]]:
         """Yield one record per prompt; its beams and draws are summed up."""
