@@ -3,7 +3,7 @@
 Each in a process of its own, everything imported before the clock starts: `from_pretrained` with
 its tokenizer; both engines, once with an empty cache (the check against the original and the hash
 of the weights are paid) and once more. Memory is the peak beyond what the imports held and beyond
-the weights themselves, after loading and after 64 prompts. Expected: loading again at most twice
+the weights themselves, after loading and after 16 prompts. Expected: loading again at most twice
 `from_pretrained`, at most 1 GB beyond the weights. Three minutes.
 
     python -m experiments.loading runs/models/smollm2 --data-dir data
@@ -29,7 +29,7 @@ import mera_tl
 from mera_tl.inference import ReadSettings
 way, path, data = sys.argv[1:]
 organism = mera_tl.load_model("organism", engine="auto" if way == "from_pretrained" else way)
-task = mera_tl.load_task("sms_spam", data_dir=data).subset(range(64))
+task = mera_tl.load_task("sms_spam", data_dir=data).subset(range(16))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before, started, cpu = peak(), time.perf_counter(), time.process_time()
 if way == "from_pretrained":
