@@ -49,7 +49,7 @@ print(json.dumps({name: round(value, 2) for name, value in took.items()}))
 """
 
 
-def main(model: Path, data_dir: Path, results: Path = RESULTS) -> None:
+def main(model: tyro.conf.Positional[Path], data_dir: Path, results: Path = RESULTS) -> None:
     """Load a local model in every way, twice, and keep what it took."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "MERA_CACHE": cache}

@@ -42,8 +42,8 @@ def accuracy_by_task(rows: pd.DataFrame) -> go.Figure:
         figure.add_scatter(x=some["accuracy"], y=some["where"], name=method, marker=look, **marks)
     steered = acting[acting["method"] != "flip"]
     title = (
-        f"Of {len(asked)} decisions on real models {len(asked) - len(acting)} abstain; "
-        f"{len(steered)} steer and {len(acting) - len(steered)} flip answers"
+        f"On real models {len(acting)} of {len(asked)} certificates let a method act: "
+        f"{len(steered)} steer, {len(acting) - len(steered)} flip answers"
     )
     sizes = f"{base['n_test'].min()} to {base['n_test'].max()}"
     caption = f"accuracy on {sizes} test examples; a method is drawn where it is certified to act"
