@@ -4,8 +4,8 @@ A steering is searched and certified for one task, and put on that task's test s
 other tasks, which lm-evaluation-harness reads as multiple choice, unsteered and steered, with
 paired 95 % intervals. Where the certificate abstains, what was searched is put on anyway, and the
 record says so. Expected: the gain on its own task; on others nothing where the probe stays silent,
-and harm where it fires on prompts that it was not fitted on. Run time in processor time: five
-minutes on the organism, ten for one task of a small real model:
+and harm where it fires on prompts that it was not fitted on. Run time: a minute and a half of
+processor time on the organism. A real model takes a folder and its tasks; none has been run yet:
 
     python -m experiments.side_effects
     python -m experiments.side_effects --model smollm2 --data-dir data --sources sms_spam
