@@ -62,9 +62,11 @@ OVERVIEW = {
 }
 """Headings of `mera --help`; a command that is in none of them stands under "More"."""
 GROUPS = {
-    "required": "action model models task tasks",
-    "data": "data_dir template train calibration test limit seed seeds truncate free_text",
-    "model": "chat system readout answer_prefix max_new_tokens dtype engine device n_devices",
+    "required": "action model models task tasks steering",
+    "data": "data_dir template train calibration test limit seed seeds truncate free_text file "
+    "trust_task_code",
+    "model": "chat system readout answer_prefix max_new_tokens reply_tokens temperature dtype "
+    "engine device n_devices anyway",
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
     "sae sae_sibling sae_correction",
     "certificate": "min_gain delta max_regressions max_risk primary metric thresholds bound",
