@@ -156,6 +156,7 @@ def gather(
     def column(name: str) -> Tensor:
         return torch.cat([getattr(reading, name) for _, reading in results])[order]
 
+    counts: dict[str, Any] = {name: column(name) for name in COUNTS}
     outcomes = Outcomes(
         options=options.options,
         rows=torch.tensor([example.row for example in task.examples]),
@@ -163,7 +164,7 @@ def gather(
         predictions=column("predictions"),
         probs=column("probs").float(),
         replies=_texts(options, column("tokens")),
-        **{name: column(name) for name in COUNTS},
+        **counts,
     )
     if not task.scored:
         return outcomes

@@ -63,7 +63,8 @@ class Run(ABC):  # noqa: B024
     # fmt: off
     config: Any
     """The options, a `RunConfig`: strength, seed, min_gain."""
-    read: ReadSettings
+    @property
+    def read(self) -> ReadSettings: ...
     @property
     def model(self) -> Model: ...
     @property

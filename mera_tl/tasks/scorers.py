@@ -245,7 +245,7 @@ def _loaded(file: str, name: str) -> Callable[[str, str], float]:
         raise ValueError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = getattr(module, name, None)
+    found: Any = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{file} defines no function {name!r}")
     return found
