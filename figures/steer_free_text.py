@@ -1,5 +1,7 @@
 """What following an instruction gains and costs in tokens: steering beside asking again."""
 
+from itertools import product
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -28,45 +30,39 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     """Draw the gain on test prompts over the tokens that a reply took, one panel a task.
 
     Takes the records of `experiments/steer_free_text.py`. A filled mark is certified, or asks for
-    no certificate; the vertical line is the unsteered reply.
+    no certificate; tokens are relative to the unsteered replies of the same split.
     """
     tasks = list(dict.fromkeys(df["task"]))
-    base = style.rows_where(df, method="no_steering").set_index(["task", "seed"])
-    rates = base["accuracy"].groupby("task").mean()
+    base = style.rows_where(df, method="no_steering")
+    rates = base.groupby("task")["accuracy"].mean()
+    unsteered = base.set_index(["task", "seed"])["tokens"]
     titles = [f"{t.removeprefix('ifeval_like_')} (unsteered {rates[t]:.2f})" for t in tasks]
-    figure = make_subplots(
-        rows=-(-len(tasks) // 3), cols=3, subplot_titles=titles, vertical_spacing=0.14
-    )
-    for (method, (colour, symbol)), (place, task) in (
-        (look, each) for look in LOOKS.items() for each in enumerate(tasks)
-    ):
+    figure = make_subplots(rows=-(-len(tasks) // 2), cols=2, subplot_titles=titles)
+    named = set[str]()
+    for (method, look), (place, task) in product(LOOKS.items(), enumerate(tasks)):
         rows = style.rows_where(df, task=task, method=method)
-        abstained = rows.get("decision", pd.Series(index=rows.index, dtype=object)) == "ABSTAIN"
+        if rows.empty:
+            continue
+        cost = [t / unsteered[task, seed] for t, seed in zip(rows["tokens"], rows["seed"])]  # noqa: B905
+        symbols = [f"{look[1]}-open" if d == "ABSTAIN" else look[1] for d in rows["decision"]]
         figure.add_scatter(
-            x=rows["tokens"],
+            x=cost,
             y=100 * rows["accuracy_change"],
             name=method,
             legendgroup=method,
-            showlegend=place == 0,
+            showlegend=method not in named,
             mode="markers",
-            marker={
-                "color": colour,
-                "symbol": [f"{symbol}-open" if off else symbol for off in abstained],
-                "size": 10,
-            },
-            row=1 + place // 3,
-            col=1 + place % 3,
+            marker={"color": look[0], "symbol": symbols, "size": 10},
+            row=1 + place // 2,
+            col=1 + place % 2,
         )
-    for place, task in enumerate(tasks):
-        at = float(base["tokens"].groupby("task").mean()[task])
-        where = {"row": 1 + place // 3, "col": 1 + place % 3}
-        figure.add_vline(x=at, line={"color": style.LINE, "width": 1}, **where)  # pyright: ignore[reportArgumentType]
-    figure.update_xaxes(title="generated tokens per prompt", type="log")
-    figure.update_yaxes(title="gain in points")
+        named.add(method)
+    figure.update_xaxes(title="generated tokens, relative to unsteered", range=[0.5, 1.5])
+    figure.update_yaxes(title="gain in points", range=[-20, 50])
     sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
-    caption = f"{sizes} test prompts a split, a mark a split; open: not certified; line: unsteered"
+    caption = f"{sizes} test prompts a split, one mark for each split; open: not certified"
     title = "Following instructions: gain and cost"
-    return style.finish(figure, title, caption, height=360 * -(-len(tasks) // 3))
+    return style.finish(figure, title, caption, height=120 + 340 * -(-len(tasks) // 2))
 
 
 if __name__ == "__main__":
