@@ -13,6 +13,7 @@ from .inference.activations import collect as collect
 from .inference.answers import ReadSettings as ReadSettings
 from .inference.evaluation import evaluate as evaluate
 from .inference.outcomes import Outcomes as Outcomes
+from .live.notebook import explore as explore
 from .methods.methods import method as method
 from .methods.race import Search as Search
 from .methods.race import search as search

@@ -21,6 +21,7 @@ ROOMS = (
     "methods evals",
     "benchmark",
     "report",
+    "live",
     "cli",
 )
 """From the ground up: a room imports rooms of lower floors only, and itself."""

@@ -17,7 +17,7 @@ import tyro
 import yaml
 
 from mera_tl.benchmark.config import check
-from mera_tl.cli import carried, results, steps
+from mera_tl.cli import carried, live, results, steps
 
 COMMANDS = (
     steps.Run,
@@ -26,6 +26,7 @@ COMMANDS = (
     results.Table,
     results.Recommend,
     results.Explain,
+    live.Explore,
     steps.Benchmark,
     steps.Preflight,
     steps.Collect,
@@ -55,7 +56,7 @@ EXIT_CODES = """Exit codes:
   130  interrupted; the same command resumes"""
 OVERVIEW = {
     "Begin": "demo preflight run benchmark",
-    "Look at results": "report recommend explain table",
+    "Look at results": "report recommend explain table explore",
     "Use a certified steering": "generate eval export monitor",
     "One step at a time": "collect fit calibrate evaluate sae",
     "Plan, list, check": "plan tasks methods models doctor",

@@ -22,7 +22,9 @@ from mera_tl.plots.searching import search_table
 from mera_tl.plots.steering import (
     calibration_evidence,
     error_before_after,
+    error_by_layer,
     ledger,
+    option_bars,
     steered_share,
     steering_curve,
 )
@@ -33,8 +35,10 @@ __all__ = [
     "cloud",
     "colour_of",
     "error_before_after",
+    "error_by_layer",
     "geometry",
     "ledger",
+    "option_bars",
     "predicted_error",
     "probe_error",
     "sample_size_curves",

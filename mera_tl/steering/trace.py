@@ -6,7 +6,7 @@ layers behind a steered layer differ too, since they see what was moved.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -59,6 +59,8 @@ class Ledger:
     """What was done where no activation was moved, in words."""
     replies: tuple[str | None, str | None] = (None, None)
     """Before and after, where replies are scored."""
+    unsteered: "Pass | None" = field(default=None, repr=False)
+    """The unsteered run, to be used again."""
 
     def is_valid(self, pos: int) -> bool:
         """Whether the probe was fitted to predict from tokens at this place."""
@@ -147,11 +149,13 @@ def explain(
     *,
     probe: LinearProbe | None = None,
     settings: ReadSettings | None = None,
+    unsteered: "Pass | None" = None,
 ) -> Ledger:
     """Show what a steering, or the hooks of one, does to a single prompt.
 
     Reads every layer of `probe` (by default the steering's own) in raw space, else the steered
-    layers alone.
+    layers alone. `unsteered` is that half of an earlier ledger, `ledger.unsteered`, of the same
+    prompt read by the same probe in the same layers: it is then not run again.
 
     Raises:
         ValueError: if the prompt exceeds the context, or there is nothing to read.
@@ -178,7 +182,9 @@ def explain(
             f"Row {example.row} has {len(tokens[0])} tokens, {model.name} has room for {room}; "
             "choose a shorter one."
         )
-    runs = [_Run(model, readers, tokens, example, fwd, settings) for fwd in ([], hooks)]
+    first = unsteered or Pass(model, readers, tokens, example, [], settings)
+    steered = Pass(model, readers, tokens, example, hooks, settings) if hooks else first
+    runs = (first, steered)
     told = _ledger(model, example, readers, tokens[0], runs)
     return told if probe is None else replace(told, position=probe.position)
 
@@ -188,7 +194,7 @@ def _ledger(
     example: Example,
     readers: Sequence[SteerHook],
     tokens: Sequence[int],
-    runs: Sequence["_Run"],
+    runs: Sequence["Pass"],
 ) -> Ledger:
     unsteered, steered = runs
     words = [_shown(model.tokenizer.decode([token])) for token in tokens]
@@ -220,10 +226,11 @@ def _ledger(
         answers=(answers[0], answers[1]),
         probs=(probs[0], probs[1]),
         replies=(unsteered.reply, steered.reply),
+        unsteered=unsteered,
     )
 
 
-class _Run:
+class Pass:
     """One reading of a prompt, with what went into and came out of every layer's hooks."""
 
     def __init__(

@@ -1,0 +1,181 @@
+"""What a panel works with: a model, named ways to steer it, prompts to begin with.
+
+A *way* is a steering whose threshold, strength, layers and tokens are still open: the certified one
+of a run, and one per direction, fitted to the run's training activations, in the residual stream
+and, where SAEs of the model are at hand, in their latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+from mera_tl.benchmark.run import Run
+from mera_tl.certificate.saving import load_steering
+from mera_tl.inference.answers import ReadSettings
+from mera_tl.methods.candidates import ProbeSet
+from mera_tl.models.loading import load_model
+from mera_tl.models.model import Model
+from mera_tl.report.run_folder import RunFolder
+from mera_tl.sae.loading import default_source, load_saes
+from mera_tl.steering.directions import KINDS
+from mera_tl.steering.rules import Adaptive, Additive
+from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
+from mera_tl.steering.steering import Positions, Steering
+
+CERTIFIED = "as certified"
+PENALTY = 3.0
+"""Of the ridge probe that goes with the fitted directions; the default of `fit_error_probe`."""
+LATENTS = ", SAE latents"
+"""Ends the name of a way in SAE space."""
+MOST_PROMPTS = 200
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen in a panel."""
+
+    way: str
+    """Name of a way to steer; "" for none."""
+    rule: Literal["threshold", "strength"] = "threshold"
+    """MERA's rule, or a fixed length at every token."""
+    threshold: float = 0.5
+    """Predicted error up to which nothing is moved."""
+    strength: float = 0.1
+    """Length of the shift, in units of the layer's median residual norm."""
+    layers: tuple[int, ...] = ()
+    positions: Positions = "last"
+    max_new_tokens: int = 24
+    """Most tokens of a reply; 0 for none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model and what it can be steered by."""
+
+    model: Model
+    ways: Mapping[str, Steering] = field(repr=False)
+    options: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = field(default=(), repr=False)
+    settings: ReadSettings = ReadSettings(progress=False)
+    lock: Any = field(default_factory=Lock, repr=False)
+    """Hooks are put on the one model that all readers share, so one at a time runs it."""
+
+    @property
+    def start(self) -> Choices:
+        """What a panel shows first: the certified steering where there is one."""
+        if not self.ways:
+            return Choices("")
+        name = next(iter(self.ways))
+        way = self.ways[name]
+        threshold = 0.5
+        if name == CERTIFIED and isinstance(way.rule, Adaptive):
+            threshold = threshold_of(way.rule)
+        return Choices(name, threshold=threshold, layers=way.layer_numbers, positions=way.positions)
+
+    def steering(self, choices: Choices) -> Steering | None:
+        """Return the steering that choices describe; None for no way, or no layer.
+
+        Raises:
+            ValueError: if the way has no SAE of a layer, or there is no such way.
+        """
+        if not choices.way or not choices.layers:
+            return None
+        if choices.way not in self.ways:
+            raise ValueError(
+                f"There is no way {choices.way!r}; choose among {', '.join(self.ways)}."
+            )
+        way = self.ways[choices.way]
+        able = way.space.layers or range(way.probe.n_layers)
+        layers = tuple(layer for layer in choices.layers if layer in able)
+        if not layers:
+            raise ValueError(
+                f"{choices.way} acts in layers {', '.join(map(str, able))} only; choose one."
+            )
+        rule = Adaptive() if choices.rule == "threshold" else Additive(choices.strength)
+        way = replace(way, rule=rule, layers=layers, positions=choices.positions)
+        return way.at(choices.threshold) if choices.rule == "threshold" else way
+
+
+def threshold_of(rule: Adaptive) -> float:
+    """Return the threshold of a rule, in units of predicted error."""
+    import torch
+
+    return float(torch.sigmoid(torch.tensor(rule.limit, dtype=torch.float64)))
+
+
+def open_bench(
+    model: Model | str | None = None,
+    *,
+    run: str | Path | None = None,
+    steering: Steering | str | Path | None = None,
+) -> Bench:
+    """Gather a model and what it can be steered by.
+
+    From a `run`'s folder: its certified steering, directions fitted to its training activations,
+    prompts of its test split. From a `steering`: that one. From a model alone: replies only.
+
+    Raises:
+        ValueError: if nothing names a model, or run or steering belong to another one.
+    """
+    if run is not None:
+        return _of_run(model, Path(run))
+    if model is None:
+        raise ValueError("There is no model; pass one, or the folder of a run.")
+    model = load_model(model) if isinstance(model, str) else model
+    if steering is None:
+        return Bench(model, {})
+    if not isinstance(steering, Steering):
+        steering = load_steering(steering, model=model)
+    steering.check(model)
+    setup = getattr(steering.certificate, "setup", None) or {}
+    readout = (setup.get("readout") or {}).get("readout", "options")
+    settings = ReadSettings(progress=False, readout=readout)
+    return Bench(model, {CERTIFIED: steering}, tuple(setup.get("options", ())), (), settings)
+
+
+def _of_run(model: Model | str | None, path: Path) -> Bench:
+    folder = RunFolder.open(path)
+    model = load_model(model) if isinstance(model, str) else model
+    run = Run(folder.config, path, progress=False, load=None if model is None else lambda _: model)
+    wanted = folder.records[0]["hashes"]["model"]
+    if run.model.fingerprint != wanted:
+        raise ValueError(
+            f"{path} is a run of a model with hash {wanted}, {run.model.name} has "
+            f"{run.model.fingerprint}; name the model that it was made with."
+        )
+    activations, ways = run.activations, {}
+    method = folder.verdict.method
+    certified = folder.certificates[method].steering if method else None
+    if certified is not None:
+        ways[CERTIFIED] = certified
+    for space in (ResidualSpace(), _saes(run)):
+        if space is not None:
+            ways |= _fitted(activations, space)
+    prompts = tuple(e.prompt for e in run.splits.test.examples[:MOST_PROMPTS])
+    return Bench(run.model, ways, run.splits.test.options, prompts, run.read)
+
+
+def _fitted(activations: Any, space: Space) -> dict[str, Steering]:
+    """Fit a probe and every direction to training activations, as a space reads them."""
+    fitted = ProbeSet.ridge(activations, PENALTY, KINDS, space=space)
+    end = LATENTS if isinstance(space, SAESpace) else ""
+    return {
+        name + end: Steering(
+            fitted.probe,
+            direction=direction.vectors,
+            space=space,
+            layers=(fitted.probe.best_layer,),
+            positions="last",
+        )
+        for name, direction in fitted.directions.items()
+    }
+
+
+def _saes(run: Run) -> SAESpace | None:
+    """Return the SAEs of a run's model, where some are at hand."""
+    source = run.config.sae or default_source(run.config.model)
+    if source != "organism" and not Path(source).is_dir():
+        return None
+    return load_saes(source, "all", run.model, sibling=run.config.sae_sibling)

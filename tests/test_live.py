@@ -1,0 +1,151 @@
+"""The live panel says what `evaluate` says; the page keeps to itself, and tabs to theirs."""
+
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from queue import Queue
+
+import pytest
+from chromium import BROWSER, Chromium
+
+import mera_tl
+from mera_tl.live import Bench, Choices, open_bench, panel, replies, serve
+
+QUIET = mera_tl.ReadSettings(progress=False)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return mera_tl.load_task("spam_cue").split(seed=0, train=300, calibration=20, test=40)
+
+
+@pytest.fixture(scope="module")
+def bench(splits):
+    model = mera_tl.load_model("organism")
+    activations = mera_tl.collect(model, splits.train, settings=QUIET)
+    probe = mera_tl.fit_error_probe(activations)
+    vectors = mera_tl.fit_direction(activations, probe, "controlled_contrastive").vectors
+    way = mera_tl.Steering(probe, vectors, layers=(2,), positions="last")
+    prompts = tuple(example.prompt for example in splits.test.examples)
+    return Bench(model, {"controlled": way}, splits.test.options, prompts)
+
+
+def chosen(bench, **changes):
+    return replace(bench.start, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"threshold": 0.3}, {"threshold": 0.3, "layers": (1, 3)}, {"rule": "strength", "strength": 1}],
+)
+def test_a_panel_says_what_evaluate_says(bench, splits, changes):
+    choices = chosen(bench, **changes)
+    steering = bench.steering(choices)
+    some = splits.test.subset(range(6))
+    before = mera_tl.evaluate(bench.model, some, settings=QUIET)
+    after = mera_tl.evaluate(bench.model, some, steering.fwd_hooks(), settings=QUIET)
+    assert not before.probs.allclose(after.probs)  # the control: it does something
+    for i, example in enumerate(some.examples):
+        told = panel(bench, example.prompt, choices).ledger
+        assert told.probs[0] == pytest.approx(before.probs[i].tolist(), abs=1e-4)
+        assert told.probs[1] == pytest.approx(after.probs[i].tolist(), abs=1e-4)
+
+
+def test_the_unsteered_run_is_kept_and_belongs_to_its_prompt(bench):
+    first, second = (panel(bench, prompt, bench.start) for prompt in bench.prompts[:2])
+    again = panel(bench, bench.prompts[0], chosen(bench, threshold=0.1))
+    assert again.ledger.unsteered is first.ledger.unsteered
+    assert second.ledger.unsteered is not first.ledger.unsteered
+    assert (again.ledger.before == first.ledger.before).all()
+
+
+def test_replies_are_those_of_generate(bench):
+    choices = chosen(bench, threshold=0.1, max_new_tokens=4)
+    for prompt in bench.prompts[:4]:
+        wanted = [
+            mera_tl.generate(bench.model, [prompt], each, max_new_tokens=4)[0].text
+            for each in (None, bench.steering(choices))
+        ]
+        assert list(replies(bench, prompt, choices)) == wanted
+
+
+def test_what_cannot_be_shown_is_said(bench):
+    with pytest.raises(ValueError, match="no prompt"):
+        panel(bench, "  ", bench.start)
+    with pytest.raises(ValueError, match="no way 'other'"):
+        panel(bench, "a", chosen(bench, way="other"))
+    with pytest.raises(ValueError, match="no model"):
+        open_bench()
+    bare = open_bench(bench.model)
+    assert "replies only" in panel(bare, "question : ?", Choices("")).said
+
+
+@pytest.fixture(scope="module")
+def address(bench):
+    told: Queue[str] = Queue()
+    threading.Thread(target=serve, args=(bench,), kwargs={"ready": told.put}, daemon=True).start()
+    return told.get(timeout=30)
+
+
+def status(url, **headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_only_this_machine_with_the_token_is_answered(address):
+    bare = address.partition("?")[0]
+    assert bare.startswith("http://127.0.0.1:")
+    assert status(address) == 200
+    assert status(bare) == status(bare + "?token=guess") == status(bare + "_dash-layout") == 403
+    # A name that some page on the web resolves to this machine.
+    assert status(address, Host="evil.example:80") == 403
+
+
+SAID = "document.querySelector('#said')?.textContent || ''"
+DONE = "document.querySelector('#after')?.textContent.length > 0"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_two_tabs_in_a_browser_do_not_mix(bench, address):
+    with Chromium() as browser:
+        one, two = browser.tab(address), browser.tab(address)
+        for tab in (one, two):
+            tab.wait(f"{DONE} && {SAID}.length > 10")
+        told = panel(bench, bench.prompts[0], chosen(bench, threshold=0.5))
+        assert one.run(SAID) == two.run(SAID) == told.said
+        one.click("#rule label:last-of-type input")  # a fixed length, in one tab only
+        two.click("#next")
+        fixed = panel(bench, bench.prompts[0], chosen(bench, rule="strength", strength=0.1))
+        other = panel(bench, bench.prompts[1], chosen(bench, threshold=0.5))
+        assert len({told.said, fixed.said, other.said}) == 3
+        for tab, wanted in ((one, fixed.said), (two, other.said)):
+            tab.wait(f"{SAID} === {wanted!r}", seconds=20)
+        two.run("document.querySelector('#threshold [role=slider]').focus()")
+        for _ in range(12):
+            two.press("ArrowLeft")
+        two.wait("document.querySelector('#at').textContent === '0.02'", seconds=20)
+        low = panel(bench, bench.prompts[1], chosen(bench, threshold=0.02))
+        two.wait(f"{SAID} === {low.said!r}", seconds=20)
+        assert one.run(SAID) == fixed.said
+        assert two.run("document.querySelectorAll('.js-plotly-plot').length") == 3
+
+
+def test_the_panel_of_a_notebook_follows_its_controls(bench, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    from mera_tl.live import notebook
+
+    monkeypatch.setattr(notebook, "open_bench", lambda *_, **__: bench)
+    box = mera_tl.explore()
+    names = [getattr(child, "description", "") for child in box.children]
+    threshold = box.children[names.index("threshold")]
+
+    def said():
+        return "".join(each.get("text", "") for each in box.children[-1].outputs)
+
+    first = said()
+    threshold.value = 0
+    assert said() != first
