@@ -25,8 +25,15 @@ def results(experiment: str, pattern: str = "*.jsonl") -> pd.DataFrame:
     return pd.concat([pd.read_json(path, lines=True) for path in paths], ignore_index=True)
 
 
-def save(figure: go.Figure, name: str) -> None:
-    """Write a figure as a page of its own; plotly.js comes from the network."""
+def save(figure: go.Figure, name: str, *, finding: str = "", settings: str = "") -> None:
+    """Write a figure as a page of its own; plotly.js comes from the network.
+
+    In the gallery a title says what was found, and the line below it under which settings.
+    """
+    if finding:
+        figure.update_layout(title_text=finding)
+    if settings:
+        figure.update_layout(title_subtitle_text=settings)
     OUT.mkdir(exist_ok=True)
     figure.write_html(OUT / f"{name}.html", div_id=name, include_plotlyjs="cdn")
     figure.write_json(OUT / f"{name}.json")

@@ -22,8 +22,19 @@ def main() -> None:
         figure.add_bar(x=more, y=against.index, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
-    caption = f"{len(cells)} cells (grey), mean (blue); right: certified (blue), steered (grey)"
-    save(style.finish(figure, "Each published error, alone", caption, showlegend=False), "errata")
+    caption = (
+        f"{len(cells)} (model, task, split) cells in grey, mean in blue; readout exact_anywhere"
+        "<br>right: decisions, certified in blue, steered in grey"
+    )
+    save(
+        style.finish(
+            figure,
+            "Testing at all matters most among the published errors",
+            caption,
+            showlegend=False,
+        ),
+        "errata",
+    )
 
 
 if __name__ == "__main__":

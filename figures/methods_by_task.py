@@ -1,18 +1,47 @@
 """Every method on every task: impact in both spaces, its certainty, what became of examples."""
 
+import pandas as pd
+
 from figures import results, save
 from mera_tl.plots import spi_dots, spi_heatmap, transitions
 from mera_tl.report import records_frame
 
+FEW = (
+    *("prompt_steering", "additive_probe", "vanilla_contrastive", "optimal_probe"),
+    *("optimal_contrastive", "controlled_contrastive", "flip", "searched"),
+)
+"""The rows of the main figure; the appendix has all."""
+SETTINGS = (
+    "organism{space}: 1,500 examples fit, 500 certify, 500 test, 3 splits; "
+    'readout exact_anywhere<br>mean SPI; "-": every split abstained'
+)
+GRID = "organism: {n} test examples, one split, ten thresholds; readout exact_anywhere"
+
 
 def main() -> None:
-    save(spi_heatmap(results("methods_by_task", "*-raw.jsonl")), "spi_heatmap")
-    latents = spi_heatmap(results("methods_by_task", "*-sae.jsonl"))
-    latents.layout.title.text += ", in SAE latents"
-    save(latents, "spi_heatmap_sae")
-    few = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
-    save(spi_dots(few), "spi_dots")
-    save(transitions(few), "transitions")
+    raw = results("methods_by_task", "*-raw.jsonl").query("model == 'organism'")
+    few = pd.DataFrame(raw[raw["method"].isin(FEW)])
+    finding = "The search and flip correct what can be corrected; fixed strengths do harm"
+    settings = SETTINGS.format(space="")
+    save(spi_heatmap(few), "spi_heatmap", finding=finding, settings=settings)
+    save(spi_heatmap(raw), "spi_heatmap_all", finding="All methods", settings=settings)
+    latents = results("methods_by_task", "*-sae.jsonl")
+    settings = SETTINGS.format(space=" in SAE latents")
+    save(spi_heatmap(latents), "spi_heatmap_sae", finding="All methods in SAE latents",
+         settings=settings)  # fmt: skip
+    one = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
+    settings = GRID.format(n=one["n"].iloc[0])
+    save(spi_dots(one), "spi_dots", finding="One split, with intervals", settings=settings)
+    finding = "Only a direction that holds the class fixed recovers more than it breaks"
+    save(transitions(sorted_by_gain(one)), "transitions", finding=finding, settings=settings)
+
+
+def sorted_by_gain(df: pd.DataFrame) -> pd.DataFrame:
+    """Return the telling methods, the task that gains most first."""
+    few = ("prompt_steering", "vanilla_contrastive", "optimal_probe", "optimal_contrastive")
+    df = pd.DataFrame(df[df["method"].isin((*few, "controlled_contrastive, grid"))])
+    best = df.groupby("task")["accuracy_change"].max()
+    return df.assign(best=df["task"].map(best)).sort_values("best", ascending=False, kind="stable")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,25 @@ NAME = "probe_error_by_layer"
 
 def main() -> None:
     df, rows = placed("layers"), ["place", "features", "position", "layer"]
-    for metric, best in (("auroc", pd.Series.idxmax), ("rmse", pd.Series.idxmin)):
+    for metric, best in (("auroc", pd.Series.idxmax),):
         chosen = df.loc[df.reset_index(drop=True).groupby(rows)[metric].agg(best)]
         columns = {f"untouched_{metric}": "value", f"{metric}_sd": "sd", f"{metric}_dummy": "dummy"}
         chosen = chosen.drop(columns=metric).rename(columns=columns)
-        save(probe_overlay(chosen.sort_index(), metric=metric), f"probe_{metric}_by_layer")
-    save(predicted_against_observed(placed("observed")), "predicted_against_observed")
+        chosen = chosen.sort_index()
+        save(probe_overlay(chosen, metric=metric), f"probe_{metric}_by_layer_all")
+        if metric == "auroc":
+            two = pd.DataFrame(chosen[chosen["place"].isin(TWO)])
+            finding = "Errors can be read from the second layer on"
+            save(probe_overlay(two), "probe_auroc_by_layer", finding=finding)
+    finding = "Errors are about as frequent as they are predicted to be"
+    save(predicted_against_observed(placed("observed")), "predicted_against_observed",
+         finding=finding)  # fmt: skip
     save(layer_by_position(placed("tokens")), "layer_by_position")
     save(transfer_matrix(results(NAME, "transfer-*.jsonl")), "transfer_of_probes")
+
+
+TWO = ("organism<br>spam_cue", "sms-llama<br>sms_spam")
+"""Of the main figure: a planted failure, and real text."""
 
 
 def placed(kind: str) -> pd.DataFrame:
@@ -80,7 +91,7 @@ def probe_overlay(df: pd.DataFrame, *, metric: str = "auroc") -> go.Figure:
     figure.update_xaxes(title="layer", dtick=1)
     figure.update_yaxes(title=axis, matches="y")  # one scale: panels are compared
     sizes = " and ".join(f"{n:,}" for n in sorted(set(df["n_test"])))
-    caption = f"Chosen on folds, shown on {sizes} test examples; bars: s.d. over the folds"
+    caption = f"Penalties chosen on folds; {sizes} test examples; bars: s.d. over the folds"
     height = 150 + 250 * -(-len(places) // 2)
     return style.finish(figure, title, caption, height=height, meta={"min_width": 640})
 

@@ -11,7 +11,9 @@ NAME = "sample_size_curves"
 
 def main() -> None:
     rows = sample_size_table(likely_effects())
-    save(sample_size_curves(pd.DataFrame(rows)), NAME)
+    finding = "A gain of 6 points takes about 300 to 850 examples to certify"
+    settings = "One of ten thresholds, delta .05, power 80 %; churn: share of answers that change"
+    save(sample_size_curves(pd.DataFrame(rows)), NAME, finding=finding, settings=settings)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def test_a_script_in_the_data_cannot_leave_its_place():
 def test_the_verdict_comes_first_and_says_what_steers(page, folder):
     text, run = page.read_text(encoding="utf-8"), RunFolder.open(folder)
     assert text.index('class="card verdict') < text.index('id="evidence"') < text.index("<figure")
-    shown = "Leave the model alone" if run.verdict.method is None else run.verdict.method
+    shown = "leave the model alone" if run.verdict.method is None else run.verdict.method
     assert shown in text[: text.index('id="evidence"')]
 
 

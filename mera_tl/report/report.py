@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 
 from mera_tl import plots, storage
 from mera_tl.benchmark.records import promise, table
@@ -23,6 +24,8 @@ from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
 
 MOST_EXAMPLES = 600
 """Examples on a page at most: first those that changed; more make it slow."""
+MOST_LAYERS = 32
+"""Layers whose predictions are drawn, one at a time."""
 LONGEST_PROMPT = 4000
 """Characters of a prompt that are shown."""
 
@@ -127,12 +130,14 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "id": prefix,
         "title": run.title,
         "verdict": verdict,
+        "what": run.recommendation.what,
         "warnings": run.warnings,
         **{name: first[name] for name in ("model", "task", "n", "n_train", "n_calibration")},
         "constant": _constant(run),
         "winner": [*_winner(run), *filter(None, [run.trust, promise(run.records)])],
         "certificate": str(certificate or ""),
         "evidence": list(_evidence(run, figures, prefix, asked)) if asked else [],
+        "ways": Table.of(_ways(run)),
         "slider": _slider(run, prefix, asked) if asked else None,
         "shown_method": main,
         **_examples(run),
@@ -145,11 +150,33 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         ],
         "others": list(_others(run, figures, prefix)),
         "reading": list(_reading(run, figures, prefix)),
-        "moved": list(_moved(run, figures, prefix)),
+        **_moved(run, figures, prefix),
         "side": Table.of(_side_effects(run)),
         "command": f"{run.command}\nmera report {run.path.name}",
         "hashes": Table.of(_hashes(run)),
     }
+
+
+def _ways(run: RunFolder) -> pd.DataFrame:
+    """Tabulate what could be done, the recommended first."""
+
+    def points(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:+.1f}"
+
+    rows = [
+        {
+            "do": way.what,
+            "by": "" if way.what == "leave alone" else way.method,
+            "certified": "yes" if way.certified else "no",
+            "gain, points": points(way.gain),
+            "at least": points(way.at_least),
+            "better / worse": "" if way.n is None else f"{way.recoveries} / {way.regressions}",
+            "passes": str(way.passes),
+            "needs": ", ".join(way.needs),
+        }
+        for way in run.recommendation.ways
+    ]
+    return pd.DataFrame(rows)
 
 
 def _constant(run: RunFolder) -> str:
@@ -313,30 +340,38 @@ def _reading(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
         yield figures.place(f"{prefix}probe_{metric}", figure, frame)
 
 
-def _moved(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
-    """Yield whom a steering reaches: by predicted error, by layer and token, in the plane.
+def _moved(run: RunFolder, figures: _Figures, prefix: str) -> dict[str, Any]:
+    """Gather whom a steering reaches: by predicted error in each layer, by token, in the plane.
 
     Of the verdict's method, or of the certified one that moves activations.
     """
+    nothing = {"moved": [], "by_layer": [], "moved_layer": None}
     steering = [m for m, c in run.certificates.items() if not c.abstained and run.reach(m)]
     method = run.main_method if run.reach(run.main_method or "") else next(iter(steering), None)
     reach = run.reach(method or "")
     if method is None or reach is None:
-        return
+        return nothing
     cloud, record = run.cloud(method), run.record(method)
-    layer = cloud.layer if cloud is not None else reach.layers.tolist()[0]
-    fixed = bool(record["details"].get("strength"))
-    about: Any = {"method": method, "layer": layer, "fixed": fixed}
-    predicted = run.predicted(method, layer)
-    figure = plots.predicted_error(predicted, threshold=record["threshold"], **about)
-    yield figures.place(f"{prefix}predicted", figure, predicted)
+    layers = reach.layers.tolist()
+    main = cloud.layer if cloud is not None else layers[0]
+    about: Any = {"method": method, "fixed": bool(record["details"].get("strength"))}
+    # The main layer first: what the slider marks, and what is drawn before anything is chosen.
+    by_layer, places = [], []
+    for layer in sorted(layers, key=lambda each: (each != main, each))[:MOST_LAYERS]:
+        predicted = run.predicted(method, layer)
+        figure = plots.predicted_error(
+            predicted, threshold=record["threshold"], layer=layer, **about
+        )
+        name = f"{prefix}predicted" + ("" if layer == main else f"_{layer}")
+        by_layer.append((layer, figures.place(name, figure, predicted)))
     if cloud is not None:
         plane = cloud.plane(seed=run.config.seed)
-        figure = plots.geometry(plane, limit=cloud.limit, **about)
-        yield figures.place(f"{prefix}geometry", figure, plane)
+        figure = plots.geometry(plane, limit=cloud.limit, layer=main, **about)
+        places.append(figures.place(f"{prefix}geometry", figure, plane))
     share = reach.positions()
     figure = plots.steered_share(share, method=method, n=len(reach.before))
-    yield figures.place(f"{prefix}share", figure, share)
+    places.append(figures.place(f"{prefix}share", figure, share))
+    return {"moved": places, "by_layer": by_layer, "moved_layer": main}
 
 
 # --- tables and examples ------------------------------------------------------------------------
@@ -373,6 +408,14 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
     prompts = {example.row: example.prompt for example in test.examples}
+    reach, predicted = run.reach(str(method)), {}
+    if reach is not None:
+        pairs = torch.stack([reach.before, reach.after], -1).tolist()
+        layers, told = reach.layers.tolist(), zip(changes["row"], pairs, strict=True)
+        predicted = {
+            row: [[n, *map(_short, pair)] for n, pair in zip(layers, each, strict=True)]
+            for row, each in told
+        }
     rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
     said = "reply" if test.scored else "prediction"  # replies stand side by side as they are
     # Drawn by seed, not chosen; a stable sort keeps the draw within each kind.
@@ -384,10 +427,11 @@ def _examples(run: RunFolder) -> dict[str, Any]:
             "change": row["change"],
             "before": row[f"{said}_before"],
             "after": row[f"{said}_after"],
-            "error_before": round(row["error_before"], 4),
-            "error_after": round(row["error_after"], 4),
-            "p_before": [round(p, 4) for p in row["probs_before"]],
-            "p_after": [round(p, 4) for p in row["probs_after"]],
+            "error_before": _short(row["error_before"]),
+            "error_after": _short(row["error_after"]),
+            "p_before": list(map(_short, row["probs_before"])),
+            "p_after": list(map(_short, row["probs_after"])),
+            "predicted": predicted.get(row["row"], []),
             "reply": None if test.scored else row.get("reply_after"),
             "prompt": prompts[row["row"]][-LONGEST_PROMPT:],
         }
@@ -397,6 +441,10 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     note = f", of {len(rows):,}: all that changed, others drawn by seed" if left > 0 else ""
     explorer = {"options": list(test.options), "rows": shown, "drawn": note}
     return {"explorer": explorer, "no_examples": ""}
+
+
+def _short(share: float) -> float:
+    return round(share, 4)
 
 
 def _scatter(run: RunFolder, figures: _Figures, prefix: str) -> list[Block]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
+from mera_tl.benchmark.recommendation import Recommendation, recommend
 from mera_tl.benchmark.run import FORMAT
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.inference.activations import Activations
@@ -34,10 +35,10 @@ MOST_POINTS = 800
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run comes to: who steers, or nobody."""
+    """What a run comes to: what corrects its errors, or nothing."""
 
     method: str | None
-    """The certified method with the highest bound; None if none is certified."""
+    """The certified method that `recommend` takes; None if none is certified to correct."""
     before: float
     """Accuracy on the test examples, unsteered."""
     after: float
@@ -132,12 +133,16 @@ class RunFolder:
         """Return the evidence of a certificate, for `plots.steering_curve`."""
         return self.certificates[method].frame(method)
 
+    @cached_property
+    def recommendation(self) -> Recommendation:
+        """What to do, and what else could be done."""
+        return recommend(self.path)
+
     @property
     def main_method(self) -> str | None:
-        """The certified method with the highest bound; without one, what changed most answers."""
-        steering = {m: c.best.lower for m, c in self.certificates.items() if not c.abstained}
-        if steering:
-            return max(steering, key=lambda method: steering[method])
+        """The method that corrects, by the run's one verdict; else what changed most answers."""
+        if self.recommendation.what in ("steer", "flip", "classify"):
+            return self.recommendation.method
         changed = {
             r["method"]: r["transitions"]["0->1"] + r["transitions"]["1->0"]
             for r in self.records
@@ -159,7 +164,8 @@ class RunFolder:
             what = "" if certificate.terms.metric == "correct" else " of error"
             limit = certificate.terms.max_regressions
             harm = "" if limit is None else f", <= {100 * limit:g} % turned wrong"
-            sentence = f"STEER (certified >= {promise} points{what}{harm})"
+            says = self.recommendation.what.upper()
+            sentence = f"{says} (certified >= {promise} points{what}{harm})"
             return Verdict(method, base, self.record(method)["accuracy"], sentence)
         gains = [row.gain for each in self.certificates.values() for row in each.evidence]
         said = f"ABSTAIN (best seen {100 * max(gains):+.1f} points)" if gains else "no certificate"

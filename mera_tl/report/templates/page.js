@@ -9,7 +9,7 @@ const config = { responsive: true, displaylogo: false,
   displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
 const draw = place => {
-  if (place.dataset.drawn || place.closest("details:not([open])")) return Promise.resolve();
+  if (place.dataset.drawn || place.closest("details:not([open]), [hidden]")) return Promise.resolve();
   place.dataset.drawn = "soon";
   const { data, layout } = figures[place.id];
   return Plotly.newPlot(place, data, layout, config)
@@ -55,6 +55,34 @@ for (const box of document.querySelectorAll("[data-slider]")) {
   show();
 }
 
+// --- one layer at a time ---------------------------------------------------------------------------
+for (const choice of document.querySelectorAll("select.layer"))
+  choice.addEventListener("change", () => {
+    const box = choice.closest("p").nextElementSibling;
+    for (const each of box.children) each.hidden = each.firstElementChild.id !== choice.value;
+    drawAll(box);
+  });
+
+// --- tables are sorted by a click on a heading -----------------------------------------------------
+for (const table of document.querySelectorAll("table.sortable"))
+  table.querySelectorAll("th").forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      const value = row => { const text = row.children[column].textContent; return isNaN(parseFloat(text)) ? text : parseFloat(text); };
+      const rows = [...table.tBodies[0].rows].sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        return way * (typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0) : typeof x === "number" ? -1 : 1);
+      });
+      table.tBodies[0].append(...rows);
+      for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    });
+  });
+
 // --- example by example -----------------------------------------------------------------------------
 const make = (tag, text, kind) => {
   const element = document.createElement(tag);
@@ -68,6 +96,18 @@ const KINDS = { changed: row => row.change === "0->1" || row.change === "1->0",
   recovered: row => row.change === "0->1", regressed: row => row.change === "1->0",
   "still wrong": row => row.change === "0->0", "still right": row => row.change === "1->1",
   all: () => true };
+// Layer by layer, the error that the probe predicts at the final prompt token, where it was fitted.
+const strip = layers => {
+  if (!layers.length) return [];
+  const line = make("div", undefined, "strip");
+  for (const [layer, before, after] of layers) {
+    const box = make("div", undefined, after < before - 1e-4 ? "moved" : "");
+    box.append(make("small", "layer " + layer), make("span", before.toFixed(2) + " → " + after.toFixed(2)));
+    box.style.setProperty("--error", before);
+    line.append(box);
+  }
+  return [make("p", "Predicted error at the final prompt token, as it enters and leaves each steered layer:", "soft"), line];
+};
 const explore = box => {
   const { options, rows } = JSON.parse(document.getElementById(box.dataset.rows).textContent);
   const [kind, words, body] = [".kind", ".words", "tbody"].map(name => box.querySelector(name));
@@ -101,6 +141,7 @@ const explore = box => {
       return line;
     });
     detail.replaceChildren(head, ...bars, make("p", "grey: unsteered, blue: steered", "soft"),
+      ...strip(row.predicted || []),
       ...(row.reply ? [make("p", `Reply: ${row.reply}`)] : []), make("pre", row.prompt));
   };
   const list = () => {
