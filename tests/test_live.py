@@ -24,9 +24,9 @@ def splits():
 def bench(splits):
     model = mera_tl.load_model("organism")
     activations = mera_tl.collect(model, splits.train, settings=QUIET)
-    probe = mera_tl.fit_error_probe(activations)
+    probe = mera_tl.fit_error_probe(activations, penalty=0.01)
     vectors = mera_tl.fit_direction(activations, probe, "controlled_contrastive").vectors
-    way = mera_tl.Steering(probe, vectors, layers=(2,), positions="last")
+    way = mera_tl.Steering(probe, vectors, layers=(1,), positions="last")
     prompts = tuple(example.prompt for example in splits.test.examples)
     return Bench(model, {"controlled": way}, splits.test.options, prompts)
 
@@ -37,7 +37,11 @@ def chosen(bench, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"threshold": 0.3}, {"threshold": 0.3, "layers": (1, 3)}, {"rule": "strength", "strength": 1}],
+    [
+        {"threshold": 0.02},
+        {"threshold": 0.1, "layers": (0, 1)},
+        {"rule": "strength", "strength": 1.0},
+    ],
 )
 def test_a_panel_says_what_evaluate_says(bench, splits, changes):
     choices = chosen(bench, **changes)
@@ -117,15 +121,18 @@ def test_two_tabs_in_a_browser_do_not_mix(bench, address):
             tab.wait(f"{DONE} && {SAID}.length > 10")
         told = panel(bench, bench.prompts[0], chosen(bench, threshold=0.5))
         assert one.run(SAID) == two.run(SAID) == told.said
-        one.click("#rule label:last-of-type input")  # a fixed length, in one tab only
+        # A fixed length at every token, in one tab only.
+        one.click("#rule label:nth-of-type(2) input")
+        one.click("#positions label:nth-of-type(3) input")
         two.click("#next")
-        fixed = panel(bench, bench.prompts[0], chosen(bench, rule="strength", strength=0.1))
+        everywhere = chosen(bench, rule="strength", strength=0.1, positions="all")
+        fixed = panel(bench, bench.prompts[0], everywhere)
         other = panel(bench, bench.prompts[1], chosen(bench, threshold=0.5))
         assert len({told.said, fixed.said, other.said}) == 3
         for tab, wanted in ((one, fixed.said), (two, other.said)):
             tab.wait(f"{SAID} === {wanted!r}", seconds=20)
         two.run("document.querySelector('#threshold [role=slider]').focus()")
-        for _ in range(12):
+        for _ in range(10):
             two.press("ArrowLeft")
         two.wait("document.querySelector('#at').textContent === '0.02'", seconds=20)
         low = panel(bench, bench.prompts[1], chosen(bench, threshold=0.02))

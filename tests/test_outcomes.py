@@ -138,3 +138,15 @@ def test_replies_go_with_their_examples():
     assert run.with_rows(torch.tensor([1]), run.subset(torch.tensor([2]))).replies[1] == "b"
     assert Outcomes.from_records(run.to_records(), run.options).replies == run.replies
     assert outcomes([0], [0]).replies == (None,)
+
+
+def test_a_comparison_counts_and_draws_every_example():
+    base = outcomes([0, 1, 1, 0], [1, 0, 1, 0])
+    after = outcomes([0, 1, 1, 0], [1, 1, 0, 0])
+    found = after.compare(base)
+    assert found.transitions == {"0->0": 1, "0->1": 1, "1->0": 1, "1->1": 1}
+    assert "1 recovered, 1 regressed of 4" in repr(found)
+    drawn = [x for trace in found.plot().data[1:] for x in trace.customdata]
+    assert len(drawn) == 4
+    with pytest.raises(ValueError, match="different rows"):
+        after.compare(base.subset(torch.tensor([0, 1])))

@@ -19,6 +19,7 @@ from .evaluation import run_batches as run_batches
 from .evaluation import tokenize_task as tokenize_task
 from .free_text import FreeText as FreeText
 from .free_text import reply_text as reply_text
+from .outcomes import Comparison as Comparison
 from .outcomes import Outcomes as Outcomes
 from .outcomes import accuracy_interval as accuracy_interval
 from .outcomes import paired_p_value as paired_p_value

@@ -191,6 +191,15 @@ class Outcomes:
             n_generated=column("n_generated"),
         )
 
+    def compare(self, base: "Outcomes") -> "Comparison":
+        """Set these outcomes beside the unsteered ones.
+
+        Raises:
+            ValueError: if they are of other rows.
+        """
+        _require_same_rows(self, base)
+        return Comparison(base, self)
+
     def __repr__(self) -> str:
         facts = [f"{len(self)} examples", f"accuracy {_short(self.accuracy)}"]
         if n_silent := int((~self.answered).sum()):
@@ -208,6 +217,43 @@ class Outcomes:
             f"<b>{len(self)} examples</b>: accuracy {self.accuracy:.3f}, mean error "
             f"{self.mean_error:.3f}, {int((~self.answered).sum())} unanswered, "
             f"{self.steered_share:.1%} of (layer, token) pairs steered<br>answers: {answers}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Outcomes beside the unsteered ones on the same examples."""
+
+    base: Outcomes
+    outcomes: Outcomes
+
+    @property
+    def transitions(self) -> dict[str, int]:
+        """How many examples went from incorrect (0) or correct (1) to which."""
+        return self.outcomes.transitions(self.base)
+
+    def plot(self, *, method: str = "steered") -> Any:
+        """Draw each example's error after against its error before, as a plotly figure."""
+        import pandas as pd
+
+        from mera_tl.plots import error_before_after
+
+        before, after = self.base.correct.int().tolist(), self.outcomes.correct.int().tolist()
+        columns = {
+            "row": self.base.rows.tolist(),
+            "before": self.base.error.tolist(),
+            "after": self.outcomes.error.tolist(),
+            "change": [f"{b}->{a}" for b, a in zip(before, after, strict=True)],
+        }
+        return error_before_after(pd.DataFrame(columns), method=method)
+
+    def __repr__(self) -> str:
+        moved = self.transitions
+        return (
+            f"Comparison(accuracy {_short(self.base.accuracy)} -> "
+            f"{_short(self.outcomes.accuracy)}, {moved['0->1']} recovered, {moved['1->0']} "
+            f"regressed of {len(self.outcomes)}, SPI "
+            f"{spi(self.outcomes.accuracy, self.base.accuracy):+.2f})"
         )
 
 

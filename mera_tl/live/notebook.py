@@ -35,28 +35,32 @@ def explore(
     shown = widgets.Output()
 
     def show(*_: Any) -> None:
-        from IPython.display import display
-
         values = {name: control.value for name, control in controls.items()}
         text, options = values.pop("prompt"), values.pop("options")
-        with shown:
-            shown.clear_output(wait=True)
-            try:
-                choices = choices_of(**values)
-                named = tuple(o.strip() for o in options.split(",") if o.strip())
-                told = panel(bench, text, choices, options=named)
-                before, after = replies(bench, text, choices)
-            except ValueError as error:
-                print(error)  # noqa: T201  the cell's output is where a reader looks
-                return
-            print(told.said, f"unsteered: {before}", f"steered:   {after}", sep="\n")  # noqa: T201
-            for figure in filter(None, (told.bars, told.layers, told.tokens)):
-                display(figure)
+        named = tuple(o.strip() for o in options.split(",") if o.strip())
+        try:
+            choices = choices_of(**values)
+            told, said = panel(bench, text, choices, options=named), replies(bench, text, choices)
+        except ValueError as error:
+            shown.outputs = (_text(str(error)),)
+            return
+        words = _text(f"{told.said}\nunsteered: {said[0]}\nsteered:   {said[1]}")
+        figures = filter(None, (told.bars, told.layers, told.tokens))
+        shown.outputs = (words, *map(_figure, figures))
 
     for control in controls.values():
         control.observe(show, names="value")
     show()
     return widgets.VBox([*controls.values(), shown])
+
+
+def _text(words: str) -> dict[str, Any]:
+    return {"output_type": "stream", "name": "stdout", "text": words + "\n"}
+
+
+def _figure(figure: Any) -> dict[str, Any]:
+    # As plotly shows its own figures.
+    return {"output_type": "display_data", "data": figure._repr_mimebundle_(), "metadata": {}}
 
 
 def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:

@@ -99,6 +99,12 @@ class Search:
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of examples and the direction's notes."""
 
+    def plot(self) -> Any:
+        """Draw what every candidate recovered and broke, as a plotly figure."""
+        from mera_tl.plots import search_table
+
+        return search_table(self.table)
+
     def save(self, folder: str | Path) -> None:
         """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
         folder = Path(folder)

@@ -18,8 +18,9 @@ from mera_tl.plots.style import (
 )
 
 
-def with_place(df: pd.DataFrame, *, space: bool = True) -> pd.DataFrame:
+def with_place(df: Any, *, space: bool = True) -> pd.DataFrame:
     """Name the place of every record: its task, and model and space where there are several."""
+    df = pd.DataFrame(df)  # a list of records does as well
     where: Any = df["task"]
     if len(set(df["model"])) > 1:
         where = df["model"].map(lambda name: str(name).rsplit("/", 1)[-1]) + "<br>" + where

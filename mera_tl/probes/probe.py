@@ -6,7 +6,7 @@ log-odds of an incorrect answer instead.
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,18 @@ class LinearProbe:
             f"best layer {self.best_layer} of {self.n_layers}{per})"
         )
 
-    def plot(self, metric: str = "auroc") -> Any:
-        """Draw a held-out metric over the layers (rmse, auroc, r2), as a plotly figure."""
+    def plot(
+        self, metric: str = "auroc", *, beside: Mapping[str, "LinearProbe"] | None = None
+    ) -> Any:
+        """Draw a held-out metric over the layers (rmse, auroc, r2), as a plotly figure.
+
+        `beside` are other probes, by name.
+        """
         from mera_tl.plots import probe_error
 
-        return probe_error(self.table.assign(probe=f"{self.kind}, {self.position}"), metric=metric)
+        probes = {f"{self.kind}, {self.position}": self, **(beside or {})}
+        tables = [probe.table.assign(probe=name) for name, probe in probes.items()]
+        return probe_error(pd.concat(tables), metric=metric)
 
     def _repr_html_(self) -> str:
         shown = [name for name in _SHOWN if self.metrics and name in self.metrics[0]]

@@ -408,14 +408,7 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
     prompts = {example.row: example.prompt for example in test.examples}
-    reach, predicted = run.reach(str(method)), {}
-    if reach is not None:
-        pairs = torch.stack([reach.before, reach.after], -1).tolist()
-        layers, told = reach.layers.tolist(), zip(changes["row"], pairs, strict=True)
-        predicted = {
-            row: [[n, *map(_short, pair)] for n, pair in zip(layers, each, strict=True)]
-            for row, each in told
-        }
+    predicted = _predictions(run, str(method), changes)
     rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
     said = "reply" if test.scored else "prediction"  # replies stand side by side as they are
     # Drawn by seed, not chosen; a stable sort keeps the draw within each kind.
@@ -441,6 +434,19 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     note = f", of {len(rows):,}: all that changed, others drawn by seed" if left > 0 else ""
     explorer = {"options": list(test.options), "rows": shown, "drawn": note}
     return {"explorer": explorer, "no_examples": ""}
+
+
+def _predictions(run: RunFolder, method: str, changes: pd.DataFrame) -> dict[int, list[Any]]:
+    """Return, by row, each steered layer with its predicted error before and after."""
+    reach = run.reach(method)
+    if reach is None:
+        return {}
+    pairs = torch.stack([reach.before, reach.after], -1).tolist()
+    layers, told = reach.layers.tolist(), zip(changes["row"], pairs, strict=True)
+    return {
+        row: [[n, *map(_short, pair)] for n, pair in zip(layers, each, strict=True)]
+        for row, each in told
+    }
 
 
 def _short(share: float) -> float:
