@@ -5,6 +5,11 @@ from plotly.subplots import make_subplots
 from figures import results, save
 from mera_tl.plots import style
 
+CAPTION = (
+    "Each published error alone: {n} (model, task, split) cells in grey, mean in blue; readout "
+    "exact_anywhere<br>right: decisions, certified in blue, steered in grey"
+)
+
 
 def main() -> None:
     df = results("errata").assign(steers=lambda d: d["threshold"].notna())
@@ -22,19 +27,8 @@ def main() -> None:
         figure.add_bar(x=more, y=against.index, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
-    caption = (
-        f"{len(cells)} (model, task, split) cells in grey, mean in blue; readout exact_anywhere"
-        "<br>right: decisions, certified in blue, steered in grey"
-    )
-    save(
-        style.finish(
-            figure,
-            "Testing at all matters most among the published errors",
-            caption,
-            showlegend=False,
-        ),
-        "errata",
-    )
+    finding, caption = "Testing at all matters most", CAPTION.format(n=len(cells))
+    save(style.finish(figure, finding, caption, showlegend=False), "errata")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main() -> None:
     one = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
     settings = GRID.format(n=one["n"].iloc[0])
     save(spi_dots(one), "spi_dots", finding="One split, with intervals", settings=settings)
-    finding = "Only a direction that holds the class fixed recovers more than it breaks"
+    finding = "Holding the class fixed recovers most; fixed lengths mostly break"
     save(transitions(sorted_by_gain(one)), "transitions", finding=finding, settings=settings)
 
 

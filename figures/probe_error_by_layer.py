@@ -22,7 +22,7 @@ def main() -> None:
         save(probe_overlay(chosen, metric=metric), f"probe_{metric}_by_layer_all")
         if metric == "auroc":
             two = pd.DataFrame(chosen[chosen["place"].isin(TWO)])
-            finding = "Errors can be read from the second layer on"
+            finding = "Errors can be read in every layer"
             save(probe_overlay(two), "probe_auroc_by_layer", finding=finding)
     finding = "Errors are about as frequent as they are predicted to be"
     save(predicted_against_observed(placed("observed")), "predicted_against_observed",

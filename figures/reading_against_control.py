@@ -70,17 +70,22 @@ def layers_and_cosine(df: pd.DataFrame) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title="cosine of probe and gradient", **here)
     figure.update_yaxes(title="gain in accuracy", col=1)
-    first = along.iloc[0]
-    rank = float(spearmanr(along["cosine"], along["gain"])[0])
-    caption = (
-        f"Final prompt token of one layer moved where most error is predicted; {first['fit']} "
-        f"examples fit, {first['judge']} choose the length, {first['n']} test (bars: 2 s.e.)."
-        f"<br>Rank correlation of cosine and gain along the probe: {rank:.2f} over "
-        f"{len(along)} layers of {len(cells)} tasks. Sources: arXiv 2605.05715, 2606.24952"
-    )
+    caption = caption_of(along, len(cells))
     title = "What reads errors and what corrects them are nearly orthogonal"
     return style.finish(
         figure, title, caption, height=150 + 330 * rows, margin_t=125, meta={"min_width": 1100}
+    )
+
+
+def caption_of(along: pd.DataFrame, n_cells: int) -> str:
+    """Say how the gains were found, and how they go with the cosine."""
+    first = along.iloc[0]
+    rank = float(spearmanr(along["cosine"], along["gain"])[0])
+    return (
+        f"Final prompt token of one layer moved where most error is predicted; {first['fit']} "
+        f"examples fit, {first['judge']} choose the length, {first['n']} test (bars: 2 s.e.)."
+        f"<br>Rank correlation of cosine and gain along the probe: {rank:.2f} over "
+        f"{len(along)} layers of {n_cells} tasks. Sources: arXiv 2605.05715, 2606.24952"
     )
 
 

@@ -21,7 +21,7 @@ def main() -> None:
         (
             NAME,
             "not ablated",
-            "The probe's own direction corrects nothing; class-controlled ones do",
+            "The probe's own direction corrects little; class-controlled ones do",
         ),
         (
             f"{NAME}_ablations",

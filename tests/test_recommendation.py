@@ -8,7 +8,7 @@ from test_cli import mera
 from test_trusting import CONFIG
 
 from mera_tl import storage
-from mera_tl.benchmark import Way, choose_way, open_run, recommend
+from mera_tl.benchmark import Way, choose_way, open_run, promised_points, recommend
 
 SIZES = {"train": "300", "calibration": "120", "test": "60"}
 METHODS = ["no_steering", "flip", "class_probe", "withhold"]
@@ -78,3 +78,7 @@ def test_test_outcomes_have_no_say(folder, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no records"):
         recommend(tmp_path)
+
+
+def test_a_promise_is_never_rounded_up():
+    assert [promised_points(x) for x in (0.2196, 0.1, -0.0004)] == ["+21.9", "+10.0", "-0.1"]

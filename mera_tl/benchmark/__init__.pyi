@@ -8,6 +8,7 @@ from .pre_flight import preflight as preflight
 from .recommendation import Recommendation as Recommendation
 from .recommendation import Way as Way
 from .recommendation import choose_way as choose_way
+from .recommendation import promised_points as promised_points
 from .recommendation import recommend as recommend
 from .records import idle as idle
 from .records import scores as scores

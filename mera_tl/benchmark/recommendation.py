@@ -12,6 +12,7 @@ Choosing is paid for: the certificates of a run share its delta, so all hold at 
 chosen. Test outcomes are there to check the verdict, and play no part in it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,6 +152,11 @@ def _reads_the_answer(decision: Calibration) -> bool:
     return steering.probe.per_answer or per_answer
 
 
+def promised_points(share: float) -> str:
+    """Return a promised gain in points, rounded down: a promise must not grow by rounding."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:+.1f}"
+
+
 def _sentence(way: Way) -> str:
     if way.what == "withhold":
         why = "Nothing is certified to correct errors, but some answers can be trusted."
@@ -162,7 +168,7 @@ def _sentence(way: Way) -> str:
     }
     promise = 0.0 if way.at_least is None else way.at_least
     return (
-        f"{words[way.what]}. Certified at least {100 * promise:+.1f} points; observed "
+        f"{words[way.what]}. Certified at least {promised_points(promise)} points; observed "
         f"{100 * (way.gain or 0):+.1f} on {way.n} calibration examples ({way.recoveries} better, "
         f"{way.regressions} worse)."
     )

@@ -97,7 +97,7 @@ class Recommend:
     """Print JSON."""
 
     def __call__(self) -> None:
-        from mera_tl.benchmark.recommendation import recommend
+        from mera_tl.benchmark.recommendation import promised_points, recommend
 
         found = recommend(self.run)
         if self.json:
@@ -108,7 +108,7 @@ class Recommend:
                 "method": way.method,
                 "certified": "yes" if way.certified else "no",
                 "gain": None if way.gain is None else f"{100 * way.gain:+.1f}",
-                "at least": None if way.at_least is None else f"{100 * way.at_least:+.1f}",
+                "at least": None if way.at_least is None else promised_points(way.at_least),
                 "better": way.recoveries,
                 "worse": way.regressions,
                 "passes": way.passes,

@@ -66,6 +66,13 @@ _METHODS = {
     "controlled_contrastive": (GREEN, "diamond"),
     "answer_controlled": (GREEN, "star"),
     "searched": (GREEN, "circle"),
+    "instruction": (SKY, "hexagon"),
+    "prompt_controlled": (GREEN, "hexagon"),
+    "reply_contrast": (SKY, "pentagon"),
+    "kind_controlled": (GREEN, "pentagon"),
+    "retry": (PINK, "hexagon"),
+    "best_of_k": (PINK, "pentagon"),
+    "best_of_k_scorer": (GREY, "pentagon"),
 }
 
 _GRID, LINE = "rgba(128,128,128,.22)", "rgba(128,128,128,.6)"

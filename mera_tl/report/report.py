@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 import torch
 
 from mera_tl import plots, storage
+from mera_tl.benchmark.recommendation import promised_points
 from mera_tl.benchmark.records import promise, table
 from mera_tl.plots.style import knob_axis
 from mera_tl.report.html import Block, Table, block_of, render
@@ -169,7 +170,7 @@ def _ways(run: RunFolder) -> pd.DataFrame:
             "by": "" if way.what == "leave alone" else way.method,
             "certified": "yes" if way.certified else "no",
             "gain, points": points(way.gain),
-            "at least": points(way.at_least),
+            "at least": "" if way.at_least is None else promised_points(way.at_least),
             "better / worse": "" if way.n is None else f"{way.recoveries} / {way.regressions}",
             "passes": str(way.passes),
             "needs": ", ".join(way.needs),
@@ -207,8 +208,9 @@ def _winner(run: RunFolder) -> Iterator[str]:
     yield _what(run, record)
     if "n_candidates" in details:
         yield (
-            f"Chosen among {details['n_candidates']:,} candidates on {details['n_search']:,} "
-            "training examples that fitted nothing; then tested once."
+            f"Chosen among {details['n_candidates']:,} candidates, of which "
+            f"{len(run.tried(verdict.method)):,} were run, on {details['n_search']:,} training "
+            "examples that fitted nothing; then tested once."
         )
     promise = verdict.sentence.partition(">= ")[2].rstrip(")")
     yield (
