@@ -140,8 +140,8 @@ class Model:
     ) -> Float[Tensor, "batch some"]:
         hooked = self.hooked
         if isinstance(hooked, HookedCausalLM):
-            given = {"attention_mask": mask, "past_kv_cache": cache, "n_last": 1}
-            return hooked(tokens, **given, part=part)[:, 0]
+            logits = hooked(tokens, attention_mask=mask, past_kv_cache=cache, n_last=1, part=part)
+            return logits[:, 0]
         stop = self.n_layers
         resid: Any = hooked(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
         return self.unembed(resid[:, -1])
