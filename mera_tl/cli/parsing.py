@@ -69,9 +69,9 @@ GROUPS = {
     "model": "chat system readout answer_prefix max_new_tokens reply_tokens temperature dtype "
     "engine device n_devices anyway",
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
-    "sae sae_sibling sae_correction",
+    "sae sae_sibling sae_correction search_budget",
     "certificate": "min_gain delta max_regressions max_risk primary metric thresholds bound",
-    "speed": "search_budget batch_size batch_tokens cache shards ray gpus",
+    "speed": "batch_size batch_tokens cache shards ray gpus",
     "output": "out config overwrite dry_run strict json verbose quiet",
 }
 """Headings of `--help`; what is in none of them stands under "more"."""
@@ -107,12 +107,12 @@ METAVARS = {
 HIDDEN = {
     "Preflight": GROUPS["steering"] + " " + GROUPS["certificate"],
     "Collect": GROUPS["steering"] + " " + GROUPS["certificate"],
-    "Fit": GROUPS["certificate"] + " methods positions strength",
+    "Fit": GROUPS["certificate"] + " methods positions strength search_budget",
 }
 """Options of the folder's configuration that mean nothing to a step: taken, but not shown."""
 LEFT_OUT = {
     "Sae": GROUPS["certificate"] + " positions probe_position strength pairs space sae_correction"
-    " calibration test free_text",
+    " calibration test free_text search_budget",
     "Doctor": GROUPS["certificate"] + " strength pairs",
 }
 """Options that a command inherits and has no use for."""
