@@ -13,7 +13,10 @@ that it never follows there (all lower case, a closing phrase, JSON of a message
 Expected: `instruction` gains where the model half understands. An hour on one core. Replies and
 trials are kept as they come: a run that is killed goes on, and splits share what they can.
 
-    python -m experiments.steer_free_text --model FOLDER --data-dir DATA
+    python -m experiments.steer_free_text --model FOLDER
+    python -m experiments.steer_free_text --model organism --tasks spam_sentence --once \\
+        --directions kind_controlled contrastive prompt_controlled --strengths 1 2 4 --train 400 \\
+        --calibration 300 --test 400 --reply-tokens 6 --dtype float32 --system None
 """
 
 from collections.abc import Container, Iterator
