@@ -137,7 +137,7 @@ def _layout(bench: Bench) -> Any:
     marks = {i: f"{t:g}" for i, t in steps.items() if t in (0.001, 0.02, 0.2, 0.5, 0.8, 0.99)}
     rules = {"threshold": "as far as the threshold asks", "strength": "by a fixed length"}
     prompt = bench.prompts[0] if bench.prompts else ""
-    controls = [
+    controls: list[Any] = [
         html.Label("Prompt", htmlFor="prompt"),
         dcc.Textarea(id="prompt", value=prompt),
         html.Button("Read", id="read", className="again"),
@@ -159,12 +159,13 @@ def _layout(bench: Bench) -> Any:
         html.Div("Tokens of a reply", className="label"),
         dcc.Slider(4, 64, 4, value=16, marks={4: "4", 32: "32", 64: "64"}, id="n"),
     ]
-    for slider in controls:
-        if isinstance(slider, dcc.Slider):
-            slider.allow_direct_input = False
+    for control in controls:
+        if "Slider" in type(control).__name__:
+            control.allow_direct_input = False  # its box would show the step, not the threshold
+    live: dict[str, Any] = {"aria-live": "polite"}
     graph: dict[str, Any] = {"config": {"displayModeBar": False, "responsive": True}}
     shown = [
-        html.P(id="said", **{"aria-live": "polite"}),
+        html.P(id="said", **live),
         html.P(id="wrong", role="alert"),
         html.Div(
             [dcc.Graph(id="bars", **graph), dcc.Graph(id="by-layer", **graph)], className="figures"

@@ -287,14 +287,15 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
             row=row,
             col=1,
         )
-    invalid = tokens[~tokens["valid"]]
     # Neighbours share a rectangle: plotly takes 30 ms for each.
-    runs = invalid.groupby((invalid["pos"].diff() != 1).cumsum())["pos"].agg(["min", "max"])
-    for (first, last), row in product(runs.to_numpy().tolist(), (1, 2)):
+    grey = [pos for pos, valid in zip(tokens["pos"], tokens["valid"], strict=True) if not valid]
+    firsts = [pos for pos in grey if pos - 1 not in grey]
+    lasts = [pos for pos in grey if pos + 1 not in grey]
+    for (first, last), row in product(zip(firsts, lasts, strict=True), (1, 2)):
         panel: dict[str, Any] = {"row": row, "col": 1}
         colour = "rgba(128,128,128,.96)"
         figure.add_vrect(x0=first - 0.5, x1=last + 0.5, fillcolor=colour, line_width=0, **panel)
-    if len(runs):
+    if grey:
         note = "grey: tokens that the probe was not fitted to"
         caption = f"{caption}; {note}" if caption else note
     figure.update_xaxes(tickvals=list(tokens["pos"]), showgrid=False, zeroline=False)
