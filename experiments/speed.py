@@ -96,7 +96,6 @@ def searching(config: Config, name: str, model: Any) -> Iterator[Row]:
         read: Any = ReadSettings(readout=readout, progress=False)  # pyright: ignore[reportArgumentType]
         activations = mera_tl.collect(model, train, settings=read)
         found: list[Any] = []
-        wall = time.monotonic()
         seconds = cpu_seconds(
             lambda read=read, found=found, activations=activations: found.append(
                 search(model, train, activations, settings=read)
@@ -108,7 +107,6 @@ def searching(config: Config, name: str, model: Any) -> Iterator[Row]:
             "n": f"{details['n_fit']} + {details['n_search']}",
             "candidates": details["n_candidates"],
             "cpu_s": round(seconds, 1),
-            "wall_s": round(time.monotonic() - wall, 1),
             "foresight": details["foresight"],
         }
 
