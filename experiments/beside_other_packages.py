@@ -109,7 +109,16 @@ def steering_vectors_generate(work: Work) -> Any:
         return work.model.generate(**work.batch, **work.options)
 
 
+def _let_repeng_import() -> None:
+    """Give NumPy a name back that it dropped in 2.0 and repeng 0.4.0 has in its annotations."""
+    import numpy as np
+
+    if not hasattr(np, "float_"):
+        np.float_ = np.float64  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def repeng_generate(work: Work) -> Any:
+    _let_repeng_import()
     from repeng import ControlModel, ControlVector  # pyright: ignore[reportMissingImports]
 
     control = ControlModel(work.model, [work.layer])
@@ -159,6 +168,7 @@ def steering_vectors_collect(work: Work) -> Any:
 
 
 def repeng_collect(work: Work) -> Any:
+    _let_repeng_import()
     from repeng.extract import batched_get_hiddens  # pyright: ignore[reportMissingImports]
 
     layers = list(range(work.mera.n_layers - 1))  # the last of these is normalised, and left out

@@ -237,7 +237,7 @@ def function(reply: str, reference: str, file: str = "", call: str = "") -> floa
 
 
 @cache
-def _loaded(file: str, name: str) -> Callable[[str, str], float]:
+def _loaded(file: str, name: str) -> Callable[..., Any]:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("task_scorer", file)
