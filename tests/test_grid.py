@@ -82,9 +82,9 @@ def forwards(monkeypatch):
 
     rows, real = [], Model.next_token_logits
 
-    def counted(self, tokens, mask, cache=None):
+    def counted(self, tokens, mask, *rest):
         rows.extend([len(tokens)] if tokens.shape[1] > 1 else [])
-        return real(self, tokens, mask, cache)
+        return real(self, tokens, mask, *rest)
 
     monkeypatch.setattr(Model, "next_token_logits", counted)
     return rows

@@ -129,7 +129,7 @@ def test_a_limit_on_regressions_is_certified_together_with_the_gain(limit, decis
     if decision == "STEER":
         promise = "at least +0.0 points and at most 20.0 % of answers turned wrong"
         assert promise in record["certificate"]
-        assert found.verdict.sentence == "STEER (certified >= +0.0 points, <= 20 % turned wrong)"
+        assert found.verdict.sentence == "FLIP (certified >= +0.0 points, <= 20 % turned wrong)"
     else:
         assert "allowed 0.1 %" in record["certificate"] and row.regressed_at_most > limit
 
