@@ -23,7 +23,7 @@ def main() -> None:
     figure.update_layout(height=560, meta={"min_width": 700})
     sizes = ", ".join(f"{n} ({model})" for model, n in df.groupby("model")["n"].max().items())
     caption = f"steered minus unsteered, points, 95 % intervals; examples per task: {sizes}"
-    title = "Steered for one task, put on five"
+    title = "A certified steering helps its own task; elsewhere it may harm"
     save(style.finish(figure, title, caption, showlegend=False), "side_effects")
 
 

@@ -61,7 +61,7 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="gain in points", range=[-20, 50])
     sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
     caption = f"{sizes} test prompts a split, one mark for each split; open: not certified"
-    title = "Following instructions: gain and cost"
+    title = "Moved along an instruction, replies follow it more often: two tasks of three"
     return style.finish(figure, title, caption, height=120 + 340 * -(-len(tasks) // 2))
 
 

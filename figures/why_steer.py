@@ -13,6 +13,7 @@ NAME = "why_steer"
 def main() -> None:
     table = results(NAME, "table/*.jsonl")
     shown = spi_heatmap(with_verdict(table).assign(space="raw"))
+    shown.layout.title.text = "A classifier corrects most; the search and the flip come close"
     save(shown, "why_steer")
     save(gain_against_harm(table), "why_steer_harm")
     save(few_labels(results(NAME, "labels/*.jsonl")), "why_steer_labels")
