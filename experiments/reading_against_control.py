@@ -113,7 +113,9 @@ def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
         for rule in ("every example", "where error is predicted")
         for strength in config.strengths
     }
-    judged = evaluate_many(model, splits.calibration, list(trials.values()), settings=READ)
+    judged = evaluate_many(
+        model, splits.calibration, list(trials.values()), settings=READ, decide=True
+    )
     gains = {
         key: float(run.gain(judge.outcomes, "correct").mean())
         for key, run in zip(trials, judged, strict=True)
@@ -124,7 +126,8 @@ def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
         if key[:3] not in best or gains[key] > gains[best[key[:3]]]:
             best[key[:3]] = key
     test = collect(model, splits.test, settings=READ)
-    tested = evaluate_many(model, splits.test, [trials[k] for k in best.values()], settings=READ)
+    chosen = [trials[key] for key in best.values()]
+    tested = evaluate_many(model, splits.test, chosen, settings=READ, decide=True)
     auroc = probe.measure(test)["auroc"].tolist()
     shares = np.bincount(test.labels.numpy(), minlength=len(task.options)) / len(splits.test)
     for (layer, which, rule, strength), run in zip(best.values(), tested, strict=True):

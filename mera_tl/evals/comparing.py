@@ -51,6 +51,10 @@ def compare_on_tasks(
 ) -> list[SideEffect]:
     """Run tasks of the harness, by name or by the path of a YAML file, unsteered and steered.
 
+    A steering acts at the tokens that it was certified at. In a chat these follow an answer prefix
+    ("Answer:", unless `ReadSettings.answer_prefix` said otherwise), which the harness writes where
+    a task's file has `gen_prefix: "Answer:"`.
+
     Raises:
         ValueError: if there is no such task or file, or the steering is not for this model.
     """
