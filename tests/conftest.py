@@ -52,20 +52,22 @@ def _shape() -> dict:
     )
 
 
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+
+
 def _config(family: str):
     from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
     if family == "llama":  # grouped-query attention, llama3 rope, tied embeddings
-        rope = dict(
-            rope_type="llama3",
-            rope_theta=10000.0,
-            factor=4.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=16,
-        )
         return LlamaConfig(
-            **_shape(), max_position_embeddings=64, rope_parameters=rope, tie_word_embeddings=True
+            **_shape(), max_position_embeddings=64, rope_parameters=LLAMA3, tie_word_embeddings=True
         )
     if family == "qwen2":
         return Qwen2Config(**_shape(), max_position_embeddings=64)

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import save_random_checkpoint
+from conftest import LLAMA3, save_random_checkpoint
 
 from mera_tl.models import decoder_layers, load_model, resid_post
 
@@ -21,14 +21,6 @@ SHAPE = dict(
     pad_token_id=0,
 )
 MHA = SHAPE | {"num_key_value_heads": 4}
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=10000.0,
-    factor=4.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 GEMMA = dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=8)

@@ -34,26 +34,31 @@ MIN_GAIN = 0.1
 
 
 class Space(ABC):
-    """Features of one layer's residual stream."""
+    """Features of one layer's residual stream; unless a space says otherwise, of every layer.
+
+    A space of its own says what it reads and, where that is not the stream itself, how it writes.
+    """
 
     name: str
 
     @property
-    @abstractmethod
     def layers(self) -> tuple[int, ...] | None:
         """The layers it has features of, in order; None for all."""
+        return None
 
     @abstractmethod
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
         """Return the features of an activation, in float32."""
 
-    @abstractmethod
     def target(
-        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
+        self,
+        features: Float[Tensor, "*rows d"],
+        shift: Float[Tensor, "*rows d"],
+        layer: int,  # noqa: ARG002
     ) -> Float[Tensor, "*rows d"]:
-        """Return the features that a shift aims at, among those that are possible."""
+        """Return the features that a shift aims at, among those that are possible: the sum."""
+        return features + shift
 
-    @abstractmethod
     def write(
         self,
         resid: Float[Tensor, "*rows d_model"],
@@ -61,13 +66,23 @@ class Space(ABC):
         shift: Float[Tensor, "*rows d"],
         layer: int,
     ) -> Float[Tensor, "*rows d_model"]:
-        """Return the activation whose features have moved by `shift`, in the dtype of `resid`."""
+        """Return the activation whose features have moved by `shift`, in the dtype of `resid`.
 
-    @abstractmethod
+        Where features are the stream, that is the target, cast once at the end.
+        """
+        # A float32 shift added to a bfloat16 stream would promote everything after it.
+        return self.target(features, shift, layer).to(resid.dtype)
+
     def stretch(
-        self, direction: Float[Tensor, "*option d"], layer: int
+        self,
+        direction: Float[Tensor, "*option d"],
+        layer: int,  # noqa: ARG002
     ) -> Float[Tensor, "*option"]:
-        """Return how long a move along `direction` is in features, if of length one in `resid`."""
+        """Return how long a move along `direction` is in features, if of length one in `resid`.
+
+        One where features are the stream, or have a length of their own.
+        """
+        return torch.ones(direction.shape[:-1])
 
 
 @final
@@ -77,42 +92,9 @@ class ResidualSpace(Space):
 
     name = "raw"
 
-    @property
-    def layers(self) -> None:
-        """Every layer."""
-        return None
-
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
         """Return the activation in float32."""
         return resid.float()
-
-    def target(
-        self,
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*rows d"]:
-        """Return the sum."""
-        return features + shift
-
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,  # noqa: ARG002  the same in every layer
-    ) -> Float[Tensor, "*rows d_model"]:
-        """Return the shifted activation, cast once at the end."""
-        # A float32 shift added to a bfloat16 stream would promote everything after it.
-        return (features + shift).to(resid.dtype)
-
-    def stretch(
-        self,
-        direction: Float[Tensor, "*option d"],
-        layer: int,  # noqa: ARG002  the same in every layer
-    ) -> Float[Tensor, "*option"]:
-        """Return one: features are the stream."""
-        return torch.ones(direction.shape[:-1])
 
 
 @final
@@ -129,11 +111,6 @@ class UnitSpace(Space):
 
     turns: bool = False
     """Whether the length of the activation is kept."""
-
-    @property
-    def layers(self) -> None:
-        """Every layer."""
-        return None
 
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
         """Return the activation over its length; zero for zero."""
@@ -160,14 +137,6 @@ class UnitSpace(Space):
         length = resid.float().norm(dim=-1, keepdim=True)
         return (length * self.target(features, shift, layer)).to(resid.dtype)
 
-    def stretch(
-        self,
-        direction: Float[Tensor, "*option d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*option"]:
-        """Return one: the shift is relative already."""
-        return torch.ones(direction.shape[:-1])
-
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -188,11 +157,6 @@ class TransportSpace(Space):
     ratio: Float[Tensor, "layer d_model"] = field(repr=False)
     """Standard deviation of the second over that of the first."""
 
-    @property
-    def layers(self) -> None:
-        """Every layer."""
-        return None
-
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
         """Return the activation in float32."""
         return resid.float()
@@ -206,24 +170,6 @@ class TransportSpace(Space):
         # How far, as a share of the way between the means; the spread changes by the same share.
         share = einsum(shift, way, "... d, d -> ...") / way.square().sum().clamp(min=1e-12)
         return features + share[..., None] * (to + ratio * (features - start) - features)
-
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,
-    ) -> Float[Tensor, "*rows d_model"]:
-        """Return the target, cast once at the end."""
-        return self.target(features, shift, layer).to(resid.dtype)
-
-    def stretch(
-        self,
-        direction: Float[Tensor, "*option d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*option"]:
-        """Return one: features are the stream."""
-        return torch.ones(direction.shape[:-1])
 
 
 @final
@@ -242,11 +188,6 @@ class ClassSpace(Space):
     means: Float[Tensor, "layer option d_model"] = field(repr=False)
     """Where the activations of each class lie."""
 
-    @property
-    def layers(self) -> None:
-        """Every layer."""
-        return None
-
     def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
         """Return log P(class) / (1 - P(class)) for every class."""
         weights, bias = self.weights[layer].to(resid.device), self.bias[layer].to(resid.device)
@@ -255,15 +196,6 @@ class ClassSpace(Space):
         others = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
         rest = scores[..., None, :].masked_fill(others, -torch.inf).logsumexp(-1)
         return (scores - rest).clamp(-SURE, SURE)
-
-    def target(
-        self,
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*rows d"]:
-        """Return the sum; it is not read again."""
-        return features + shift
 
     def write(
         self,
@@ -277,14 +209,6 @@ class ClassSpace(Space):
         moved = shift - shift.sum(-1, keepdim=True) * predicted
         way = einsum(moved, self.means[layer].to(moved), "... option, option d -> ... d")
         return (resid.float() + way).to(resid.dtype)
-
-    def stretch(
-        self,
-        direction: Float[Tensor, "*option d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*option"]:
-        """Return one: the means have a length of their own."""
-        return torch.ones(direction.shape[:-1])
 
 
 OWN: Mapping[str, type[Space]] = {
