@@ -22,6 +22,7 @@ from mera_tl.certificate.certificate import Calibration, Evidence, check_min_gai
 from mera_tl.certificate.description import describe, names_of
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
 from mera_tl.inference.answers import ReadSettings, option_tokens
+from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
@@ -73,20 +74,39 @@ def calibrate(
     task = task.subset(kept) if unused else task
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     base, *runs = evaluate_many(model, task, [unsteered, *steerings], settings=settings)
+    about = setup_of(model, task, settings)
+    decision = certify_outcomes(
+        task, base, runs, candidates=descriptions, terms=terms, min_gain=min_gain, setup=about
+    )
+    return replace(decision, unused=unused, steerings=dict(enumerate(steerings)))
+
+
+def certify_outcomes(
+    task: Task[CalibrationRole],
+    base: Outcomes,
+    runs: Sequence[Outcomes],
+    *,
+    candidates: Sequence[Mapping[str, Any] | str | float],
+    terms: Terms,
+    min_gain: float,
+    setup: Mapping[str, Any],
+) -> Calibration:
+    """Certify one of several ways to answer a task whose texts are distinct, whatever answered.
+
+    `base` are the unsteered outcomes, `runs` those of each candidate; `setup` is `setup_of`'s.
+
+    Raises:
+        ValueError: as `certify`.
+    """
     decision = certify(
         np.stack([run.gain(base, terms.metric).numpy() for run in runs]),
         terms=terms,
         min_gain=min_gain,
-        candidates=descriptions,
+        candidates=candidates,
         examples=[example.row for example in task.examples],
     )
-    return replace(
-        decision,
-        base=base.accuracy if terms.metric == "correct" else base.mean_error,
-        unused=unused,
-        setup=setup_of(model, task, settings),
-        steerings=dict(enumerate(steerings)),
-    )
+    unsteered = base.accuracy if terms.metric == "correct" else base.mean_error
+    return replace(decision, base=unsteered, setup=setup)
 
 
 def certify(

@@ -19,7 +19,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.certificate.calibration import certify, distinct, setup_of
+from mera_tl.certificate.calibration import certify_outcomes, distinct, setup_of
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
@@ -167,12 +167,12 @@ def certify_class_probe(
     settings = settings or ReadSettings()
     task = task.subset(distinct([example.key for example in task.examples], terms.seed))
     read = collect(model, task, settings=settings)
-    base = read.outcomes
-    gains = probe.answer(read).gain(base, terms.metric).numpy()
-    rows = [example.row for example in task.examples]
-    name = f"classifier of layer {probe.layer}"
-    decision = certify(
-        gains[None], terms=terms, min_gain=min_gain, candidates=[name], examples=rows
+    return certify_outcomes(
+        task,
+        read.outcomes,
+        [probe.answer(read)],
+        candidates=[f"classifier of layer {probe.layer}"],
+        terms=terms,
+        min_gain=min_gain,
+        setup=setup_of(model, task, settings),
     )
-    unsteered = base.accuracy if terms.metric == "correct" else base.mean_error
-    return replace(decision, base=unsteered, setup=setup_of(model, task, settings))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.certificate.calibration import certify, distinct, setup_of
+from mera_tl.certificate.calibration import certify_outcomes, distinct, setup_of
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations
@@ -89,10 +89,12 @@ def certify_flip(
     task = task.subset(distinct([example.key for example in task.examples], terms.seed))
     base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
     threshold = found.chosen.threshold
-    gains = flipped(base, base.peak, threshold).gain(base, terms.metric).numpy()
-    rows = [example.row for example in task.examples]
-    decision = certify(
-        gains[None], terms=terms, min_gain=min_gain, candidates=[threshold], examples=rows
+    return certify_outcomes(
+        task,
+        base,
+        [flipped(base, base.peak, threshold)],
+        candidates=[threshold],
+        terms=terms,
+        min_gain=min_gain,
+        setup=setup_of(model, task, settings),
     )
-    unsteered = base.accuracy if terms.metric == "correct" else base.mean_error
-    return replace(decision, base=unsteered, setup=setup_of(model, task, settings))
