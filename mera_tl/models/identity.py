@@ -1,8 +1,8 @@
 """Which model this is, whatever kind of object holds it.
 
 A `Model` knows from loading. A model of transformers says where it was loaded from: that is hashed
-as `load_model` would (once: hashes are kept), and rows of every tensor are compared with the file,
-so that a model trained or merged since is another one.
+as `load_model` would (once: hashes are kept), and every tensor is compared with the file, so that a
+model trained, merged or ablated since is another one.
 """
 
 import weakref
@@ -75,12 +75,12 @@ def _from_files(original: Any) -> str:
 
 
 def _holds(original: Any, files: Sequence[Path]) -> bool:
-    """Whether three rows of every tensor are those of the files: what is trained changes all."""
-    pairs = list(_rows(original, files))
-    return bool(pairs) and all(torch.equal(own, read.to(own.dtype)) for own, read in pairs)
+    """Whether every tensor that the model shares with its files has their values."""
+    same = [torch.equal(own, read.to(own)) for own, read in _tensors(original, files)]
+    return bool(same) and all(same)
 
 
-def _rows(original: Any, files: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+def _tensors(original: Any, files: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
     from safetensors import safe_open
 
     held = {name: weight for name, weight in original.state_dict().items() if not weight.is_meta}
@@ -89,8 +89,6 @@ def _rows(original: Any, files: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  it is no dict
                 own = held.get(name, held.get(prefix + name))
-                part = tensors.get_slice(name)
-                if own is None or [*own.shape] != part.get_shape() or not own.ndim:
-                    continue  # stored in another form, or shared with another tensor
-                for row in {0, len(own) // 2, len(own) - 1}:
-                    yield own[row].cpu(), part[row]
+                # One of another shape is stored in another form, or shared with another tensor.
+                if own is not None and [*own.shape] == tensors.get_slice(name).get_shape():
+                    yield own, tensors.get_tensor(name)
