@@ -7,7 +7,7 @@ import pytest
 from test_cli import mera
 from test_trusting import CONFIG
 
-from mera_tl import storage
+from mera_tl import Calibration, storage
 from mera_tl.benchmark import Way, choose_way, open_run, promised_points, recommend
 
 SIZES = {"train": "300", "calibration": "120", "test": "60"}
@@ -58,6 +58,19 @@ def test_a_run_comes_to_one_verdict_with_its_evidence(folder, monkeypatch, capsy
     assert "CLASSIFY" in capsys.readouterr().out
     assert mera(monkeypatch, "recommend", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["method"] == "class_probe"
+
+
+def test_a_doubtful_baseline_is_said_with_the_verdict(folder, tmp_path):
+    decision = Calibration.load(folder / "certificates" / "class_probe")
+    assert "Baseline" not in str(recommend(folder))  # the control
+    doubt = "Accuracy 60% is below 86%, which always giving the most frequent answer would reach."
+    setup = {**decision.setup, "warnings": [doubt]}
+    replace(decision, setup=setup).save(tmp_path / "certificates" / "class_probe")
+    records = storage.read_records(folder / "records.jsonl")
+    kept = [record for record in records if record["method"] in ("no_steering", "class_probe")]
+    storage.write_records(tmp_path / "records.jsonl", kept)
+    found = recommend(tmp_path)
+    assert found.what == "classify" and str(found).endswith(f" Baseline: {doubt}")
 
 
 def test_test_outcomes_have_no_say(folder, tmp_path):

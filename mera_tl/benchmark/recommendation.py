@@ -53,6 +53,8 @@ class Way:
     """Passes of the model per answer; of two, the second often repeats one token only."""
     needs: tuple[str, ...] = ()
     """What it takes, to find it and to use it."""
+    baseline: str = ""
+    """What is doubtful about the unsteered answers: a gain may only put these right."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def _way(folder: Path, record: Mapping[str, Any]) -> Way:
         n=decision.n,
         passes=2 if per_answer else 1,
         needs=tuple(needs),
+        baseline=decision.baseline,
     )
 
 
@@ -170,7 +173,7 @@ def _sentence(way: Way) -> str:
     return (
         f"{words[way.what]}. Certified at least {promised_points(promise)} points; observed "
         f"{100 * (way.gain or 0):+.1f} on {way.n} calibration examples ({way.recoveries} better, "
-        f"{way.regressions} worse)."
+        f"{way.regressions} worse).{way.baseline}"
     )
 
 

@@ -199,6 +199,12 @@ class Calibration:
         return max(self.evidence, key=lambda row: (row.gain, row.lower))
 
     @property
+    def baseline(self) -> str:
+        """What is doubtful about the unsteered answers, as a sentence that follows another."""
+        doubts = " ".join(self.setup.get("warnings", ()))
+        return f" Baseline: {doubts}" if doubts else ""
+
+    @property
     def promised(self) -> float:
         """The gain that is promised where it steers: the lower bound, if the terms allow it."""
         return self.best.lower if self.terms.promises_bounds else self.min_gain
@@ -517,11 +523,9 @@ def _terms_sentence(calibration: Calibration) -> str:
     if terms.run_delta is not None:
         shared = f", {1 - terms.run_delta:.4g} for all certificates of the run"
     unused = f" ({calibration.unused} repeated texts unused)" if calibration.unused else ""
-    warnings = " ".join(calibration.setup.get("warnings", ()))
-    baseline = f" Baseline: {warnings}" if warnings else ""
     return (
         f"Confidence {1 - terms.delta:.4g} over the draw of {calibration.n} calibration examples"
         f"{unused}{shared}; {_TESTS[terms.test]}, {n} candidate{'s' if n > 1 else ''}{chosen}"
         f"{counts}, min_gain {calibration.min_gain:g}. Holds on average for data drawn as these "
-        f"were, not for a subgroup, other prompts or another model.{baseline}"
+        f"were, not for a subgroup, other prompts or another model.{calibration.baseline}"
     )

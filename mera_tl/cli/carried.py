@@ -105,7 +105,12 @@ class Generate(Carried):
                 [{"prompt": p, **row} for p, row in zip(prompts, rows, strict=True)]
             )
         _print_replies(unsteered, steered)
-        console().print(str(steering.certificate).split("\n")[0], markup=False)
+        certificate = steering.certificate
+        said = "Nothing is certified for this model."
+        if certificate is not None:
+            first = str(certificate).split("\n")[0]
+            said = f"{first}.{certificate.baseline}"
+        console().print(said, markup=False)
         return None
 
 

@@ -116,8 +116,10 @@ class Recommend:
             }
             for way in found.ways
         ]
-        print(f"{found}\nAll certificates hold at once with probability {found.confidence:.4g}.\n")
-        console().print(terminal.rich_table(rows))
+        sure = f"All certificates hold at once with probability {found.confidence:.4g}."
+        out = console()
+        out.print(f"{found}\n{sure}\n", markup=False, highlight=False)
+        out.print(terminal.rich_table(rows))
         return None
 
 
