@@ -360,6 +360,22 @@ def test_the_ledger_keeps_tokens_that_occur_twice_apart():
     assert list(figure.layout.xaxis3.ticktext) == ["is", "it", "it", "?"]
 
 
+def test_a_long_prompt_is_drawn_from_where_something_is_read_or_moved():
+    rows = [
+        {"pos": pos, "token": f"t{pos}", "layer": layer, "before": 0.5, "after": 0.5, "shift": 0.0}
+        for pos in range(40)
+        for layer in (0, 1)
+    ]
+    long = pd.DataFrame(rows).assign(valid=lambda df: df["pos"] == 39)
+    figure = plots.ledger(long, title="Row 7")
+    assert list(figure.layout.xaxis3.ticktext) == [f"t{pos}" for pos in range(23, 40)]
+    assert "without the first 23 tokens" in figure.layout.title.subtitle.text
+    long.loc[long["pos"] == 20, "shift"] = 0.1  # what is moved is shown, valid or not
+    assert plots.ledger(long, title="Row 7").layout.xaxis3.ticktext[0] == "t4"
+    for whole in (long.assign(valid=True), long.assign(valid=False, shift=0.0)):
+        assert len(plots.ledger(whole, title="Row 7").layout.xaxis3.ticktext) == 40
+
+
 def test_predictions_where_the_probe_is_not_valid_are_greyed_out():
     figure = FIGURES["ledger"]
     greyed = sorted((shape.x0 + 0.5, shape.xref) for shape in figure.layout.shapes)

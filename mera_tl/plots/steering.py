@@ -259,13 +259,24 @@ def error_by_layer(df: pd.DataFrame) -> go.Figure:
     return finish(figure, "What the probe predicts", caption, height=360)
 
 
+CONTEXT = 16
+"""Tokens that are drawn before the first that is read or moved."""
+
+
 def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     """Draw one prompt, tokens by layers: predicted error before and after, and the shifts.
 
     Takes columns `pos`, `token`, `layer`, `before`, `after` (predicted error), `shift` (length of
     the shift relative to the residual) and `valid`: predictions at other tokens, which the probe
-    was not fitted to, are greyed out.
+    was not fitted to, are greyed out. Of the tokens before the first that is read or moved only a
+    few are drawn.
     """
+    counts = df.loc[df["valid"].astype(bool) | (df["shift"] > 0), "pos"]
+    start = 0 if counts.empty else max(0, int(counts.min()) - CONTEXT)
+    df = pd.DataFrame(df[df["pos"] >= start])
+    if start:
+        note = f"without the first {start} tokens, where nothing is read or moved"
+        caption = f"{caption}; {note}" if caption else note
     tokens = df.drop_duplicates("pos").sort_values("pos")
     titles = ("predicted error before", "predicted error after", "shift / residual norm")
     figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=titles)
