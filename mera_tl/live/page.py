@@ -182,8 +182,8 @@ def _layout(bench: Bench) -> Any:
     head = html.H1(f"{bench.model.name}, steered live")
     main = html.Div([html.Div(controls, id="controls"), html.Div(shown, id="shown")], id="page")
     note = (
-        "Predictions are shown only at tokens to which the probe was fitted. Certified is nothing "
-        "but the direction that says so, at the threshold and layers that it comes with."
+        "Predictions are shown only at tokens to which the probe was fitted. A certificate "
+        "covers the direction that says so, at its own threshold and layers, and nothing else."
     )
     return html.Div([head, html.P(note, className="soft"), main])
 

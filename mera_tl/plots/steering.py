@@ -259,7 +259,7 @@ def error_by_layer(df: pd.DataFrame) -> go.Figure:
     return finish(figure, "What the probe predicts", caption, height=360)
 
 
-CONTEXT = 16
+CONTEXT = 8
 """Tokens that are drawn before the first that is read or moved."""
 
 
@@ -279,7 +279,10 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
         caption = f"{caption}; {note}" if caption else note
     tokens = df.drop_duplicates("pos").sort_values("pos")
     titles = ("predicted error before", "predicted error after", "shift / residual norm")
-    figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=titles)
+    height = 260 + 3 * max(80, 18 * df["layer"].nunique())
+    figure = make_subplots(
+        rows=3, shared_xaxes=True, vertical_spacing=45 / height, subplot_titles=titles
+    )
     bars: dict[str, Any] = {"len": 0.6, "y": 0.7, "title": "error", "thickness": 14}
     for row, column in enumerate(("before", "after", "shift"), start=1):
         grid = df.pivot(index="layer", columns="pos", values=column)
@@ -312,6 +315,5 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     figure.update_xaxes(tickvals=list(tokens["pos"]), showgrid=False, zeroline=False)
     figure.update_xaxes(ticktext=list(tokens["token"]), tickangle=-60, row=3, col=1)
     figure.update_yaxes(title="layer", type="category", showgrid=False)
-    height = 260 + 3 * max(80, 18 * df["layer"].nunique())
     meta = {"min_width": 170 + 19 * len(tokens)}
     return finish(figure, title, caption, height=height, meta=meta)
