@@ -96,13 +96,16 @@ def theirs(hf, prompts, steering, **options) -> torch.Tensor:
     return out[:, ids.shape[1] :]
 
 
-def steering_for(model, positions: str = "all", *, threshold: float = 0.5) -> Steering:
+def steering_for(
+    model, positions: str = "all", *, threshold: float = 0.5, first_k: int | None = None
+) -> Steering:
     probe = random_probe(model, scale=3.0)
     direction = torch.randn(probe.weights.shape, generator=torch.Generator().manual_seed(1))
     direction = (
         torch.where((direction * probe.weights).sum(-1, keepdim=True) > 0, 1, -1) * direction
     )
-    return Steering(probe, direction, positions=positions).at(threshold)  # pyright: ignore
+    where: dict = {"positions": positions, "first_k": first_k}
+    return Steering(probe, direction, **where).at(threshold)
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "final", "generated"])
@@ -185,6 +188,28 @@ def test_evaluate_on_a_steered_model_is_evaluate_with_hooks(models):
         assert torch.equal(with_hooks.predictions, attached.predictions)
         torch.testing.assert_close(with_hooks.probs, attached.probs)
         assert not torch.equal(attached.probs, unsteered.probs), positions
+
+
+@pytest.mark.filterwarnings("ignore:A steering was attached")
+def test_the_first_k_tokens_are_counted_on_a_models_own_generate(models, originals):
+    """With and without a cache, and in a loop that the user wrote."""
+    model, hf = models["qwen2"], originals["qwen2"]
+    prompts = model.tokenize(PROMPTS)
+    whole, none = (steering_for(model, "generated", first_k=k) for k in (None, 0))
+    for positions in ("last", "generated", "all"):
+        steering = steering_for(model, positions, first_k=2)
+        expected = ours(model, prompts, steering)
+        for cache in (True, False):
+            assert torch.equal(theirs(hf, prompts, steering, use_cache=cache), expected)
+    few = theirs(hf, prompts, replace(whole, first_k=2))
+    assert not torch.equal(few, theirs(hf, prompts, whole))  # controls
+    assert not torch.equal(few, theirs(hf, prompts, none))
+    with torch.no_grad(), replace(whole, first_k=2).attach(hf):
+        tokens, cache = torch.tensor(prompts[:1]), None
+        for expected in few[0].tolist():
+            out = hf(tokens, past_key_values=cache, use_cache=True)
+            tokens, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            assert tokens.item() == expected
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "final", "generated"])

@@ -24,8 +24,9 @@ def requests(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
-def steering_of(model, positions: str = "last") -> Steering:
-    return Steering(random_probe(model, scale=3.0), positions=positions).at(0.3)
+def steering_of(model, positions: str = "last", first_k: int | None = None) -> Steering:
+    where: dict = {"positions": positions, "first_k": first_k}
+    return Steering(random_probe(model, scale=3.0), **where).at(0.3)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -50,10 +51,12 @@ def test_log_likelihoods_do_not_depend_on_the_batch(models, positions):
     assert max(abs(a[0] - b[0]) for a, b in zip(plain, values[0], strict=True)) > 0.01
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_a_continuation_is_scored_as_decoding_would_have_said_it(models, positions):
+@pytest.mark.parametrize(
+    ("positions", "first_k"), [*((p, None) for p in POSITIONS), ("last", 2), ("all", 1)]
+)
+def test_a_continuation_is_scored_as_decoding_would_have_said_it(models, positions, first_k):
     model = models["qwen2"]
-    hooks = steering_of(model, positions).fwd_hooks()
+    hooks = steering_of(model, positions, first_k).fwd_hooks()
     prompts = model.tokenize(PROMPTS)
     rows = reply_to(model, prompts, hooks, Sampling(5))
     pairs = [Continuation(tuple(r.prompt), tuple(r.tokens)) for r in rows if r.tokens]

@@ -61,6 +61,7 @@ def test_the_command_line_exports_what_was_certified(
         ({"rule": Adaptive(0.0)}, "moves each token as far as its score asks"),
         ({"layers": (0, 1)}, "cannot steer layer 0"),
         ({"positions": "last"}, "to every token, not only 'last'"),
+        ({"first_k": 4}, "cannot stop a control vector"),
         ({"direction": torch.ones(2, 3, 32)}, "depends on the answer"),
     ],
 )

@@ -33,6 +33,12 @@ def many(model):
         for layers in ((2,), (0, 1))
     }
     found |= {
+        f"{positions}, first {k}": Steering(
+            other, rule=Adaptive(0.2), layers=(0, 2), positions=positions, first_k=k
+        )
+        for positions, k in (("last", 1), ("last", 0), ("generated", 2), ("all", 1))
+    }
+    found |= {
         "direction per answer": Steering(
             probe, directions, layers=(1,), positions="last", rule=Adaptive(-0.5)
         ),

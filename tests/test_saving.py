@@ -26,7 +26,8 @@ def decided(models):
     task = talking_task(model).subset(range(20), role="calibration")
     torch.manual_seed(1)
     direction = torch.randn(2, model.n_layers, model.d_model)
-    steering = Steering(random_probe(model), direction, layers=(0, 2), positions="last")
+    where: dict = {"layers": (0, 2), "positions": "last", "first_k": 3}
+    steering = Steering(random_probe(model), direction, **where)
     grid = [steering.at(threshold) for threshold in (0.3, 0.5)]
     return model, task, calibrate(model, task, grid, min_gain=-0.99, settings=QUIET)
 
@@ -40,7 +41,7 @@ def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
         "steering.safetensors",
     ]
     loaded = load_steering(folder, model=model)
-    assert loaded.certificate == decision
+    assert loaded.certificate == decision and loaded.first_k == 3
     assert str(decision).split("\n")[0] in (folder / "README.md").read_text()
     runs = [
         evaluate(model, task, steering.fwd_hooks(), settings=QUIET)

@@ -55,25 +55,62 @@ def test_one_at_a_time_is_the_same(asked):
     assert alone.replies == together.replies and torch.equal(alone.probs, together.probs)
 
 
-@pytest.mark.parametrize("positions", ["final", "last", "generated", "all"])
-def test_many_steerings_at_once_say_what_each_says(asked, positions):
-    model, task = asked
+WHERE = [("final", None), ("last", None), ("last", 2), ("generated", None), ("generated", 2)]
+
+
+def always(model, positions: str, first_k: int | None) -> Steering:
+    """Moves every token in scope far enough to change replies."""
     direction = torch.randn(
         model.n_layers, model.d_model, generator=torch.Generator().manual_seed(1)
     )
-    gate = Steering(random_probe(model), 4 * direction, layers=(1,), positions=positions)
+    where: dict = {"layers": (1,), "positions": positions, "first_k": first_k}
+    return Steering(random_probe(model), 4 * direction, Gated(-torch.inf), **where)
+
+
+@pytest.mark.parametrize(("positions", "first_k"), [*WHERE, ("all", None)])
+def test_many_steerings_at_once_say_what_each_says(asked, positions, first_k):
+    model, task = asked
     limits = (-torch.inf, 0.0, torch.inf)
-    steerings = [replace(gate, rule=Gated(limit)) for limit in limits]
+    steerings = [replace(always(model, positions, first_k), rule=Gated(at)) for at in limits]
     base = evaluate(model, task, settings=SETTINGS)
-    always, _, never = runs = evaluate_many(model, task, steerings, settings=SETTINGS)
+    moved, _, never = runs = evaluate_many(model, task, steerings, settings=SETTINGS)
     for steering, run in zip(steerings, runs, strict=True):
         hooks = steering.reading_hooks() if steering is steerings[2] else steering.fwd_hooks()
-        assert run.replies == evaluate(model, task, hooks, settings=SETTINGS).replies
+        alone = evaluate(model, task, hooks, settings=SETTINGS)
+        assert run.replies == alone.replies
+        assert torch.equal(run.n_steerable, alone.n_steerable)
+        assert torch.equal(run.n_steered, alone.n_steered)
     assert never.replies == base.replies  # nothing above the limit: token for token
-    assert always.replies != base.replies  # a control: the shift is large enough to matter
+    assert moved.replies != base.replies  # a control: the shift is large enough to matter
     prompts, sampled = [e.prompt for e in task.examples], {"max_new_tokens": 6, "temperature": 1.0}
     noise = [generate(model, prompts, steering, **sampled) for steering in (None, steerings[2])]
     assert [r.tokens for r in noise[0]] == [r.tokens for r in noise[1]]
+
+
+def test_the_first_k_generated_tokens_are_between_none_and_all(asked):
+    model, task = asked
+    prompts = [example.prompt for example in task.examples]
+
+    def says(positions: str, first_k: int | None, temperature: float = 1.0) -> list:
+        some = {"max_new_tokens": 6, "temperature": temperature}
+        return [
+            r.tokens for r in generate(model, prompts, always(model, positions, first_k), **some)
+        ]
+
+    for heat in (0.0, 1.0):
+        assert says("last", 99, heat) == says("last", None, heat)
+        assert says("last", 0, heat) == says("final", None, heat)
+        plain = generate(model, prompts, max_new_tokens=6, temperature=heat)
+        assert says("generated", 0, heat) == [reply.tokens for reply in plain]
+    # A control: in between lies something else, which begins as all does.
+    few, whole = says("last", 2), says("last", None)
+    assert whole != few != says("final", None)
+    assert [tokens[:3] for tokens in few] == [tokens[:3] for tokens in whole]
+    with pytest.raises(ValueError, match="first_k=-1"):
+        always(model, "last", -1)
+    hooks = always(model, "last", 2).fwd_hooks()
+    with pytest.raises(ValueError, match="counts generated tokens"):
+        model.hooked.run_with_hooks(torch.tensor([[1, 2, 3]]), fwd_hooks=hooks)
 
 
 def test_activations_are_the_means_over_the_tokens_of_replies(asked):

@@ -51,6 +51,7 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
     return described | {
         "layers": list(steering.layer_numbers),
         "positions": steering.positions,
+        "first_k": steering.first_k,
         "space": once(steering.space, _describe_space),
         "probe": once(probe, lambda p: tensor_hash(p.weights, p.bias, p.resid_norm)),
         "direction": None if direction is None else once(direction, tensor_hash),
@@ -149,6 +150,7 @@ def rebuild(
         space,
         tuple(described["layers"]),
         described["positions"],
+        described.get("first_k"),  # steerings saved before there was one have none
     )
     wanted, got = (json.loads(json.dumps(each)) for each in (described, *describe([steering])))
     differ = [key for key in wanted if wanted[key] != got.get(key)]

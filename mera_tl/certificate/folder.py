@@ -114,12 +114,14 @@ def _card(name: str, content: Mapping[str, Any], sentence: str, certified: Steer
     steering = content["evidence"][content["chosen"]]["steering"]
     number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
     layers = ", ".join(map(str, steering["layers"]))
+    k = steering.get("first_k")
+    first = "" if k is None else f", of generated tokens the first {k}"
     lines += [
         "## What it does",
         "",
         f"It reads the model's own error by a linear probe of `resid_post` in layers {layers} "
-        f"(positions: {steering['positions']}; space: {steering['space']['name']}) and moves the "
-        f"activation by the rule `{steering['rule']}` ({number}).",
+        f"(positions: {steering['positions']}{first}; space: {steering['space']['name']}) and "
+        f"moves the activation by the rule `{steering['rule']}` ({number}).",
         "",
         "## Evidence",
         "",

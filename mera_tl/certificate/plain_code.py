@@ -47,6 +47,7 @@ def plain_code(steering: Steering, *, dtype: str = "float32") -> str | None:
     """
     is_plain = isinstance(steering.rule, Adaptive) and isinstance(steering.space, ResidualSpace)
     vectors = steering.direction if steering.direction is not None else steering.probe.weights
-    if not is_plain or steering.probe.per_answer or vectors.ndim > 2:
+    counts = steering.first_k is not None
+    if not is_plain or counts or steering.probe.per_answer or vectors.ndim > 2:
         return None
     return CODE.format(dtype=repr(dtype), columns=COLUMNS[steering.positions])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +36,8 @@ class Window:
     """A number of the caller's for each row, which stays with it as rows come and go."""
     ends: Int[Tensor, " batch"] | None = None
     """`n_prompt` row by row, where prompts are padded on the right."""
+    n_before: int = 0
+    """How many generated tokens came in passes before this one."""
     scores: bool = False
     """Whether the columns are options that are scored, not a prompt or a reply."""
 
@@ -92,6 +95,7 @@ class Decoding:
         self._answers: Int[Tensor, " batch"] | None = None
         self._labels = labels
         self._scores = False
+        self._n_before = 0
         # Rows of the cache are picked when they are next needed: many never are.
         self._picked: Int[Tensor, " batch"] | None = None
         self._own: dict[int, KeysAndValues] = {}
@@ -246,8 +250,11 @@ class Decoding:
         """Feed one token to every remaining row; return the logits that follow it."""
         columns = tokens[:, None]
         if self._beside:
-            return self._next_beside(columns)
-        return self._forward(columns, torch.ones_like(columns), n_prompt=0)
+            logits = self._next_beside(columns)
+        else:
+            logits = self._forward(columns, torch.ones_like(columns), n_prompt=0)
+        self._n_before += 1
+        return logits
 
     def _next_beside(self, columns: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch d_vocab"]:
         rows = self.rows if self._picked is None else self._picked
@@ -321,7 +328,8 @@ class Decoding:
 
     def _describe(self, mask: Int[Tensor, "batch pos"], n_prompt: int) -> None:
         """Tell the hooks about the columns of the coming pass."""
-        window = Window(mask.bool(), n_prompt, self._answers, self._labels, scores=self._scores)
+        given: dict[str, Any] = {"n_before": self._n_before, "scores": self._scores}
+        window = Window(mask.bool(), n_prompt, self._answers, self._labels, **given)
         for point in self._points:
             point.ctx["window"] = window
 

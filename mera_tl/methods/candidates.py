@@ -44,6 +44,8 @@ class ProbeSet:
 
     probe: LinearProbe
     directions: Mapping[str, Direction]
+    generated: LinearProbe | None = None
+    """A probe of generated tokens, which reads where these alone are steered."""
 
     @staticmethod
     def ridge(
@@ -112,6 +114,8 @@ class Candidate:
     strength: float | None = None
     """None is MERA's rule; a number moves that many directions where the threshold is exceeded, and
     everywhere where it is 0."""
+    first_k: int | None = None
+    """Generated tokens that may be moved; None is all."""
 
 
 def candidate_from(plain: Mapping[str, Any]) -> Candidate:
@@ -135,6 +139,7 @@ def steering_of(
         space=space,
         layers=candidate.layers,
         positions=candidate.positions,
+        first_k=candidate.first_k,
     )
     return steering.at(candidate.threshold)
 
@@ -148,7 +153,7 @@ def _always(
     length = direction[layer].norm() / probe.resid_norm[layer].clamp(min=1e-12)
     rule = Additive(candidate.strength * float(length))
     where: dict[str, Any] = {"layers": candidate.layers, "positions": candidate.positions}
-    return Steering(probe, direction, rule=rule, space=space, **where)
+    return Steering(probe, direction, rule=rule, space=space, first_k=candidate.first_k, **where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +237,8 @@ class SearchData:
         """Return a candidate's steering."""
         probes = self.probe_sets[candidate.penalty]
         direction = probes.directions[candidate.direction].vectors
-        return steering_of(candidate, probes.probe, direction, self.space)
+        own = probes.generated if candidate.positions == "generated" else None
+        return steering_of(candidate, own or probes.probe, direction, self.space)
 
     @property
     def base(self) -> Outcomes:

@@ -489,7 +489,7 @@ def _search(run: Run, name: str, look: Callable[[Path], Search], space: Space = 
 
 
 def _details(found: Search) -> dict[str, Any]:
-    names = ("direction", "penalty", "layers", "positions", "strength")
+    names = ("direction", "penalty", "layers", "positions", "first_k", "strength")
     chosen = {name: getattr(found.chosen, name) for name in names}
     chosen["layers"] = list(found.chosen.layers)
     return chosen | {"n_candidates": len(found.table), **found.details}

@@ -1,7 +1,8 @@
 """Search how to steer free replies, on training data alone.
 
 Candidates differ in direction, layer, strength, in how much of the reply they move (the final
-prompt token, or every token from it on) and in whether a probe of failure must first agree. Every
+prompt token, the first so many generated tokens, or all) and in whether a probe of failure must
+first agree: one of the final prompt token or, at every generated token, one of replies. Every
 trial is a reply that is generated and scored, which costs a hundred times what an option costs, so
 few are tried: all on a handful of prompts, the better ones on more, the best on all.
 """
@@ -56,8 +57,11 @@ class ReplyChoices:
     strengths: tuple[float, ...] = (0.75, 1.5, 3.0)
     """How many directions to move."""
     positions: tuple[Positions, ...] = ("final", "last")
+    first_k: tuple[int, ...] = (4,)
+    """Numbers of generated tokens to which the best candidates at `last` are also kept."""
     gates: tuple[float, ...] = (0.5,)
-    """Predicted errors above which the best candidates are also tried."""
+    """Predicted errors above which the best candidates are also tried; those at `last` also with a
+    gate that opens at every generated token anew."""
     gate_all: bool = False
     """Whether every candidate is tried behind each gate from the first round on."""
     rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (6, 10**9))
@@ -108,9 +112,12 @@ def search_replies(
     fit, judge = divide(task, choices.search_share, choices.seed)
     learned, held_out = (activations.subset(torch.tensor(part)) for part in (fit, judge))
     quiet = replace(settings, progress=False)
-    probe = fit_error_probe(learned, kind="ridge", penalty=PENALTY, seed=choices.seed)
+    told: dict[str, Any] = {"kind": "ridge", "penalty": PENALTY, "seed": choices.seed}
+    probe = fit_error_probe(learned, **told)
     directions = fit_reply_directions(model, task.subset(fit), learned, choices, quiet)
-    sets: Mapping[float | None, ProbeSet] = {PENALTY: ProbeSet(probe, directions)}
+    # A score is linear: over a reply's tokens it is on average that of their mean.
+    generated = fit_error_probe(learned, position="generated", **told)
+    sets: Mapping[float | None, ProbeSet] = {PENALTY: ProbeSet(probe, directions, generated)}
     data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet)
     store = TrialStore.open(folder, data, choices)
     candidates = _list_candidates(choices, tuple(directions), model.n_layers)
@@ -129,6 +136,15 @@ def _list_candidates(choices: ReplyChoices, kinds: Sequence[str], n_layers: int)
     if choices.gate_all:
         found += [replace(each, threshold=gate) for gate in choices.gates for each in found]
     return found
+
+
+def _variants(best: Sequence[Candidate], choices: ReplyChoices) -> list[Candidate]:
+    """Return candidates with a gate, or kept to the beginning of the reply."""
+    found = [replace(each, threshold=gate) for gate in choices.gates for each in best]
+    late = [each for each in best if each.positions == "last"]
+    found += [replace(each, first_k=k) for k in choices.first_k for each in late]
+    late = [replace(each, positions="generated") for each in late]
+    return found + [replace(each, threshold=gate) for gate in choices.gates for each in late]
 
 
 def planned_replies(choices: ReplyChoices, n_layers: int, n_train: int) -> int:
@@ -154,9 +170,8 @@ def _race(
             trials.sort(key=lambda each: -each.value(choices.caution))
         field = [each.candidate for each in trials[:keep]]
         if number + 1 == len(choices.rounds):
-            best = field[: max(1, keep // 2)]
-            gated = [replace(each, threshold=gate) for gate in choices.gates for each in best]
-            field = list(dict.fromkeys([*field, *gated]))
+            field += _variants(field[: max(1, keep // 2)], choices)
+            field = list(dict.fromkeys(field))
         until = min(n, len(order))
         known = [each for each in field if each in store.gains]
         for some, start in ((known, seen), ([e for e in field if e not in known], 0)):

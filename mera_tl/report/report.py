@@ -246,6 +246,8 @@ def _what(run: RunFolder, record: dict[str, Any]) -> str:
     else:
         parts = [f"direction {details.get('direction', 'euclidean')}", *parts]
         parts += [_WHERE.get(details.get("positions", config.positions), "")]
+        if details.get("first_k") is not None:
+            parts += [f"of the reply its first {details['first_k']} tokens"]
         if threshold is not None:
             parts += [f"threshold {threshold:.3g}"]
         if details.get("strength"):
@@ -306,8 +308,10 @@ def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
 def _siblings(tried: pd.DataFrame, chosen: dict[str, Any]) -> pd.DataFrame:
     """Return the candidates that differ from the chosen one in their threshold alone."""
     same = pd.Series(True, index=tried.index)
-    for name in ("direction", "penalty", "layers", "positions", "strength"):
+    for name in ("direction", "penalty", "layers", "positions", "first_k", "strength"):
         wanted = chosen.get(name)
+        if name not in tried:  # in searches made before there was one
+            continue
         same &= tried[name].map(lambda v, w=wanted: v == w or (w is None and v != v))
     return pd.DataFrame(tried[same]).sort_values("threshold")
 

@@ -199,7 +199,7 @@ class Attachment:
     ) -> None:
         self._host, self._options, self._log = host, options, log
         self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]
-        self._needs_place = any(hook.positions != "all" for hook in hooks)
+        self._needs_place = any(h.positions != "all" or h.first_k is not None for h in hooks)
         self._per_answer = any(hook.per_answer for hook in hooks)
         self._moves: list[Move] = []
         self._latest = len(host.layers)
@@ -211,7 +211,7 @@ class Attachment:
         self._answers: Int[Tensor, " batch"] | None = None
         self._current: Generation | None = None
         self._tokens: Tensor | None = None
-        self._n_prompt: int | None = None  # columns of the prompt of the running `generate`
+        self._n_prompt: int | None = None  # columns of the prompt that is being replied to
         self._n_prompts = 0  # and its prompts, each of which may have several rows
         self._is_generating = self._is_paused = False
 
@@ -347,7 +347,8 @@ class Attachment:
                 f"The batch changed from {len(self._answers)} to {n_rows} rows while decoding, so "
                 "the answers on which this steering depends are not known; use `generate`."
             )
-        return Window(real, n_prompt, self._answers, ends=ends)
+        n_before = max(0, n_past - (self._n_prompt or 0))
+        return Window(real, n_prompt, self._answers, ends=ends, n_before=n_before)
 
     def _mask(self, n_rows: int, n_columns: int) -> Bool[Tensor, "batch all_pos"] | None:
         assert self._pass is not None
@@ -376,7 +377,7 @@ class Attachment:
             return max(0, self._n_prompt - n_past)
         if n_past == 0:
             self.finish()  # the next prompt of a loop that the user wrote
-            self._n_prompts = n_rows
+            self._n_prompts, self._n_prompt = n_rows, n_columns
             return n_columns
         if n_columns > 1 and self._needs_place:
             raise ValueError(

@@ -63,6 +63,8 @@ def control_vectors(steering: Steering) -> dict[int, Float[np.ndarray, " d_model
         reason = "it steers latents of an SAE, whose shift depends on the token"
     elif steering.positions != "all":
         reason = f"llama.cpp adds a control vector to every token, not only {steering.positions!r}"
+    elif steering.first_k is not None:
+        reason = "llama.cpp cannot stop a control vector after so many generated tokens"
     elif any(hook.per_answer for hook in _hooks(steering)):
         reason = "its direction depends on the answer that the model is about to give"
     elif 0 in steering.layer_numbers:

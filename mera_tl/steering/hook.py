@@ -36,6 +36,8 @@ class SteerHook:
     rule: Rule
     space: Space
     positions: Positions
+    first_k: int | None = None
+    """Generated tokens that may be moved, the first so many; None is all."""
 
     def to(self, device: torch.device) -> "SteerHook":
         """Return the same hook with its vectors on a device."""
@@ -132,18 +134,31 @@ class SteerHook:
         ends = None if window is None else window.ends
         first_end = n_prompt if ends is None else int(ends.min())
         start = first_column(self.positions, first_end, n_columns)
-        stop = min(n_prompt, n_columns) if self.positions == "final" else n_columns
-        return slice(start, stop)
+        if self.first_k is not None and window is None:
+            raise ValueError(
+                f"first_k={self.first_k} counts generated tokens, and a hook that is called from "
+                "outside cannot; use evaluate, generate or steering.attach(model)."
+            )
+        k = 0 if self.positions == "final" else self.first_k
+        if ends is not None and k:  # rows end at different columns: `_inside` counts
+            k = None
+        n_before = 0 if window is None else window.n_before
+        return slice(start, last_column(k, n_prompt, n_columns, n_before))
 
     def _inside(self, span: slice, window: Window) -> Bool[Tensor, "batch pos"]:
         """Return which tokens of these columns are in scope, row by row."""
-        real = window.real[:, span]
-        if window.ends is None or self.positions == "all":
-            return real
-        column = torch.arange(span.start, span.stop, device=real.device)
+        real = window.real
+        if window.ends is None:
+            return real[:, span]
+        column = torch.arange(real.shape[1], device=real.device)
         final = window.ends.to(real.device)[:, None] - 1
         in_scope = {"last": column >= final, "final": column == final, "generated": column > final}
-        return real & in_scope[self.positions]
+        inside = real & in_scope.get(self.positions, True)
+        if self.first_k is not None:
+            generated = real & (column > final)
+            number = window.n_before + generated.cumsum(1)  # from 1 on; padding in between is none
+            inside &= ~generated | (number <= self.first_k)
+        return inside[:, span]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,3 +219,10 @@ def first_column(positions: str, n_prompt: int, n_columns: int) -> int:
     last = max(0, n_prompt - 1)
     final = last if n_prompt else n_columns
     return {"all": 0, "last": last, "final": final, "generated": n_prompt}[positions]
+
+
+def last_column(first_k: int | None, n_prompt: int, n_columns: int, n_before: int) -> int:
+    """Return where a pass ends for a scope of so many generated tokens, `n_before` of them past."""
+    if first_k is None:
+        return n_columns
+    return min(n_columns, n_prompt + max(0, first_k - n_before))

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from einops import einsum
@@ -35,7 +35,7 @@ from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
-from mera_tl.steering.hook import Positions, SteerHook, first_column
+from mera_tl.steering.hook import Positions, SteerHook, first_column, last_column
 from mera_tl.steering.rules import Rule
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
@@ -95,7 +95,20 @@ def evaluate_many(
 
 # --- many steerings as one hook a layer ---------------------------------------------------------
 
-SCOPES: tuple[Positions, ...] = get_args(Positions)
+_Scope = tuple[Positions, int | None]
+"""What of a pass a steering may move: its positions, and of how many generated tokens."""
+
+
+def _scope(steering: Steering) -> _Scope:
+    return steering.positions, steering.first_k
+
+
+def _columns(scope: _Scope, window: Window, n_columns: int) -> Bool[Tensor, " pos"]:
+    """Return which columns of a pass are in scope."""
+    n_prompt, column = min(window.n_prompt, n_columns), torch.arange(n_columns)
+    start = first_column(scope[0], n_prompt, n_columns)
+    stop = last_column(scope[1], n_prompt, n_columns, window.n_before)
+    return (column >= start) & (column < stop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +133,7 @@ class Stack:
         """Numbers of the steerings that read the same probe in the same layers and positions."""
         groups: dict[Any, list[int]] = {}
         for number, each in enumerate(self.steerings):
-            key = (id(each.probe), each.layer_numbers, each.positions)
+            key = (id(each.probe), each.layer_numbers, *_scope(each))
             groups.setdefault(key, []).append(number)
         return list(groups.values())
 
@@ -149,6 +162,7 @@ class StackedLayer:
     slot: Int[Tensor, " steering"]
     """The step of each steering; -1 where it does not act in this layer."""
     scope: Int[Tensor, " steering"]
+    scopes: tuple[_Scope, ...]
     rule: Int[Tensor, " steering"]
     rules: tuple[Rule, ...]
 
@@ -170,6 +184,7 @@ class StackedLayer:
                 slot[number] = places[key]
         readers = {key[0]: hook for key, hook in hooks.items()}
         rules = {rule: i for i, rule in enumerate(dict.fromkeys(each.rule for each in steerings))}
+        scopes = tuple(dict.fromkeys(map(_scope, steerings)))
         n = max(len(each.step) if each.per_answer else 1 for each in hooks.values())
         return StackedLayer(
             layer,
@@ -180,7 +195,8 @@ class StackedLayer:
             torch.stack([_by_answer(each.step, n) for each in hooks.values()]),
             torch.tensor([list(readers).index(key[0]) for key in hooks]),
             slot,
-            torch.tensor([SCOPES.index(each.positions) for each in steerings]),
+            torch.tensor([scopes.index(_scope(each)) for each in steerings]),
+            scopes,
             torch.tensor([rules[each.rule] for each in steerings]),
             tuple(rules),
         )
@@ -289,9 +305,8 @@ class _Pace:
         features = stacked.space.read(resid, stacked.layer)
         weights, bias = (x[reader, own].to(device) for x in (stacked.weights, stacked.bias))
         score = einsum(features, weights, "row pos d, row d -> row pos") + bias[:, None]
-        starts = [first_column(scope, window.n_prompt, n_columns) for scope in SCOPES]
-        start = torch.tensor(starts)[stacked.scope[steering]]
-        scope = (torch.arange(n_columns) >= start[:, None]).to(device)
+        columns = torch.stack([_columns(each, window, n_columns) for each in stacked.scopes])
+        scope = columns[stacked.scope[steering]].to(device)
         scope &= window.real.to(device)[rows.to(device)]
         amount = torch.zeros_like(score)
         rule = stacked.rule[steering]
@@ -324,7 +339,7 @@ class _Recorder:
         return keep
 
 
-_Heights = Mapping[tuple[int, str], Tensor]
+_Heights = Mapping[tuple[int, _Scope], Tensor]
 """Per layer and scope the highest unsteered scores "when reader row": in the prompt, after it."""
 
 
@@ -435,7 +450,7 @@ class _Batch:
         found = []
         for numbers in self.stack.groups:
             first, chosen = self.stack.steerings[numbers[0]], torch.tensor(numbers)
-            layers, scope = first.layer_numbers, first.positions
+            layers, scope = first.layer_numbers, _scope(first)
             stacked = [self.stack.layers[layer] for layer in layers]
             readers = [layer.probes.index(id(first.probe)) for layer in stacked]
             high = [heights[n, scope][:, r] for n, r in zip(layers, readers, strict=True)]
@@ -462,12 +477,12 @@ class _Batch:
 
     def _heights(
         self, record: _Recorder, answers: Int[Tensor, " row"]
-    ) -> tuple[_Heights, Mapping[str, Int[Tensor, "when row"]]]:
+    ) -> tuple[_Heights, Mapping[_Scope, Int[Tensor, "when row"]]]:
         """Return the highest scores, and how many tokens of each scope are in and after prompts."""
-        scopes = {each.positions for each in self.stack.steerings}
+        scopes = {_scope(each) for each in self.stack.steerings}
         n = len(answers)
-        heights: dict[tuple[int, str], Tensor] = {}
-        counts: dict[str, Tensor] = {s: torch.zeros(2, n, dtype=torch.long) for s in scopes}
+        heights: dict[tuple[int, _Scope], Tensor] = {}
+        counts: dict[_Scope, Tensor] = {s: torch.zeros(2, n, dtype=torch.long) for s in scopes}
         for number, layer in self.stack.layers.items():
             high = {s: torch.full((2, len(layer.probes), n), -torch.inf) for s in scopes}
             for window, resid in zip(record.windows, record.resid[number], strict=True):
@@ -476,9 +491,7 @@ class _Batch:
                 real = window.real[:, -resid.shape[1] :].cpu()
                 score = layer.scores(resid, answers[window.labels]).cpu()
                 for scope in scopes:
-                    n_prompt = 0 if late else resid.shape[1]
-                    start = first_column(scope, n_prompt, resid.shape[1])
-                    inside = real & (torch.arange(resid.shape[1]) >= start)
+                    inside = real & _columns(scope, window, resid.shape[1])
                     peak = score.masked_fill(~inside, -torch.inf).amax(-1)
                     high[scope][late].scatter_reduce_(1, rows.expand_as(peak), peak, "amax")
                     if number == next(iter(self.stack.layers)):

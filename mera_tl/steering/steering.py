@@ -39,6 +39,8 @@ class Steering:
     positions: Positions = "all"
     """Every token; from the final prompt token on (last); that token alone (final); or generated
     tokens only."""
+    first_k: int | None = None
+    """Of the generated tokens only the first so many; None is all."""
     certificate: Any = field(default=None, init=False, compare=False)
     """What is promised of this very steering, if anything; `replace` and `at` drop it."""
 
@@ -68,6 +70,8 @@ class Steering:
         if self.positions not in get_args(Positions):
             wanted = ", ".join(get_args(Positions))
             raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
+        if self.first_k is not None and self.first_k < 0:
+            raise ValueError(f"first_k={self.first_k} is no number of generated tokens, 0 or more.")
         shape = self.probe.weights.shape[-2:]
         if self.direction is not None and self.direction.shape[-2:] != shape:
             raise ValueError(
@@ -83,6 +87,7 @@ class Steering:
         return (
             f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {self.rule}, "
             f"{self.space.name} space, layers {layers}, positions {self.positions}"
+            + ("" if self.first_k is None else f" to generated token {self.first_k}")
             + ("" if self.certificate is None else f", {type(self.certificate).__name__}")
             + ")"
         )
@@ -204,4 +209,5 @@ class Steering:
         # One unit of strength is as long in the residual stream, whatever the space.
         unit = self.probe.resid_norm[layer] * self.space.stretch(d, layer)
         step = self.rule.step(w, d, unit)
-        return SteerHook(layer, weights, bias, step, self.rule, self.space, self.positions)
+        where = (self.positions, self.first_k)
+        return SteerHook(layer, weights, bias, step, self.rule, self.space, *where)
