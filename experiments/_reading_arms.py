@@ -146,9 +146,9 @@ class Cell:
         decision = certify_flip(self.model, calibration, found, terms=Terms(), settings=self.read)
         hooks = reading_hooks(found.steering)
         read = evaluate(self.model, self.splits.test, hooks, settings=self.read)
-        outcomes = flipped(read, read.peak, found.chosen.threshold)
+        outcomes = flipped(read, read.max_score, found.chosen.threshold)
         base = self.test.outcomes
-        measured = {"auroc": float(metrics.auroc(read.peak, ~base.correct))}
+        measured = {"auroc": float(metrics.auroc(read.max_score, ~base.correct))}
         return {
             "arm": "flip",
             **of_choice(found.chosen),

@@ -176,7 +176,7 @@ def test_a_fork_may_name_rows_several_times(model):
         "n_steerable",
         "n_tokens",
         "n_layers",
-        "peak",
+        "max_score",
     ):
         assert torch.allclose(getattr(forked, name), getattr(whole, name)[rows], atol=1e-5), name
     assert (forked.probs - evaluate(model, task, settings=QUIET).probs[rows]).abs().max() > 1e-4
@@ -191,7 +191,7 @@ def test_what_hooks_do_to_option_tokens_counts_for_their_prompt(models):
     assert run.n_steered.sum() > 0 and (run.probs - plain.probs).abs().max() > 1e-3
     # Three prefixes of one token and one of two, in every layer.
     assert (run.n_steerable == 4 * model.n_layers).all()
-    unreached = run.peak <= 0
+    unreached = run.max_score <= 0
     assert torch.allclose(run.probs[unreached], plain.probs[unreached], atol=1e-6)
 
 

@@ -28,7 +28,7 @@ def planted(n=240, seed=0):
     zeros, rows = torch.zeros(n, dtype=torch.long), torch.tensor([e.row for e in task.examples])
     probs = torch.nn.functional.one_hot(predictions, 3).float()
     counts = {"n_steered": zeros, "n_steerable": zeros, "n_tokens": zeros, "n_layers": zeros}
-    told = {"shift": torch.zeros(n), "peak": torch.zeros(n)}
+    told = {"shift": torch.zeros(n), "max_score": torch.zeros(n)}
     outcomes = Outcomes(OPTIONS, rows, labels, predictions, probs, **counts, **told)
     return replace(task, role="train"), Activations({"last": resid}, outcomes)
 

@@ -253,7 +253,7 @@ class Readings:
             n_tokens=zero,
             n_layers=zero,
             shift=torch.zeros(n),
-            peak=torch.zeros(n),
+            max_score=torch.zeros(n),
         )
 
     def resid(self, position):

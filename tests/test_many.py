@@ -59,9 +59,9 @@ def assert_same(cheap, whole, name, tolerance=1e-5):
     for count in COUNTS:
         assert torch.equal(getattr(cheap, count), getattr(whole, count)), (name, count)
     assert (cheap.shift - whole.shift).abs().max() < 1e-3, name
-    finite = whole.peak > -torch.inf
-    assert torch.equal(finite, cheap.peak > -torch.inf), name
-    assert torch.allclose(cheap.peak[finite], whole.peak[finite], atol=1e-4), name
+    finite = whole.max_score > -torch.inf
+    assert torch.equal(finite, cheap.max_score > -torch.inf), name
+    assert torch.allclose(cheap.max_score[finite], whole.max_score[finite], atol=1e-4), name
 
 
 def hooks_of(steering):

@@ -18,9 +18,9 @@ def outcomes(labels, predictions, n_options=3):
             probs[i, p] = 0.8
     zeros = torch.zeros(len(labels), dtype=torch.long)
     rows = torch.arange(len(labels))
-    peak = torch.full((len(labels),), -torch.inf)
+    score = torch.full((len(labels),), -torch.inf)
     options = tuple("abc"[:n_options])
-    return Outcomes(options, rows, labels, predictions, probs, *[zeros] * 4, zeros.float(), peak)
+    return Outcomes(options, rows, labels, predictions, probs, *[zeros] * 4, zeros.float(), score)
 
 
 def test_weighted_scores_agree_with_scikit_learn():
@@ -71,9 +71,11 @@ def test_the_interval_of_accuracy_and_the_paired_test_agree_with_brute_force():
 
 def test_outcomes_survive_a_file():
     run = outcomes([0, 2, 1], [0, -1, 1])
-    again = Outcomes.from_records(run.to_records(), run.options)
-    for name in ("rows", "labels", "predictions", "probs", "peak", "n_steered", "shift"):
-        assert torch.equal(getattr(again, name), getattr(run, name))
+    records = run.to_records()
+    older = [{"peak" if k == "max_score" else k: v for k, v in each.items()} for each in records]
+    for again in (Outcomes.from_records(rows, run.options) for rows in (records, older)):
+        for name in ("rows", "labels", "predictions", "probs", "max_score", "n_steered", "shift"):
+            assert torch.equal(getattr(again, name), getattr(run, name))
 
 
 def run_of(counts):

@@ -414,13 +414,13 @@ def some_outcomes():
         n_tokens=zeros,
         n_layers=zeros,
         shift=torch.zeros(4),
-        peak=torch.tensor([2.0, -1.0, -1.0, 5.0]),
+        max_score=torch.tensor([2.0, -1.0, -1.0, 5.0]),
     )
 
 
 def test_flipping_exchanges_the_two_best_options_where_error_is_predicted():
     base = some_outcomes()
-    after = flipped(base, base.peak, 0.5)
+    after = flipped(base, base.max_score, 0.5)
     assert after.predictions.tolist() == [1, 2, 0, -1]
     assert torch.equal(after.probs[0], torch.tensor([0.3, 0.5, 0.2]))
     assert torch.equal(after.probs[1:], base.probs[1:])
@@ -442,8 +442,8 @@ def test_flip_is_searched_certified_and_helps_on_test():
     base = evaluate(organism(), splits.test, settings=WIDE)
     read = evaluate(organism(), splits.test, reading_hooks(result.steering), settings=WIDE)
     assert (read.probs - base.probs).abs().max() < 1e-5  # reading moves nothing
-    assert torch.isfinite(read.peak).all()
-    assert flipped(read, read.peak, decision.threshold).accuracy > base.accuracy + 0.1
+    assert torch.isfinite(read.max_score).all()
+    assert flipped(read, read.max_score, decision.threshold).accuracy > base.accuracy + 0.1
 
 
 def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
@@ -454,4 +454,4 @@ def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
     hooks = reading_hooks(Steering(probe, layers=(1,)))
     read = evaluate(model, train, hooks, settings=QUIET)
     expected = probe.score(activations.resid("last"))[1]
-    assert (read.peak - expected).abs().max() < 1e-4
+    assert (read.max_score - expected).abs().max() < 1e-4

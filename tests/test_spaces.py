@@ -218,7 +218,7 @@ def test_an_infinite_limit_is_no_steering_bit_for_bit(models):
         model, task, replace(steering, rule=Adaptive(-9.0)).fwd_hooks(), settings=QUIET
     )
     assert torch.equal(plain.probs, abstained.probs)
-    assert abstained.peak.isfinite().all()
+    assert abstained.max_score.isfinite().all()
     assert moved.n_steered.sum() > 0
 
 
@@ -254,7 +254,7 @@ def planted():
         probs=torch.stack([1 - error, error], 1),
         **dict.fromkeys(("n_steered", "n_steerable", "n_tokens", "n_layers"), zeros),
         shift=torch.zeros(n),
-        peak=torch.full((n,), -torch.inf),
+        max_score=torch.full((n,), -torch.inf),
     )
     return space, Activations({"last": resid}, outcomes, {"n_layers": 3}), latent
 

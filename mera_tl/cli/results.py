@@ -403,7 +403,7 @@ def _answered_otherwise(told: Any, treatment: Any, opened: Any, example: Any) ->
 
     outcomes = treatment.apply(opened, Task("one", (example,), "all"))
     said, probs = int(outcomes.predictions[0]), outcomes.probs[0].tolist()
-    predicted = float(torch.sigmoid(outcomes.peak[0]))
+    predicted = float(torch.sigmoid(outcomes.max_score[0]))
     return replace(
         told,
         answers=(told.answers[0], example.options[said] if said >= 0 else None),

@@ -136,7 +136,7 @@ def option_tokens(model: Model, task: Task[Any], settings: ReadSettings) -> Opti
 
 # --- reading a batch ----------------------------------------------------------------------------
 
-COUNTS = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift", "peak")
+COUNTS = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift", "max_score")
 """What a `Decoding` knows of what steering hooks did to each row."""
 
 
@@ -153,7 +153,7 @@ class Reading:
     n_tokens: Int[Tensor, " batch"]
     n_layers: Int[Tensor, " batch"]
     shift: Float[Tensor, " batch"]
-    peak: Float[Tensor, " batch"]
+    max_score: Float[Tensor, " batch"]
 
     def with_rows(self, rows: Int[Tensor, " kept"], other: "Reading") -> "Reading":
         """Return these answers with some rows taken from another reading."""

@@ -70,7 +70,7 @@ class Decoding:
     `rows` are the batch rows still on their way. Of what steering hooks did, per batch row:
     `n_steered` and `n_steerable` count the (layer, token) pairs that they moved or could have
     moved, `n_tokens` the tokens and `n_layers` the layers among those moved; `shift` sums up
-    |shift| / |h| over the moved pairs; `peak` is the highest score that they saw.
+    |shift| / |h| over the moved pairs; `max_score` is the highest score that they saw.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Decoding:
         self.n_tokens = torch.zeros_like(self.rows)
         self._moved = torch.zeros(len(self.rows), len(self._points)).bool().to(self.rows.device)
         self.shift = torch.zeros(self.rows.shape, device=self.rows.device)
-        self.peak = torch.full(self.rows.shape, -torch.inf, device=self.rows.device)
+        self.max_score = torch.full(self.rows.shape, -torch.inf, device=self.rows.device)
 
     @property
     def n_layers(self) -> Int[Tensor, " batch"]:
@@ -345,7 +345,7 @@ class Decoding:
                 self.n_steered.index_add_(0, rows, by_layer.sum(-1))
                 self.n_steerable.index_add_(0, rows, left.pop("steerable").to(here))
                 self.shift.index_add_(0, rows, left.pop("shift").to(here))
-                self.peak.scatter_reduce_(0, rows, left.pop("peak").to(here), "amax")
+                self.max_score.scatter_reduce_(0, rows, left.pop("max_score").to(here), "amax")
         self.n_tokens.index_add_(0, rows, moved.sum(-1))
 
 

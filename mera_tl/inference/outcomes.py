@@ -17,7 +17,7 @@ from torch import Tensor
 
 Metric = Literal["correct", "error"]
 _STEERED = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift")
-_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "peak", "n_generated")
+_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "max_score", "n_generated")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,9 +43,9 @@ class Outcomes:
     """Layers in which some token was moved."""
     shift: Float[Tensor, " example"]
     """Sum of |shift| / |h| over the steered (layer, token) pairs."""
-    peak: Float[Tensor, " example"]
+    max_score: Float[Tensor, " example"]
     """Highest probe score in that scope, before any shift; -inf without hooks. An example whose
-    unsteered peak does not exceed a limit cannot be steered at it."""
+    unsteered maximum does not exceed a limit cannot be steered at it."""
     replies: tuple[str | None, ...] = ()
     """What was decoded; None where the readout decodes nothing (the default)."""
     finishes: tuple[str | None, ...] = ()
@@ -160,7 +160,7 @@ class Outcomes:
             "probs": self.probs.tolist(),
             "reply": self.replies,
             **{name: getattr(self, name).tolist() for name in _STEERED},
-            "peak": [value if value > -torch.inf else None for value in self.peak.tolist()],
+            "max_score": [None if x == -torch.inf else x for x in self.max_score.tolist()],
         }
         if any(self.finishes):
             columns |= {"finish": self.finishes, "n_generated": self.n_generated.tolist()}
@@ -177,6 +177,8 @@ class Outcomes:
             # A column that is younger than the file holds zeros there.
             return torch.tensor([record.get(name, 0) for record in records])
 
+        # An older file calls it peak.
+        scores = [r["max_score"] if "max_score" in r else r["peak"] for r in records]
         return cls(
             options=tuple(options),
             rows=column("row"),
@@ -185,7 +187,7 @@ class Outcomes:
             probs=column("probs").float(),
             **{name: column(name) for name in _STEERED[:-1]},
             shift=column("shift").float(),
-            peak=torch.tensor([-torch.inf if r["peak"] is None else r["peak"] for r in records]),
+            max_score=torch.tensor([-torch.inf if score is None else score for score in scores]),
             replies=tuple(record.get("reply") for record in records),
             finishes=tuple(record.get("finish") for record in records),
             n_generated=column("n_generated"),

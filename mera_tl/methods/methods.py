@@ -338,7 +338,7 @@ def _flip(run: Run) -> Treatment:
         return Treatment(calibration=decision, details=details, probe=probe)
 
     def answer(outcomes: Outcomes) -> Outcomes:
-        return flipped(outcomes, outcomes.peak, threshold)
+        return flipped(outcomes, outcomes.max_score, threshold)
 
     hooks = reading_hooks(found.steering)
     instead = f"above {threshold:.3g} the second-best option is answered"

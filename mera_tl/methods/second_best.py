@@ -92,7 +92,7 @@ def certify_flip(
     return certify_outcomes(
         task,
         base,
-        [flipped(base, base.peak, threshold)],
+        [flipped(base, base.max_score, threshold)],
         candidates=[threshold],
         terms=terms,
         min_gain=min_gain,

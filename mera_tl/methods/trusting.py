@@ -38,7 +38,7 @@ def withheld(outcomes: Outcomes, threshold: float) -> Outcomes:
 
     The predicted error is that of the highest score the hooks have read.
     """
-    silent = torch.from_numpy(predicted_error(outcomes.peak) > threshold)
+    silent = torch.from_numpy(predicted_error(outcomes.max_score) > threshold)
     probs = outcomes.probs.masked_fill(silent[:, None], 0.0)
     return replace(outcomes, probs=probs, predictions=outcomes.predictions.masked_fill(silent, -1))
 
@@ -65,6 +65,6 @@ def certify_trust(
     right = learned.correct.numpy()
     thresholds = withholding_thresholds(seen, len(task), alpha=alpha, delta=delta, correct=right)
     read = evaluate(model, task, reading_hooks(steering), settings=settings, title="withhold")
-    predicted, correct = predicted_error(read.peak), read.correct.numpy()
+    predicted, correct = predicted_error(read.max_score), read.correct.numpy()
     options = {"alpha": alpha, "delta": delta, "thresholds": thresholds}
     return certify_withholding(predicted, correct, **options)

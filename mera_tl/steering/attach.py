@@ -115,7 +115,7 @@ class Generation:
     """(layer, token) pairs in scope."""
     shift: Float[Tensor, " batch"]
     """Sum of |shift| / |h| over the moved pairs."""
-    peak: Float[Tensor, " batch"]
+    max_score: Float[Tensor, " batch"]
     """Highest score that a hook saw."""
 
     @classmethod
@@ -130,7 +130,7 @@ class Generation:
     @torch.no_grad()
     def add(self, moves: Sequence[Move]) -> None:
         """Take in what the hooks of one pass did, all layers at once."""
-        device, inside = self.peak.device, moves[0].scope.inside
+        device, inside = self.max_score.device, moves[0].scope.inside
         assert inside is not None  # every pass has a window here
         # Of several devices, that of the first steered layer.
         moved = torch.stack([each.moved.to(device) for each in moves])
@@ -138,7 +138,7 @@ class Generation:
         # Not in place: tensors of inference mode may be counted on outside of it.
         self.n_steered = self.n_steered + moved.sum((0, 2))
         self.n_steerable = self.n_steerable + len(moves) * inside.sum(-1)
-        self.peak = self.peak.maximum(score.masked_fill(~inside, -torch.inf).amax((0, 2)))
+        self.max_score = self.max_score.maximum(score.masked_fill(~inside, -torch.inf).amax((0, 2)))
         before = [each.before.flatten(0, -2) for each in moves if each.before is not None]
         after = [each.after.flatten(0, -2) for each in moves if each.after is not None]
         if after:
@@ -149,8 +149,8 @@ class Generation:
 
     def records(self, n_prompts: int) -> Iterator[dict[str, Any]]:
         """Yield one record per prompt; its beams and draws are summed up."""
-        group = max(1, len(self.peak) // max(1, n_prompts))
-        for start in range(0, len(self.peak), group):
+        group = max(1, len(self.max_score) // max(1, n_prompts))
+        for start in range(0, len(self.max_score), group):
             rows = slice(start, start + group)
             ids = self.prompts[start] if self.prompts else ()
             n_steered = int(self.n_steered[rows].sum())
@@ -161,7 +161,7 @@ class Generation:
                 "n_steered": n_steered,
                 "fired": n_steered > 0,
                 "shift": float(self.shift[rows].sum()) / max(1, n_steered),
-                "predicted_error": float(torch.sigmoid(self.peak[rows].amax())),
+                "predicted_error": float(torch.sigmoid(self.max_score[rows].amax())),
             }
 
 
@@ -187,7 +187,7 @@ class Attachment:
     """Hooks on a model, and what they have done so far.
 
     `n_passes` counts forward passes, `n_calls` calls of hooks, `n_steered` the (layer, token) pairs
-    that were moved, and `peak` is the highest score seen.
+    that were moved, and `max_score` is the highest score seen.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Attachment:
         self._moves: list[Move] = []
         self._latest = len(host.layers)
         self.n_passes = self.n_calls = self.n_steered = 0
-        self.peak = -torch.inf
+        self.max_score = -torch.inf
         self._pass: _Pass | None = None
         self._window: Window | None = None
         self._scope: Scope | None = None
@@ -255,7 +255,7 @@ class Attachment:
         moves, self._moves = self._moves, []
         if not moves or self._current is None:
             return
-        if len(moves[0].moved) == len(self._current.peak):
+        if len(moves[0].moved) == len(self._current.max_score):
             self._current.add(moves)
         else:  # rows have dropped out of the batch, and which is which is not known
             self.n_steered += sum(int(each.moved.sum()) for each in moves)
@@ -268,9 +268,9 @@ class Attachment:
         if current is None:
             return
         self.n_steered += int(current.n_steered.sum())
-        self.peak = max(self.peak, float(current.peak.amax()))
+        self.max_score = max(self.max_score, float(current.max_score.amax()))
         if self._log is not None:
-            records = current.records(self._n_prompts or len(current.peak))
+            records = current.records(self._n_prompts or len(current.max_score))
             lines = "".join(json.dumps(record) + "\n" for record in records)
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(lines)
@@ -281,7 +281,7 @@ class Attachment:
             return
         if self.n_steered:
             return
-        error = torch.tensor(self.peak).sigmoid().item()
+        error = torch.tensor(self.max_score).sigmoid().item()
         reason = "no steered layer was run"
         if self.n_calls:
             reason = f"the highest predicted error was {error:.3f}" if error else "none in scope"

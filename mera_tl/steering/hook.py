@@ -202,7 +202,7 @@ class Move(NamedTuple):
             "moved": torch.nn.functional.pad(self.moved, margin) if any(margin) else self.moved,
             "shift": shift,
             "steerable": inside.sum(-1),
-            "peak": self.score.masked_fill(~inside, -torch.inf).amax(-1),
+            "max_score": self.score.masked_fill(~inside, -torch.inf).amax(-1),
         }
 
 

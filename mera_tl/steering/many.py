@@ -273,8 +273,8 @@ class RowHook:
         hook.ctx["shift"] = torch.zeros(n_rows, device=device)
         hook.ctx["steerable"] = torch.zeros(n_rows, dtype=torch.long, device=device)
         hook.ctx["steerable"][here] = pace.scope.sum(-1)
-        hook.ctx["peak"] = torch.full((n_rows,), -torch.inf, device=device)
-        hook.ctx["peak"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
+        hook.ctx["max_score"] = torch.full((n_rows,), -torch.inf, device=device)
+        hook.ctx["max_score"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +357,7 @@ class _Rows:
     """The first that moves a token of the prompt; the number of layers if none does."""
     n_below: Int[Tensor, " row"]
     """(layer, token) pairs in scope below that layer, which are not run again."""
-    peak_below: Float[Tensor, " row"]
+    score_below: Float[Tensor, " row"]
 
     def pick(self, rows: Int[Tensor, " kept"]) -> "_Rows":
         return _Rows(*(getattr(self, each.name)[rows] for each in fields(self)))
@@ -411,7 +411,7 @@ class _Batch:
             known = {"answers": answers[here], "labels": labels}
             fork = decoding.fork(here, hooks, **known, beside=not wide)
             fork.n_steerable += rows.n_below.to(here)
-            fork.peak = rows.peak_below.to(fork.peak)
+            fork.max_score = rows.score_below.to(fork.max_score)
             if layer == self.model.n_layers:
                 after = logits[here]
             else:
@@ -455,7 +455,7 @@ class _Batch:
             readers = [layer.probes.index(id(first.probe)) for layer in stacked]
             high = [heights[n, scope][:, r] for n, r in zip(layers, readers, strict=True)]
             prompt, later = torch.stack(high, dim=1)
-            same["peak"][chosen] = prompt.maximum(later).amax(0)
+            same["max_score"][chosen] = prompt.maximum(later).amax(0)
             same["n_steerable"][chosen] = len(layers) * counts[scope].sum(0)
             limit = torch.tensor([self.stack.steerings[n].limit for n in numbers])[:, None, None]
             moves = torch.stack([layer.moves(chosen, answers) for layer in stacked], dim=1)
@@ -469,9 +469,9 @@ class _Batch:
             if not self.model.resumes:  # then all layers are run again, and count for themselves
                 below[below < len(layers)], layer[below < len(layers)] = 0, layers[0]
             nothing = torch.full_like(prompt[:1], -torch.inf)
-            peak = torch.cat([nothing, prompt.cummax(0).values])[below, example]
+            highest = torch.cat([nothing, prompt.cummax(0).values])[below, example]
             n_below = below * counts[scope][0, example]
-            found.append(_Rows(chosen[steering], example, layer, n_below, peak))
+            found.append(_Rows(chosen[steering], example, layer, n_below, highest))
         together = [torch.cat([getattr(r, each.name) for r in found]) for each in fields(_Rows)]
         return same, _Rows(*together)
 
@@ -492,8 +492,8 @@ class _Batch:
                 score = layer.scores(resid, answers[window.labels]).cpu()
                 for scope in scopes:
                     inside = real & _columns(scope, window, resid.shape[1])
-                    peak = score.masked_fill(~inside, -torch.inf).amax(-1)
-                    high[scope][late].scatter_reduce_(1, rows.expand_as(peak), peak, "amax")
+                    top = score.masked_fill(~inside, -torch.inf).amax(-1)
+                    high[scope][late].scatter_reduce_(1, rows.expand_as(top), top, "amax")
                     if number == next(iter(self.stack.layers)):
                         counts[scope][late].index_add_(0, rows, inside.sum(-1))
             heights |= {(number, scope): high[scope] for scope in scopes}
