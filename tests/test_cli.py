@@ -215,7 +215,7 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(
     data.write_text("\n".join(lines), "utf-8")
     told = arguments(checkpoints, path, tmp_path / "run", methods="no_steering", **rows)
     assert mera(monkeypatch, "run", *told) == 2
-    assert f"1 prompts (rows {long}) of toy exceed the " in capsys.readouterr().err
+    assert f"toy has 1 prompt (row {long}) of more than the " in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
     assert mera(monkeypatch, "run", *told, "--truncate") == 0
 

@@ -8,7 +8,8 @@ from test_cli import mera
 from test_trusting import CONFIG
 
 from mera_tl import Calibration, storage
-from mera_tl.benchmark import Way, choose_way, open_run, promised_points, recommend
+from mera_tl.benchmark import Way, choose_way, open_run, recommend
+from mera_tl.certificate import promised_points
 
 SIZES = {"train": "300", "calibration": "120", "test": "60"}
 METHODS = ["no_steering", "flip", "class_probe", "withhold"]

@@ -12,14 +12,13 @@ Choosing is paid for: the certificates of a run share its delta, so all hold at 
 chosen. Test outcomes are there to check the verdict, and play no part in it.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mera_tl import storage
-from mera_tl.certificate.certificate import Calibration, Evidence
+from mera_tl.certificate.certificate import Calibration, Evidence, promised_points
 
 What = Literal["steer", "flip", "classify", "withhold", "leave alone"]
 CLOSE = 0.005
@@ -153,11 +152,6 @@ def _reads_the_answer(decision: Calibration) -> bool:
         return False
     per_answer = steering.direction is not None and steering.direction.ndim == 3
     return steering.probe.per_answer or per_answer
-
-
-def promised_points(share: float) -> str:
-    """Return a promised gain in points, rounded down: a promise must not grow by rounding."""
-    return f"{math.floor(1000 * share + 1e-9) / 10:+.1f}"
 
 
 def _sentence(way: Way) -> str:

@@ -472,9 +472,9 @@ def _points(gain: float) -> str:
     return f"{100 * gain:+.1f}"
 
 
-def _at_least(gain: float) -> str:
-    # Rounded down: a promise must not grow by rounding.
-    return _points(math.floor(1000 * gain + 1e-9) / 1000)
+def promised_points(gain: float) -> str:
+    """Return a promised gain in points, rounded down: a promise must not grow by rounding."""
+    return f"{math.floor(1000 * gain + 1e-9) / 10:+.1f}"
 
 
 def _counts(row: Evidence) -> str:
@@ -490,9 +490,8 @@ def _steer_sentence(calibration: Calibration) -> str:
         moved = f"{'' if correct else 'mean error '}{100 * base:.0f} % -> {100 * after:.0f} %"
     kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
     fall = "" if correct else " less error"
-    return (
-        f"STEER: {moved}, certified at least {_at_least(calibration.promised)} points{fall}{kept}"
-    )
+    promise = promised_points(calibration.promised)
+    return f"STEER: {moved}, certified at least {promise} points{fall}{kept}"
 
 
 def _abstain_sentence(calibration: Calibration) -> str:
@@ -501,7 +500,7 @@ def _abstain_sentence(calibration: Calibration) -> str:
         return "ABSTAIN. The run left this method no share of delta: another one is primary."
     observed = (
         f"ABSTAIN. Best observed gain {_points(best.gain)} points at {best.candidate} "
-        f"({_counts(best)}; lower bound {_at_least(best.lower)}); "
+        f"({_counts(best)}; lower bound {promised_points(best.lower)}); "
         f"required {_points(calibration.min_gain)}."
     )
     if best.gain <= calibration.min_gain:

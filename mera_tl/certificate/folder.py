@@ -114,12 +114,13 @@ def _card(name: str, content: Mapping[str, Any], sentence: str, certified: Steer
     steering = content["evidence"][content["chosen"]]["steering"]
     number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
     layers = ", ".join(map(str, steering["layers"]))
+    layers = f"layer{'s' * (', ' in layers)} {layers}"
     k = steering.get("first_k")
     first = "" if k is None else f", of generated tokens the first {k}"
     lines += [
         "## What it does",
         "",
-        f"It reads the model's own error by a linear probe of `resid_post` in layers {layers} "
+        f"It reads the model's own error by a linear probe of `resid_post` in {layers} "
         f"(positions: {steering['positions']}{first}; space: {steering['space']['name']}) and "
         f"moves the activation by the rule `{steering['rule']}` ({number}).",
         "",

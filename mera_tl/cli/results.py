@@ -97,7 +97,8 @@ class Recommend:
     """Print JSON."""
 
     def __call__(self) -> None:
-        from mera_tl.benchmark.recommendation import promised_points, recommend
+        from mera_tl.benchmark.recommendation import recommend
+        from mera_tl.certificate.certificate import promised_points
 
         found = recommend(self.run)
         if self.json:

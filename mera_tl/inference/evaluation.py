@@ -111,7 +111,7 @@ def run_batches(
     pending = list(by_length(prompts, settings))[::-1]
     hidden = not (settings.progress and is_watched())
     if settings.progress:
-        logger.info("%s: %d prompts", title, len(prompts))
+        logger.info("%s: %d prompt%s", title, len(prompts), "s" * (len(prompts) != 1))
     with tqdm(total=len(prompts), desc=title, disable=hidden) as bar:
         while pending:
             batch = pending.pop()
@@ -212,8 +212,8 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     long = [i for i, tokens in enumerate(prompts) if len(tokens) > room]
     if not settings.truncate and long:
         raise ValueError(
-            f"{_rows(task, long)} of {task.name} exceed the {room} tokens that {model.name} "
-            f"has for a prompt (longest: {max(len(prompts[i]) for i in long)}); "
+            f"{task.name} has {_rows(task, long)} of more than the {room} tokens for which "
+            f"{model.name} has room (longest: {max(len(prompts[i]) for i in long)}); "
             "pass truncate (--truncate) to shorten their text, or leave them out."
         )
     for i in long:
@@ -221,8 +221,8 @@ def tokenize_task(model: Model, task: Task[Any], settings: ReadSettings) -> list
     fixed = [i for i in long if len(prompts[i]) > room]
     if fixed:
         raise ValueError(
-            f"{_rows(task, fixed)} of {task.name} exceed the {room} tokens of {model.name} even "
-            "without their text; leave them out."
+            f"{task.name} has {_rows(task, fixed)} of more than the {room} tokens for which "
+            f"{model.name} has room, even without the text; leave them out."
         )
     return prompts
 
@@ -237,7 +237,8 @@ def n_after(model: Model, task: Task[Any], settings: ReadSettings) -> int:
 
 def _rows(task: Task[Any], indices: list[int]) -> str:
     rows = ", ".join(str(task.examples[i].row) for i in indices[:8])
-    return f"{len(indices)} prompts (rows {rows}{', ...' if len(indices) > 8 else ''})"
+    s = "s" * (len(indices) > 1)
+    return f"{len(indices)} prompt{s} (row{s} {rows}{', ...' if len(indices) > 8 else ''})"
 
 
 def _shorten(model: Model, example: Example, room: int, prefix: str) -> list[int]:

@@ -68,10 +68,11 @@ def search_table(df: pd.DataFrame) -> go.Figure:
 
 def _words(row: dict[str, Any]) -> str:
     layers = ", ".join(map(str, row["layers"]))
+    layers = f"layer{'s' * (', ' in layers)} {layers}"
     probe = f"ridge {row['penalty']:g}" if _is_number(row["penalty"]) else "one probe per answer"
     first = f" to generated token {row['first_k']:g}" if _is_number(row.get("first_k")) else ""
     return (
-        f"{row['direction']}, {probe}, layers {layers}, {row['positions']}{first}, "
+        f"{row['direction']}, {probe}, {layers}, {row['positions']}{first}, "
         f"threshold {row['threshold']:g}"
     )
 

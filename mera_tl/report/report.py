@@ -17,8 +17,8 @@ import plotly.graph_objects as go
 import torch
 
 from mera_tl import plots, storage
-from mera_tl.benchmark.recommendation import promised_points
 from mera_tl.benchmark.records import promise, table
+from mera_tl.certificate.certificate import promised_points
 from mera_tl.plots.style import knob_axis
 from mera_tl.report.html import Block, Table, block_of, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame

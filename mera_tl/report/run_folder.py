@@ -18,7 +18,7 @@ from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
 from mera_tl.benchmark.recommendation import Recommendation, recommend
 from mera_tl.benchmark.run import FORMAT
-from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.certificate import Calibration, promised_points
 from mera_tl.inference.activations import Activations
 from mera_tl.methods.race import Search
 from mera_tl.models.model import resid_post
@@ -158,9 +158,9 @@ class RunFolder:
         base = first["accuracy"] - first["accuracy_change"]
         certificate = self.certificates.get(method or "")
         if method is not None and certificate is not None and not certificate.abstained:
-            # Rounded down: a promise must not grow by rounding.
-            lower = math.floor(1000 * certificate.promised + 1e-9) / 10
-            promise = f"{math.floor(lower):+d}" if lower >= 1 else f"{lower:+.1f}"
+            promise = promised_points(certificate.promised)
+            if float(promise) >= 1:
+                promise = promise.split(".")[0]
             what = "" if certificate.terms.metric == "correct" else " of error"
             limit = certificate.terms.max_regressions
             harm = "" if limit is None else f", <= {100 * limit:g} % turned wrong"

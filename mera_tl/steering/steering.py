@@ -84,9 +84,10 @@ class Steering:
         if self.probe.per_answer or (self.direction is not None and self.direction.ndim == 3):
             which += " per answer"
         layers = self.layers if isinstance(self.layers, str) else ",".join(map(str, self.layers))
+        several = "" if isinstance(self.layers, tuple) and len(self.layers) == 1 else "s"
         return (
             f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {self.rule}, "
-            f"{self.space.name} space, layers {layers}, positions {self.positions}"
+            f"{self.space.name} space, layer{several} {layers}, positions {self.positions}"
             + ("" if self.first_k is None else f" to generated token {self.first_k}")
             + ("" if self.certificate is None else f", {type(self.certificate).__name__}")
             + ")"
