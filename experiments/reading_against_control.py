@@ -97,7 +97,7 @@ def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
     judge = collect(model, splits.calibration, settings=READ)
     probe = fit_error_probe(fit, kind="logistic", seed=config.seed)
     layers = sorted({*range(model.n_layers - 1, -1, -config.every)})
-    gradients = log_odds_gradients(model, splits.train, fit.resid(), READ).mean(1)
+    gradients = log_odds_gradients(model, splits.train, fit.resid(), READ).gradients.mean(1)
     directions = {
         "reading": probe.weights,
         "contrast": fit_direction(fit, probe, "contrastive").vectors,

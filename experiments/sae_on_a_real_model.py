@@ -138,7 +138,7 @@ def _few(
     fit, judge = divide(splits.train, 1 / 3, config.seed)
     fitted = train.subset(torch.tensor(fit))
     probe = fit_error_probe(fitted, kind="logistic", seed=config.seed)
-    gradients = log_odds_gradients(model, splits.train.subset(fit), fitted.resid(), READ)
+    gradients = log_odds_gradients(model, splits.train.subset(fit), fitted.resid(), READ).gradients
     vectors = torch.zeros_like(probe.weights)
     for layer in config.layers:
         wanted = _latents(space, layer, fitted, gradients[layer].mean(0), way, config.few)

@@ -383,7 +383,7 @@ def test_gradients_are_those_of_whole_options(options, models):
     """A small shift of the final prompt token changes log-odds as the gradient says it will."""
     model, task = models["llama"], make_task(12, options=options)
     resid = collect(model, task, settings=QUIET).resid()
-    gradients = log_odds_gradients(model, task, resid, QUIET)
+    gradients = log_odds_gradients(model, task, resid, QUIET).gradients
     probe, layer = random_probe(model), 1
     steering = Steering(probe, layers=(layer,), positions="final", rule=Additive(1e-3))
     hook = steering.hook(layer)

@@ -264,7 +264,7 @@ class SearchData:
         """Return the mean gain at these places that each candidate would have to first order."""
         some = self.activations.subset(torch.tensor(places))
         resid, task = some.resid("last").float(), self.task.subset(places)
-        gradients = log_odds_gradients(self.model, task, resid, self.settings)
+        slopes = log_odds_gradients(self.model, task, resid, self.settings)
         steerings = [self.steering(each) for each in candidates]
-        gains = foreseen_gains(steerings, resid, gradients, some.outcomes, self.metric)
+        gains = foreseen_gains(steerings, resid, slopes, some.outcomes, self.metric)
         return dict(zip(candidates, gains.tolist(), strict=True))
