@@ -52,6 +52,8 @@ class Config:
     train: int = 120
     calibration: int = 100
     test: int = 120
+    search_budget: str | None = None
+    """As "5m": a search ends by then with the best so far, and the record says so."""
     data_dir: str | None = None
     """Folder around the tasks' data. Default: the hub."""
     into: Path | None = None
@@ -103,7 +105,13 @@ def run(config: Config, model: str, task: str, seed: int) -> list[dict[str, Any]
     """Run the methods on one split; return a row for each."""
     sizes = {role: str(getattr(config, role)) for role in ("train", "calibration", "test")}
     options = RunConfig(
-        model=model, task=task, seed=seed, data_dir=config.data_dir, positions="last", **sizes
+        model=model,
+        task=task,
+        seed=seed,
+        data_dir=config.data_dir,
+        positions="last",
+        search_budget=config.search_budget,
+        **sizes,
     )
     folder = config.out / f"{Path(model).name}-{task}-seed{seed}"
     load = lambda _: loaded(model)  # noqa: E731
