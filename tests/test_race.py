@@ -397,6 +397,24 @@ def test_gradients_are_those_of_whole_options(options, models):
     assert torch.corrcoef(torch.stack([foreseen.double(), change]))[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("readout", ["options", "exact"])
+def test_slopes_are_those_of_what_is_read(readout, models):
+    """Of a decoded reply, tokens that begin no option count against the true option."""
+    model, task = models["llama"], make_task(12)
+    settings = replace(QUIET, readout=readout)
+    resid = collect(model, task, settings=settings).resid()
+    before = log_odds_gradients(model, task, resid, settings)
+    shifted = resid.clone()
+    shifted[0] += 1e-3 * torch.randn(resid[0].shape, generator=torch.Generator().manual_seed(0))
+    after = log_odds_gradients(model, task, shifted, settings)
+    foreseen = (before.gradients[0] * (shifted - resid)[0]).sum(-1).double()
+    assert torch.corrcoef(torch.stack([foreseen, after.log_p - before.log_p]))[0, 1] > 0.98
+    flipped = [replace(example, label=1 - example.label) for example in task.examples]
+    other = replace(task, examples=tuple(flipped))
+    of_both = before.log_p.exp() + log_odds_gradients(model, other, resid, settings).log_p.exp()
+    assert torch.allclose(of_both, torch.ones(12).double(), atol=1e-5) == (readout == "options")
+
+
 # --- flip ---------------------------------------------------------------------------------------
 
 

@@ -115,7 +115,8 @@ def foreseen_gains(
         steps = layer.steps[:, answers if layer.steps.shape[1] > 1 else torch.zeros_like(answers)]
         if isinstance(layer.space, SAESpace):
             steps = layer.space.decode(steps, number).cpu()
-        effect = einsum(slopes.gradients[number], steps, "example d, slot example d -> slot example")
+        gradients = slopes.gradients[number]
+        effect = einsum(gradients, steps, "example d, slot example d -> slot example")
         acting = (layer.slot >= 0).nonzero()[:, 0]
         slot = layer.slot[acting]
         score = layer.scores(resid[number][:, None], answers)[..., 0].cpu()[layer.reader[slot]]
