@@ -20,7 +20,7 @@ trials are kept as they come: a run that is killed goes on, and splits share wha
 """
 
 from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -43,9 +43,9 @@ from mera_tl import (
     load_task,
     storage,
 )
-from mera_tl.benchmark import scores
+from mera_tl.benchmark import paired_change, scores, some_prompts
 from mera_tl.inference import reply_text
-from mera_tl.methods import REMINDERS, Draws, ReplyChoices, draw_replies, search_replies
+from mera_tl.methods import REMINDERS, Draws, ReplyChoices, Search, draw_replies, search_replies
 from mera_tl.probes import fit_error_probe
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
@@ -71,9 +71,13 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     directions: tuple[str, ...] = ("instruction",)
     """On every split."""
-    once: tuple[str, ...] = ("contrastive", "prompt_controlled", "draws")
-    """On the first split only: directions, and the baselines that draw again."""
+    once: tuple[str, ...] = ("contrastive", "prompt_controlled", "draws", "elsewhere")
+    """On the first split only: directions, the baselines that draw again, and what the steering
+    along the first direction does to three other tasks."""
     strengths: tuple[float, ...] = (0.75, 1.5)
+    first_k: tuple[int, ...] = ()
+    watching: tuple[float, ...] = ()
+    """More that is tried with the best candidates, see `ReplyChoices`; each costs replies."""
     train: int = 60
     calibration: int = 80
     test: int = 80
@@ -123,13 +127,18 @@ class Cell:
         return storage.kept(folder, "manifest.json", lambda at: make(out=at), Activations.load)
 
 
+def searched(cell: Cell, kind: str, splits: Any) -> Search:
+    """Search along a direction; at once where that has been done."""
+    config, folder = cell.config, cell.folder / f"{kind}-{cell.seed}"
+    more: dict[str, Any] = {"first_k": config.first_k, "watching": config.watching}
+    choices = ReplyChoices((kind,), strengths=config.strengths, seed=cell.seed, **more)
+    options: dict[str, Any] = {"choices": choices, "settings": cell.settings, "folder": folder}
+    return search_replies(cell.model, splits.train, cell.learned(splits.train), **options)
+
+
 def steered(cell: Cell, kind: str, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     """Search along a direction, certify, and answer the test prompts under what was chosen."""
-    folder = cell.folder / f"{kind}-{cell.seed}"
-    choices = ReplyChoices((kind,), strengths=cell.config.strengths, seed=cell.seed)
-    learned = cell.learned(splits.train)
-    options: dict[str, Any] = {"choices": choices, "settings": cell.settings, "folder": folder}
-    found = search_replies(cell.model, splits.train, learned, **options)
+    found = searched(cell, kind, splits)
     steering: Steering = found.steering
     name = f"{kind}-{cell.seed}-steered"
     before, after = (
@@ -162,6 +171,22 @@ def drawn(cell: Cell, splits: Any) -> dict[str, Outcomes]:
     }
 
 
+def elsewhere(cell: Cell, splits: Any) -> dict[str, Any]:
+    """Answer a few prompts of the three tasks that come next under this task's steering."""
+    kind, tasks = cell.config.directions[0], cell.config.tasks
+    hooks, place, on = searched(cell, kind, splits).steering.fwd_hooks(), tasks.index(cell.task), {}
+    for other in (*tasks, *tasks)[place + 1 : place + 4]:
+        there = replace(cell, task=other)
+        some = some_prompts(load_task(other, data_dir=cell.config.data_dir), cell.seed)
+        name = f"{kind}-{cell.seed}-of-{cell.task}"
+        on[other] = paired_change(
+            there.answered(name, some, hooks), there.answered("no_steering", some)
+        )
+    n = sum(told["n"] for told in on.values())
+    net = sum(told["better"] - told["worse"] for told in on.values())
+    return {"of": kind, "n": n, "accuracy_change": net / n, "on": on}
+
+
 def reminded(cell: Cell, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     """Ask more firmly, by the wording that does best on training prompts."""
     some = splits.train.subset(range(cell.config.train // 3))
@@ -171,7 +196,14 @@ def reminded(cell: Cell, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     ]
     best = max(range(len(REMINDERS)), key=tried.__getitem__)
     test = cell.answered(f"prompt_steering-{best}", splits.test, remind=REMINDERS[best])
-    return test, {"chosen": REMINDERS[best], "tried": tried}
+    return test, {"reminder": REMINDERS[best], "tried": tried}
+
+
+def prompt_tokens(cell: Cell, task: Task[Any], remind: str = "") -> float:
+    """Return how long prompts are on average: a firmer wording is paid for there."""
+    some = task.with_instruction(remind) if remind else task
+    lengths = list(map(len, cell.model.tokenize([example.prompt for example in some.examples])))
+    return sum(lengths) / len(lengths)
 
 
 def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
@@ -181,13 +213,15 @@ def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
     splits = load_task(cell.task, data_dir=config.data_dir).split(cell.seed, **sizes)
     base = cell.answered("no_steering", splits.test)
 
+    place = {"model": Path(config.model).name, "task": cell.task, "seed": cell.seed}
+
     def record(name: str, outcomes: Outcomes, told: dict[str, Any]) -> dict[str, Any]:
         measured = scores(outcomes, base)
         kept = ("n", "accuracy", "accuracy_change", "spi", "p_value", "transitions")
-        place = {"model": Path(config.model).name, "task": cell.task, "seed": cell.seed}
         text = asdict(reply_text(cell.model, splits.test, outcomes, settings=cell.settings, most=8))
         found = {n: measured[n] for n in kept}
         found |= {"tokens": outcomes.n_generated.double().mean().item()}
+        found |= {"prompt_tokens": prompt_tokens(cell, splits.test, told.get("reminder", ""))}
         found |= {n: text[n] for n in ("perplexity", "distinct_2")}
         return {**place, "method": name, **found, **told}
 
@@ -197,6 +231,8 @@ def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
             continue
         if name == "draws":
             yield from (record(each, made, {}) for each, made in drawn(cell, splits).items())
+        elif name == "elsewhere":
+            yield {**place, "method": name, **elsewhere(cell, splits)}
         elif name == "no_steering":
             yield record(name, base, {})
         elif name == "prompt_steering":
@@ -216,7 +252,9 @@ def main(config: Annotated[Config, tyro.conf.OmitArgPrefixes] = Config()) -> Non
             records.append(record)
             storage.write_records(path, records)
             told = record.get("certificate", "")
-            print(task, seed, record["method"], f"{record['accuracy']:.2f}", told, flush=True)
+            print(
+                task, seed, record["method"], f"{record['accuracy_change']:+.2f}", told, flush=True
+            )
 
 
 if __name__ == "__main__":

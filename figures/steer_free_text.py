@@ -32,6 +32,7 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     Takes the records of `experiments/steer_free_text.py`. A filled mark is certified, or asks for
     no certificate; tokens are relative to the unsteered replies of the same split.
     """
+    df = pd.DataFrame(df[df["method"].isin(["no_steering", *LOOKS])])
     tasks = list(dict.fromkeys(df["task"]))
     base = style.rows_where(df, method="no_steering")
     rates = base.groupby("task")["accuracy"].mean()
@@ -57,7 +58,8 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
             col=1 + place % 2,
         )
         named.add(method)
-    figure.update_xaxes(title="generated tokens, relative to unsteered", range=[0.5, 1.5])
+    cost = {"type": "log", "range": [-0.35, 0.7], "tickvals": [0.5, 1, 2, 4]}
+    figure.update_xaxes(title="generated tokens, relative to unsteered", **cost)
     figure.update_yaxes(title="gain in points", range=[-20, 50])
     sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
     caption = f"{sizes} test prompts a split, one mark for each split; open: not certified"

@@ -9,7 +9,7 @@ from test_scored import SETTINGS, scored_task
 
 import mera_tl
 from mera_tl import ReadSettings, calibrate, collect, evaluate, generate
-from mera_tl.benchmark import Run, RunConfig, open_run
+from mera_tl.benchmark import Run, RunConfig, open_run, some_prompts
 from mera_tl.inference import prompt_activations, reply_activations, spi
 from mera_tl.methods import (
     METHODS,
@@ -141,8 +141,12 @@ def test_a_run_compares_what_suits_its_task(tmp_path):
 
 def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
     sizes: dict = {"train": "60", "calibration": "30", "test": "30"}
-    config = RunConfig(model="organism", task="spam_sentence", reply_tokens=6, **sizes)
-    methods = ("no_steering", "reply_contrast", "retry", "best_of_k", "best_of_k_scorer")
+    sizes["other_tasks"] = "spam_cue,yesno_bias"
+    sizes |= {"min_gain": -0.9, "reply_tokens": 6}  # whatever is found is certified
+    config = RunConfig(model="organism", task="spam_sentence", **sizes)
+    with pytest.raises(ValueError, match="no task"):
+        Run(replace(config, other_tasks="spam_que"), tmp_path).announce(("no_steering",))
+    methods = ("no_steering", "kind_controlled", "retry", "best_of_k", "best_of_k_scorer")
     with open_run(config, tmp_path / "run", progress=False) as run:
         records = {record["method"]: record for record in run.records(methods)}
     tokens = {name: record["tokens_generated"] for name, record in records.items()}
@@ -150,6 +154,18 @@ def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
     best = records["best_of_k_scorer"]
     assert best["accuracy"] >= max(records[m]["accuracy"] for m in ("no_steering", "best_of_k"))
     assert records["no_steering"]["free_text"]["n_tokens"] > 0
+    assert records["kind_controlled"]["decision"] == "STEER"
+    assert {name for name, record in records.items() if record["elsewhere"]} == {"kind_controlled"}
+    model, hooks = run.model, run.treat("kind_controlled").fwd_hooks
+    for name, told in records["kind_controlled"]["elsewhere"].items():
+        some = some_prompts(load_task(name), seed=0)
+        before, after = (evaluate(model, some, each).correct for each in ((), hooks))
+        assert told["better"] == (after & ~before).sum() and told["n"] == 30
+        assert told["worse"] == (before & ~after).sum()
     page = write_report(tmp_path / "run").read_text()
     assert "I would say ham" in page and "tokens a reply" in page
+    assert "spam_cue, better / worse" in page
+    # What is read of failures stands within kinds first: over all it is the kind of question.
+    assert page.index("AUROC within kinds") < page.index("over all</th>")
+    assert "has fitted no probe" not in page
     assert 'always "right"' not in page

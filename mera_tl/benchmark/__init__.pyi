@@ -1,6 +1,8 @@
 from .config import DEFAULT_METHODS as DEFAULT_METHODS
 from .config import GridConfig as GridConfig
 from .config import RunConfig as RunConfig
+from .elsewhere import paired_change as paired_change
+from .elsewhere import some_prompts as some_prompts
 from .grid import run_grid as run_grid
 from .grid import run_name as run_name
 from .pre_flight import Preflight as Preflight

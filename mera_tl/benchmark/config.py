@@ -115,6 +115,9 @@ class RunOptions:
     free_text: int = 0
     """Number of test prompts to continue with free generation, to measure perplexity and repetition
     (0: off)."""
+    other_tasks: str | None = None
+    """Other tasks (with commas between), 30 prompts of each of which are also answered under every
+    steering: what does it do to them? Default: none."""
     batch_size: int | None = None
     """Prompts per batch. Default: as many as --batch-tokens hold."""
     batch_tokens: int = 2048

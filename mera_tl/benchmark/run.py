@@ -27,6 +27,7 @@ from mera_tl.benchmark.config import (
     parse_layers,
     parse_thresholds,
 )
+from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, idle, scores, versions
 from mera_tl.benchmark.resources import choose_threads
@@ -52,7 +53,7 @@ from mera_tl.methods.methods import (
 from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.methods.replying import ReplyChoices, planned_replies
 from mera_tl.models.loading import load_model
-from mera_tl.models.model import Model
+from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.sae.loading import default_source, load_saes
@@ -132,6 +133,14 @@ class Run(methods.Run):
         )
 
     @cached_property
+    def others(self) -> dict[str, Task[Any]]:
+        """A few prompts of each other task on which steerings are looked at."""
+        config = self.config
+        where: Any = {"data_dir": config.data_dir, "trust_task_code": config.trust_task_code}
+        names = [name.strip() for name in (config.other_tasks or "").split(",") if name.strip()]
+        return {name: some_prompts(load_task(name, **where), config.seed) for name in names}
+
+    @cached_property
     def space(self) -> Space:
         """Where probes read and rules write."""
         config = self.config
@@ -162,6 +171,7 @@ class Run(methods.Run):
         """
         found = find_methods(methods, self.config.space)
         require_suited(found, self.splits.train)
+        _ = self.others  # one that does not exist is named before anything is spent
         if any(each.certifies for each in found):
             self.splits.train.require_classes()
         known = {name for family in self._families for name in family}
@@ -496,6 +506,7 @@ class Run(methods.Run):
             "familywise_delta": self.familywise_delta,
             "warnings": [*self.preflight.warnings, *told],
             "free_text": self._free_text(treatment, outcomes),
+            "elsewhere": self._elsewhere(treatment.fwd_hooks),
             "tokens_generated": outcomes.n_generated.double().mean().item(),
             "details": treatment.details,
             "seconds": round(seconds, 3),
@@ -533,6 +544,28 @@ class Run(methods.Run):
         if treatment.instruction is not None:
             task = task.with_instruction(treatment.instruction)
         return asdict(free_text(self.model, task, treatment.fwd_hooks, settings=self.read))
+
+    def _elsewhere(self, hooks: FwdHooks) -> dict[str, dict[str, Any]]:
+        """Answer a few prompts of other tasks under a steering, where that was asked for.
+
+        A steering by the answer has no say about other options.
+        """
+        by_answer = any(getattr(hook, "per_answer", False) for _, hook in hooks)
+        some = self.others if hooks and not by_answer else {}
+        return {name: self._compare(task, hooks) for name, task in some.items()}
+
+    def _compare(self, task: Task[Any], hooks: FwdHooks) -> dict[str, Any]:
+        settings = replace(self.read, readout=self.config.readout)
+        answer = partial(evaluate, self.model, task, settings=settings, title=task.name)
+        file = f"{task.name}-{task.data_hash[:8]}.jsonl"
+
+        def make(folder: Path) -> None:
+            storage.write_records(folder / file, answer().to_records())
+
+        def load(folder: Path) -> Outcomes:
+            return Outcomes.from_records(storage.read_records(folder / file), task.options)
+
+        return paired_change(answer(hooks), self.kept("elsewhere", file, make, load))
 
 
 def load_configured(config: RunConfig) -> Model:

@@ -64,8 +64,8 @@ OVERVIEW = {
 """Headings of `mera --help`; a command that is in none of them stands under "More"."""
 GROUPS = {
     "required": "action model models task tasks steering",
-    "data": "data_dir template train calibration test limit seed seeds truncate free_text file "
-    "trust_task_code",
+    "data": "data_dir template train calibration test limit seed seeds truncate free_text "
+    "other_tasks file trust_task_code",
     "model": "chat system readout answer_prefix max_new_tokens reply_tokens temperature dtype "
     "engine device n_devices anyway",
     "steering": "methods layers positions probe_position probe_penalty strength pairs space spaces "
@@ -103,6 +103,7 @@ METAVARS = {
     "models": "NAME[,NAME...]",
     "tasks": "NAME[,NAME...]",
     "task": "NAME[,NAME...]",
+    "other_tasks": "NAME[,NAME...]",
 }
 HIDDEN = {
     "Preflight": GROUPS["steering"] + " " + GROUPS["certificate"],
@@ -112,7 +113,7 @@ HIDDEN = {
 """Options of the folder's configuration that mean nothing to a step: taken, but not shown."""
 LEFT_OUT = {
     "Sae": GROUPS["certificate"] + " positions probe_position strength pairs space sae_correction"
-    " calibration test free_text search_budget",
+    " calibration test free_text other_tasks search_budget",
     "Doctor": GROUPS["certificate"] + " strength pairs",
 }
 """Options that a command inherits and has no use for."""

@@ -60,8 +60,9 @@ class ReplyChoices:
     first_k: tuple[int, ...] = (4,)
     """Numbers of generated tokens to which the best candidates at `last` are also kept."""
     gates: tuple[float, ...] = (0.5,)
-    """Predicted errors above which the best candidates are also tried; those at `last` also with a
-    gate that opens at every generated token anew."""
+    """Predicted errors above which the best candidates are also tried."""
+    watching: tuple[float, ...] = (0.5,)
+    """The same of a gate that opens at every generated token anew, in place of `last`."""
     gate_all: bool = False
     """Whether every candidate is tried behind each gate from the first round on."""
     rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (6, 10**9))
@@ -125,7 +126,7 @@ def search_replies(
     chosen = choose(trials, choices.caution)
     details: dict[str, Any] = {"n_fit": len(fit), "n_search": len(judge)}
     details |= {"notes": directions[chosen.direction].notes}
-    details |= _reading(data, probe, chosen.layers[0])
+    details |= _reading(data, chosen)
     return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
 
 
@@ -140,11 +141,13 @@ def _list_candidates(choices: ReplyChoices, kinds: Sequence[str], n_layers: int)
 
 def _variants(best: Sequence[Candidate], choices: ReplyChoices) -> list[Candidate]:
     """Return candidates with a gate, or kept to the beginning of the reply."""
-    found = [replace(each, threshold=gate) for gate in choices.gates for each in best]
     late = [each for each in best if each.positions == "last"]
-    found += [replace(each, first_k=k) for k in choices.first_k for each in late]
-    late = [replace(each, positions="generated") for each in late]
-    return found + [replace(each, threshold=gate) for gate in choices.gates for each in late]
+    spoken = [replace(each, positions="generated") for each in late]
+    return [
+        *(replace(each, threshold=gate) for gate in choices.gates for each in best),
+        *(replace(each, first_k=k) for k in choices.first_k for each in late),
+        *(replace(each, threshold=gate) for gate in choices.watching for each in spoken),
+    ]
 
 
 def planned_replies(choices: ReplyChoices, n_layers: int, n_train: int) -> int:
@@ -183,15 +186,16 @@ def _race(
     return [store.trial(each) for each in store.gains]
 
 
-def _reading(data: SearchData, probe: LinearProbe, layer: int) -> dict[str, float | None]:
-    """Say how well failures are read, over all judging prompts and within kinds of question.
+def _reading(data: SearchData, chosen: Candidate) -> dict[str, float | None]:
+    """Say how well failures are read: within kinds of question and, less telling, over all.
 
     None where all replies that could be compared are right, or all are wrong.
     """
-    score = probe.score(data.activations.resid("last"))[layer]
+    probe: LinearProbe = data.steering(chosen).probe
+    score = probe.score(data.activations.resid(probe.position))[chosen.layers[0]]
     wrong, kinds = ~data.base.correct, [example.kind for example in data.task.examples]
     within = auroc_within(score, wrong, kinds)
-    values = {"probe_auroc": float(auroc(score, wrong)), "probe_auroc_within_kind": within}
+    values = {"probe_auroc_within_kind": within, "probe_auroc": float(auroc(score, wrong))}
     return {n: None if math.isnan(value) else round(value, 3) for n, value in values.items()}
 
 

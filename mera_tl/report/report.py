@@ -151,6 +151,7 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         ],
         "others": list(_others(run, figures, prefix)),
         "reading": list(_reading(run, figures, prefix)),
+        "failures": Table.of(_failures(run)),
         **_moved(run, figures, prefix),
         "side": Table.of(_side_effects(run)),
         "command": f"{run.command}\nmera report {run.path.name}",
@@ -346,6 +347,22 @@ def _reading(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
         yield figures.place(f"{prefix}probe_{metric}", figure, frame)
 
 
+def _failures(run: RunFolder) -> pd.DataFrame:
+    """Tabulate how well failing replies are read, within kinds of question first."""
+    told = [(r["method"], r["details"]) for r in run.records if "probe_auroc" in r["details"]]
+    rows = [
+        {
+            "method": method,
+            "AUROC within kinds": details["probe_auroc_within_kind"],
+            "over all": details["probe_auroc"],
+            "layer": str(details["layers"][0]),
+            "prompts": str(details["n_search"]),
+        }
+        for method, details in told
+    ]
+    return pd.DataFrame(rows)
+
+
 def _moved(run: RunFolder, figures: _Figures, prefix: str) -> dict[str, Any]:
     """Gather whom a steering reaches: by predicted error in each layer, by token, in the plane.
 
@@ -486,12 +503,23 @@ def _side_effects(run: RunFolder) -> pd.DataFrame:
                 "weighted F1": record["f1"],
                 "unanswered": record["unanswered"],
                 **{name: (told or {})[key] for name, key in text.items()},
+                **_elsewhere(record),
                 **{f'answers "{option}"': int(count) for option, count in sorted(said.items())},
             }
         )
-    frame = pd.DataFrame(rows).fillna(0)
+    frame = pd.DataFrame(rows)
+    elsewhere = [name for name in frame if name.endswith("better / worse")]
+    frame = frame.fillna(dict.fromkeys(elsewhere, "")).fillna(0)
     counts = [name for name in frame if name.startswith("answers ")]
     return frame.astype(dict.fromkeys(counts, int))
+
+
+def _elsewhere(record: dict[str, Any]) -> dict[str, str]:
+    """Say what a steering did to a few prompts of other tasks."""
+    return {
+        f"{task}, better / worse": f"{told['better']} / {told['worse']} of {told['n']}"
+        for task, told in (record.get("elsewhere") or {}).items()
+    }
 
 
 def _hashes(run: RunFolder) -> pd.DataFrame:
