@@ -202,6 +202,7 @@ def probes(config: Config, name: str, model: Any) -> Iterator[Row]:
     grid = cross_validation.PUBLISHED
     work: dict[str, Callable[[], object]] = {
         "ridge of all layers": lambda: mera_tl.fit_error_probe(activations),
+        "the lasso's path": lambda: probe_path(activations, grid={"lasso": grid["lasso"]}),
         "the paper's grid of probes": lambda: probe_path(activations, grid=grid),
     }
     if name == SMS:

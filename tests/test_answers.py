@@ -19,6 +19,7 @@ from mera_tl.inference import (
     collect,
     evaluate,
     hooked_pass,
+    is_no_answer,
     is_over,
     multiple_choice,
     option_tokens,
@@ -228,6 +229,20 @@ def test_a_reply_that_is_over_says_the_same_when_it_goes_on():
             said = answered_option(start, case["options"])
             assert (case["options"][said] if said >= 0 else None) == case["answer"]
     assert stopped >= 5  # control: some do stop before their end
+
+
+def test_a_reply_that_can_be_no_answer_never_becomes_one():
+    given_up = 0
+    for case in REPLIES:
+        starts = [case["reply"][:n] for n in range(len(case["reply"]) + 1)]
+        no_answer = [is_no_answer(start, case["options"]) for start in starts]
+        assert no_answer == sorted(no_answer)  # once for all
+        if any(no_answer):
+            given_up += 1
+            assert case["answer"] is None
+    assert given_up >= 10  # control
+    assert not is_no_answer("New\n", ("New York", "Rome")) and is_no_answer("Newt", ("New York",))
+    assert not is_no_answer("Sch\ufffd", ("Sch\u00f6n", "no"))  # half a character
 
 
 @cache

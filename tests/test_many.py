@@ -107,12 +107,17 @@ def check_each(model, readout):
     roomy = replace(settings, batch_tokens=2048)
     plain = evaluate(model, task, settings=roomy)
     outcomes = evaluate_many(model, task, list(steerings.values()), settings=settings)
+    decided = evaluate_many(model, task, list(steerings.values()), settings=settings, decide=True)
     moved = 0
-    for (name, steering), cheap in zip(steerings.items(), outcomes, strict=True):
+    for (name, steering), cheap, rough in zip(steerings.items(), outcomes, decided, strict=True):
         whole = evaluate(model, task, hooks_of(steering), settings=roomy)
         assert_same(cheap, whole, name)
+        assert torch.equal(rough.predictions, whole.predictions), name
         moved += int((whole.probs - plain.probs).abs().max() > 1e-3)
     assert moved >= 9  # most of them do something
+    if readout == "exact":  # what can be no answer any more is not decoded to its end
+        length = [sum(len(r) for run in runs for r in run.replies) for runs in (decided, outcomes)]
+        assert length[0] < length[1]
 
 
 def organism_task(n=60):

@@ -73,7 +73,8 @@ def calibrate(
     unused = len(task) - len(kept)
     task = task.subset(kept) if unused else task
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
-    base, *runs = evaluate_many(model, task, [unsteered, *steerings], settings=settings)
+    asked, counts = [unsteered, *steerings], terms.metric == "correct"
+    base, *runs = evaluate_many(model, task, asked, settings=settings, decide=counts)
     about = setup_of(model, task, settings)
     decision = certify_outcomes(
         task, base, runs, candidates=descriptions, terms=terms, min_gain=min_gain, setup=about

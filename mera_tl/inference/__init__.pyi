@@ -26,4 +26,5 @@ from .outcomes import paired_p_value as paired_p_value
 from .outcomes import spi as spi
 from .outcomes import spi_interval as spi_interval
 from .replies import answered_option as answered_option
+from .replies import is_no_answer as is_no_answer
 from .replies import is_over as is_over

@@ -17,6 +17,7 @@ A reply without an answer within `max_new_tokens` is unanswered: error 1.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.multiple_choice import first_tokens, option_log_probs
 from mera_tl.inference.prefix import Prefix
-from mera_tl.inference.replies import answered_option, has_begun, is_over
+from mera_tl.inference.replies import answered_option, has_begun, is_no_answer, is_over
 from mera_tl.inference.variants import (
     OptionTokens,
     common_ending,
@@ -267,10 +268,15 @@ def read_from(
 
     `decoding` may be at any end of its prompts: of a first run, of a second, or a fork in which
     rows repeat; `logits` are of all tokens, or of `tokens_read` alone. With `decide`, no work goes
-    into probabilities that cannot change the answer: under `options` they are then too low.
+    into what cannot change the answer: under `options` probabilities are then too low, under
+    `exact` a reply ends where it can be no answer any more.
     """
     if settings.decodes:
-        kinds = {"exact": _Beginning, "exact_anywhere": _Anywhere, "reply": _Whole}
+        kinds = {
+            "exact": partial(_Beginning, decide=decide),
+            "exact_anywhere": _Anywhere,
+            "reply": _Whole,
+        }
         found = kinds[settings.readout](options, len(logits), logits.device)
         tokens = _decode(decoding, logits, found, settings.n_new, on_answer)
         predictions, probs = found.result()
@@ -366,8 +372,10 @@ class _Anywhere:
 class _Beginning:
     """Takes a reply's first word for its answer if that is an option and nothing denies it."""
 
-    def __init__(self, options: OptionTokens, n: int, device: torch.device) -> None:
-        self._options = options
+    def __init__(
+        self, options: OptionTokens, n: int, device: torch.device, *, decide: bool
+    ) -> None:
+        self._options, self._decide = options, decide
         self._tokens: list[list[int]] = [[] for _ in range(n)]
         self._texts = [""] * n
         self._first = torch.full((n,), -torch.inf, device=device)
@@ -396,7 +404,9 @@ class _Beginning:
         here = rows[hit]
         self._first[here] = logits[hit].gather(1, emitted[hit, None])[:, 0].float()
         self._classes[here] = self._options.class_logits(logits[hit])
-        return hit, torch.tensor([is_over(text) for text in texts], device=rows.device)
+        known = self._options.options
+        over = [is_over(t) or (self._decide and is_no_answer(t, known)) for t in texts]
+        return hit, torch.tensor(over, device=rows.device)
 
     def result(self) -> _Found:
         """Return what the replies say, and P(option) at the token that began the answer."""

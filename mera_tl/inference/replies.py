@@ -32,6 +32,24 @@ def is_over(reply: str) -> bool:
     return bool(_OVER.search(reply))
 
 
+def is_no_answer(reply: str, options: Sequence[str]) -> bool:
+    """Return whether a reply begins so that none of the options can follow; False is no promise."""
+    # A character of which not all bytes are there yet may still become any.
+    begun = _folded(_LEAD.sub("", reply, count=1).rstrip("\ufffd"))
+
+    def may_follow(option: str) -> bool:
+        if not _LEAD.sub("", option):  # symbols stand before the first word, or nowhere
+            return bool(_begin(reply, option))
+        whole = _folded(option)
+        return not option[0].isalnum() or whole.startswith(begun) or begun.startswith(whole)
+
+    return bool(begun) and not any(map(may_follow, options))
+
+
+def _folded(text: str) -> str:
+    return re.sub(r"\s+", " ", text.casefold())
+
+
 def answered_option(reply: str, options: Sequence[str]) -> int:
     """Return the option that a reply answers, or -1.
 

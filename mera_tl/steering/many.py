@@ -59,7 +59,7 @@ def evaluate_many(
 
     A steering without a limit gives the unsteered outcomes, with every score in its scope read.
     With `decide`, answers are all that is asked for: under readout `options` probabilities are then
-    rough, and much less is run.
+    rough, under `exact` replies end where they can be no answer any more, and much less is run.
 
     Raises:
         ValueError: as `evaluate`.
