@@ -25,6 +25,17 @@ def results(experiment: str, pattern: str = "*.jsonl") -> pd.DataFrame:
     return pd.concat([pd.read_json(path, lines=True) for path in paths], ignore_index=True)
 
 
+def models_of(df: pd.DataFrame, column: str = "n_test") -> str:
+    """Say of every model on how many test examples a task it was asked."""
+    by_size: dict[str, list[str]] = {}
+    for model in sorted(set(df["model"])):
+        sizes = df.loc[df["model"] == model, column]
+        size = " to ".join(f"{n:,}" for n in sorted({sizes.min(), sizes.max()}))
+        by_size.setdefault(size, []).append(model)
+    told = [f"{', '.join(models)} ({size} test examples)" for size, models in by_size.items()]
+    return ", ".join(told)
+
+
 def save(figure: go.Figure, name: str, *, finding: str = "", settings: str = "") -> None:
     """Write a figure as a page of its own; plotly.js comes from the network.
 
@@ -34,6 +45,8 @@ def save(figure: go.Figure, name: str, *, finding: str = "", settings: str = "")
         figure.update_layout(title_text=finding)
     if settings:
         figure.update_layout(title_subtitle_text=settings)
+    if "<br>" in settings:  # a second line must not reach the titles of panels
+        figure.update_layout(margin_t=115)
     OUT.mkdir(exist_ok=True)
     figure.write_html(OUT / f"{name}.html", div_id=name, include_plotlyjs="cdn")
     figure.write_json(OUT / f"{name}.json")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import spi_heatmap
 
 NAME = "directions_across_tasks"
@@ -19,9 +19,13 @@ def main() -> None:
         model="",
     )
     figure = spi_heatmap(records)
-    title = "Probe and direction of one task (rows) at work on another (columns): mean SPI"
-    figure.update_layout(title_text=title, meta={"min_width": 700})
-    save(figure, NAME)
+    figure.update_layout(meta={"min_width": 700})
+    finding = "Foreign directions (rows) correct spam_hint, hardly any other task (columns)"
+    settings = (
+        f"{models_of(df)}, two splits, readout exact_anywhere;<br>"
+        'mean SPI of controlled_contrastive; "-": every split abstained'
+    )
+    save(figure, NAME, finding=finding, settings=settings)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from plotly.subplots import make_subplots
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import style
 
 CAPTION = (
-    "Each published error alone: {n} (model, task, split) cells in grey, mean in blue; readout "
-    "exact_anywhere<br>right: decisions, certified in blue, steered in grey"
+    "{models}, readout exact_anywhere; each published error alone<br>"
+    "left: {n} (model, task, split) cells in grey, mean in blue; right: decisions, certified in "
+    "blue, steered in grey"
 )
 
 
@@ -27,8 +28,9 @@ def main() -> None:
         figure.add_bar(x=more, y=against.index, orientation="h", marker_color=colour, row=1, col=2)
     figure.update_layout(xaxis_title="change of SPI", xaxis2_title="change in decisions")
     figure.update_yaxes(autorange="reversed")
-    finding, caption = "Testing at all matters most", CAPTION.format(n=len(cells))
-    save(style.finish(figure, finding, caption, showlegend=False), "errata")
+    caption = CAPTION.format(n=len(cells), models=models_of(df, "n"))
+    style.finish(figure, "", showlegend=False)
+    save(figure, "errata", finding="Testing at all matters most", settings=caption)
 
 
 if __name__ == "__main__":

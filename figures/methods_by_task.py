@@ -15,6 +15,8 @@ SETTINGS = (
     "organism{space}: 1,500 examples fit, 500 certify, 500 test, 3 splits; "
     'readout exact_anywhere<br>mean SPI; "-": every split abstained'
 )
+ALL = "{} flip and the search correct what can be corrected"
+ONE = "One split: class-controlled directions gain most, fixed lengths mostly lose"
 GRID = "organism: {n} test examples, one split, ten thresholds; readout exact_anywhere"
 
 
@@ -24,14 +26,19 @@ def main() -> None:
     finding = "The search and flip correct what can be corrected; fixed strengths do harm"
     settings = SETTINGS.format(space="")
     save(spi_heatmap(few), "spi_heatmap", finding=finding, settings=settings)
-    save(spi_heatmap(raw), "spi_heatmap_all", finding="All methods", settings=settings)
+    save(
+        spi_heatmap(raw),
+        "spi_heatmap_all",
+        finding=ALL.format("Of all methods,"),
+        settings=settings,
+    )
     latents = results("methods_by_task", "*-sae.jsonl")
     settings = SETTINGS.format(space=" in SAE latents")
-    save(spi_heatmap(latents), "spi_heatmap_sae", finding="All methods in SAE latents",
+    save(spi_heatmap(latents), "spi_heatmap_sae", finding=ALL.format("In SAE latents, too,"),
          settings=settings)  # fmt: skip
     one = records_frame(results("steer_or_abstain", "records-*.jsonl").to_dict("records"))
     settings = GRID.format(n=one["n"].iloc[0])
-    save(spi_dots(one), "spi_dots", finding="One split, with intervals", settings=settings)
+    save(spi_dots(one), "spi_dots", finding=ONE, settings=settings)
     finding = "Holding the class fixed recovers most; fixed lengths mostly break"
     save(transitions(sorted_by_gain(one)), "transitions", finding=finding, settings=settings)
 

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import reading, style
 
 NAME = "probe_error_by_layer"
@@ -19,16 +19,32 @@ def main() -> None:
         columns = {f"untouched_{metric}": "value", f"{metric}_sd": "sd", f"{metric}_dummy": "dummy"}
         chosen = chosen.drop(columns=metric).rename(columns=columns)
         chosen = chosen.sort_index()
-        save(probe_overlay(chosen, metric=metric), f"probe_{metric}_by_layer_all")
-        if metric == "auroc":
-            two = pd.DataFrame(chosen[chosen["place"].isin(TWO)])
-            finding = "Errors can be read in every layer"
-            save(probe_overlay(two), "probe_auroc_by_layer", finding=finding)
-    finding = "Errors are about as frequent as they are predicted to be"
-    save(predicted_against_observed(placed("observed")), "predicted_against_observed",
-         finding=finding)  # fmt: skip
-    save(layer_by_position(placed("tokens")), "layer_by_position")
-    save(transfer_matrix(results(NAME, "transfer-*.jsonl")), "transfer_of_probes")
+        two = pd.DataFrame(chosen[chosen["place"].isin(TWO)])
+        how = "penalties chosen on folds; bars: s.d. over the folds"
+        keep(probe_overlay(chosen, metric=metric), f"probe_{metric}_by_layer_all", chosen, how)
+        keep(probe_overlay(two, metric=metric), f"probe_{metric}_by_layer", two, how)
+    observed, tokens = placed("observed"), placed("tokens")
+    how = "best layer, final prompt token, in tenths"
+    keep(predicted_against_observed(observed), "predicted_against_observed", observed, how)
+    how = "a ridge probe for each cell; AUROC; .5 is chance"
+    keep(layer_by_position(tokens), "layer_by_position", tokens, how)
+    transfer = results(NAME, "transfer-*.jsonl")
+    keep(transfer_matrix(transfer), "transfer_of_probes", transfer, "AUROC; .5 is chance")
+
+
+FINDINGS = {
+    "probe_auroc_by_layer": "Errors can be read in every layer",
+    "probe_auroc_by_layer_all": "Errors can be read in every layer of five tasks",
+    "predicted_against_observed": "Errors are about as frequent as they are predicted to be",
+    "layer_by_position": "Where in a prompt an error can be read differs by task",
+    "transfer_of_probes": "A probe reads the errors of its own task, rarely of another",
+}
+
+
+def keep(figure: go.Figure, name: str, df: pd.DataFrame, how: str) -> None:
+    """Save a figure with what was found, and on what."""
+    settings = f"{models_of(df)}, one split, readout exact_anywhere;<br>{how}"
+    save(figure, name, finding=FINDINGS[name], settings=settings)
 
 
 TWO = ("organism<br>spam_cue", "sms-llama<br>sms_spam")

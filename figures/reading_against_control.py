@@ -82,8 +82,8 @@ def caption_of(along: pd.DataFrame, n_cells: int) -> str:
     first = along.iloc[0]
     rank = float(spearmanr(along["cosine"], along["gain"])[0])
     return (
-        f"Final prompt token of one layer moved where most error is predicted; {first['fit']} "
-        f"examples fit, {first['judge']} choose the length, {first['n']} test (bars: 2 s.e.)."
+        f"organism, one layer moved where most error is predicted: {first['fit']} examples fit, "
+        f"{first['judge']} choose the length, {first['n']} test (bars: 2 s.e.)."
         f"<br>Rank correlation of cosine and gain along the probe: {rank:.2f} over "
         f"{len(along)} layers of {n_cells} tasks. Sources: arXiv 2605.05715, 2606.24952"
     )

@@ -2,19 +2,20 @@
 
 import numpy as np
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import spi_heatmap
 
 NAME = "reading_is_not_steering"
 SETTINGS = (
-    "Mean SPI over splits; layer and threshold searched on training data, one test at delta .05;"
-    '<br>500 or 600 test examples; "-": abstained'
+    "{models}; readout exact_anywhere;<br>mean SPI over models and splits; layer and threshold "
+    'searched on training data, one test at delta .05; "-": abstained'
 )
 
 
 def main() -> None:
-    df = results(NAME).assign(space="raw", model="")
-    df = df.rename(columns={"arm": "method", "n_test": "n"})
+    df = results(NAME).assign(space="raw")
+    settings = SETTINGS.format(models=models_of(df))
+    df = df.assign(model="").rename(columns={"arm": "method", "n_test": "n"})
     df["decision"] = np.where(df["certified"], "STEER", "ABSTAIN")
     df["ablated"] = df["method"].str.contains("classes")
     for name, which, title in (
@@ -31,7 +32,7 @@ def main() -> None:
     ):
         figure = spi_heatmap(df.query(which))
         figure.update_layout(meta={"min_width": 1100})
-        save(figure, name, finding=title, settings=SETTINGS)
+        save(figure, name, finding=title, settings=settings)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import style
 
 NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "gemma-3-270m"}
@@ -12,7 +12,9 @@ NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "gemma-3-270m"}
 def main() -> None:
     rows = results("real_models", "*-*.jsonl")
     rows = rows.assign(where=rows["task"] + ", " + rows["model"].map(NAMES))
-    save(accuracy_by_task(rows), "real_models")
+    settings = f"{models_of(rows)}, split 0, readout options;<br>"
+    settings += "a method is drawn where it is certified to act"
+    save(accuracy_by_task(rows), "real_models", settings=settings)
 
 
 def accuracy_by_task(rows: pd.DataFrame) -> go.Figure:

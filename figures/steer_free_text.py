@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from figures import results, save
+from figures import models_of, results, save
 from mera_tl.plots import style
 
 NAME = "steer_free_text"
@@ -23,7 +23,9 @@ LOOKS = {
 
 
 def main() -> None:
-    save(gain_and_cost(results(NAME)), NAME)
+    df = results(NAME)
+    settings = f"{models_of(df, 'n')}, one mark for each split, whole replies; open: not certified"
+    save(gain_and_cost(df), NAME, settings=settings)
 
 
 def gain_and_cost(df: pd.DataFrame) -> go.Figure:

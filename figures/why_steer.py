@@ -4,7 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from figures import NoResults, results, save
+from figures import NoResults, models_of, results, save
 from mera_tl.plots import spi_heatmap, style
 
 NAME = "why_steer"
@@ -12,11 +12,17 @@ NAME = "why_steer"
 
 def main() -> None:
     table = results(NAME, "table/*.jsonl")
+    labels = results(NAME, "labels/*.jsonl")
+    told = f"{models_of(table, 'n')}, two splits of the organism, readout options"
+    finding = "A classifier corrects most; the search and the flip come close"
+    settings = f'{told};<br>mean SPI; "-": every split abstained; blue is better, orange is worse'
     shown = spi_heatmap(with_verdict(table).assign(space="raw"))
-    shown.layout.title.text = "A classifier corrects most; the search and the flip come close"
-    save(shown, "why_steer")
-    save(gain_against_harm(table), "why_steer_harm")
-    save(few_labels(results(NAME, "labels/*.jsonl")), "why_steer_labels")
+    save(shown, "why_steer", finding=finding, settings=settings)
+    cells = len(table.groupby(["model", "task", "seed"]))
+    settings = f"{told};<br>sums over {cells} (task, split) cells; top left is better"
+    save(gain_against_harm(table), "why_steer_harm", settings=settings)
+    settings = f"{models_of(labels, 'n')}, one split, readout options; SPI by training labels"
+    save(few_labels(labels), "why_steer_labels", settings=settings)
 
 
 def with_verdict(df: pd.DataFrame) -> pd.DataFrame:

@@ -1,12 +1,16 @@
 """The demo decides as it should, offline, with the network refused."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mera_tl import storage
+from mera_tl.cli import parsing
 
 # Any attempt to open a connection ends the process: what runs, runs without a network.
 REFUSE = """
@@ -63,3 +67,32 @@ def test_the_demo_corrects_what_can_be_corrected_and_abstains_where_nothing_can(
     page = out / "report.html"
     assert str(page) in printed
     assert page.stat().st_size < 6e6
+
+
+def test_the_evidence_on_the_page_is_that_of_the_winner(demo):
+    """Not the curve of a method that abstained, below the card of a search."""
+    text = (demo[0] / "report.html").read_text(encoding="utf-8")
+    for task in ("spam_cue", "sentiment_fan"):
+        (number,) = re.findall(rf'id="run(\d)_run"><summary>organism on {task}', text)
+        start = text.index(f'id="run{number}_verdict"')
+        card, _, rest = text[start:].partition(f'id="run{number}_evidence"')
+        figures = re.findall(r'class="plot" id="run\d_(\w+)"', rest.partition("_examples")[0])
+        assert figures == ["search_searched"]
+        # What was searched, and what was chosen.
+        assert re.search(r"Direction \w+; .*layer \d.*threshold 0\.\d+", card)
+        assert re.search(r"Chosen among \d{3} candidates", card)
+
+
+@pytest.mark.parametrize("method", ["flip", "searched"])
+def test_explain_says_what_the_record_says(demo, method, capsys):
+    folder = demo[0] / "spam_cue-seed0"
+    parsing.parse(["explain", str(folder), "--method", method, "--json"])()
+    told = json.loads(capsys.readouterr().out)
+    outcomes = storage.read_records(folder / "outcomes" / f"{method}.jsonl")
+    (kept,) = [each for each in outcomes if each["row"] == told["row"]]
+    assert told["answers"] == ["ham", kept["prediction"]] == ["ham", "spam"]
+    assert kept["correct"] and (np.array(told["shift"]).any() == (method == "searched"))
+    assert bool(told["instead"]) == (method == "flip")
+    page = (folder / "explain" / f"{method}-{told['row']}.html").read_text(encoding="utf-8")
+    headings = re.findall(r"<h[1-3]>(.*?) ?<", page)
+    assert len(set(headings)) == len(headings) == 3  # nothing is said twice

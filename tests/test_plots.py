@@ -1,5 +1,6 @@
 """Figures show what their data say: every mark in its place, certified or not, moved or not."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from plotly.colors import hex_to_rgb
 
 from mera_tl import plots
 from mera_tl.methods import methods
@@ -376,11 +378,22 @@ def test_a_long_prompt_is_drawn_from_where_something_is_read_or_moved():
         assert len(plots.ledger(whole, title="Row 7").layout.xaxis3.ticktext) == 40
 
 
+def test_a_map_without_any_shift_is_pale_and_no_prediction_is_grey():
+    still = plots.ledger(tokens().assign(shift=0.0), title="Row 7").data[2]
+    assert still.zmin == 0 < still.zmax and not np.array(still.z).any()
+    assert still.colorscale[0][1].endswith(".06)")
+    for _, colour in FIGURES["ledger"].data[0].colorscale:
+        rgb = hex_to_rgb(colour) if colour[0] == "#" else re.findall(r"\d+", colour)[:3]
+        assert max(map(int, rgb)) - min(map(int, rgb)) > 100  # of grey all three are alike
+
+
 def test_predictions_where_the_probe_is_not_valid_are_greyed_out():
     figure = FIGURES["ledger"]
     greyed = sorted((shape.x0 + 0.5, shape.xref) for shape in figure.layout.shapes)
     assert greyed == [(0, "x"), (0, "x2")]  # not the shifts; one rectangle over tokens 0 to 2
     assert {shape.x1 - 0.5 for shape in figure.layout.shapes} == {2}
     assert "grey" in figure.layout.title.subtitle.text
+    for heat, drawn in zip(figure.data, (1, 1, 4), strict=True):  # shifts are shown everywhere
+        assert np.isfinite(np.array(heat.z, dtype=float)).sum(1).tolist() == [drawn, drawn]
     everywhere = plots.ledger(tokens().assign(valid=True), title="Row 7")
     assert not everywhere.layout.shapes

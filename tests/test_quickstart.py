@@ -49,6 +49,12 @@ def test_what_is_kept_is_what_it_gives(executed):
     assert drawn == sum(PICTURE in each.get("data", {}) for each in outputs(KEPT))
 
 
+def test_nothing_in_it_asks_for_the_network(executed):
+    for notebook in (KEPT, executed):
+        pages = [str(each.get("data", {}).get("text/html", "")) for each in outputs(notebook)]
+        assert not any(re.search(r"(src|href)=.{0,2}https?:|cdn\.plot\.ly", page) for page in pages)
+
+
 def test_every_value_has_a_rich_display(executed):
     pages = [
         "".join(o.data["text/html"]) for o in outputs(executed) if "text/html" in o.get("data", {})

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from test_race import some_outcomes
 
-from mera_tl.benchmark import idle
+from mera_tl.benchmark import idle, scores, table
 
 
 def test_a_steering_that_moves_no_probability_is_told():
@@ -18,3 +18,15 @@ def test_a_steering_that_moves_no_probability_is_told():
     probs = moved.probs.clone()
     probs[0] += torch.tensor([-0.1, 0.1, 0.0])
     assert idle("additive_probe", replace(moved, probs=probs), base) == ()
+
+
+def test_what_moves_nothing_has_no_share_of_moved_tokens():
+    """A zero beside hundreds of corrected answers would be read as: it did nothing."""
+    base = some_outcomes()
+    moved = replace(base, n_steered=torch.tensor([2, 0, 1, 0]))
+    shared = {"model": "m", "task": "t", "space": "raw", "seed": 0, "decision": None}
+    records = [
+        shared | {"method": method, "threshold": None} | scores(moved, base)
+        for method in ("flip", "prompt_steering", "withhold", "additive_probe")
+    ]
+    assert table(records)["steered"].isna().tolist() == [True, True, True, False]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pandas as pd
@@ -130,6 +131,21 @@ def test_changes_agree_with_the_record(folder):
         counts = run.changes(method)["change"].value_counts().to_dict()
         wanted = {k: v for k, v in run.record(method)["transitions"].items() if v}
         assert counts == wanted
+
+
+def test_a_shift_of_fixed_length_is_called_so_and_nothing_is_claimed_of_it(page, folder):
+    run = RunFolder.open(folder)
+    assert run.main_method == "additive_probe" and run.verdict.method is None
+    text = page.read_text(encoding="utf-8")
+    captions = {
+        name: re.findall(rf'id="at-{name}">.*?<figcaption>(.*?)</figcaption>', text, re.S)[0]
+        for name in ("predicted", "geometry")
+    }
+    assert all("fixed length" in caption for caption in captions.values())
+    assert "It is not certified; it is shown because" in text
+    other = replace(run, records=tuple(r | {"details": {}} for r in run.records))
+    block = report._moved(other, report._Figures(page.parent / "other"), "")["by_layer"][0][1]
+    assert "fixed length" not in block.caption  # the control
 
 
 def test_several_runs_are_compared_and_each_is_there(folder, tmp_path):

@@ -73,6 +73,21 @@ def test_the_shift_is_measured_in_residual_norms(case):
     assert ledger.shift[1] == pytest.approx(wanted.numpy(), rel=1e-4)
 
 
+def test_predictions_are_valid_where_the_probe_was_fitted_and_nowhere_else(case):
+    ledger = ledgers(case)[0]
+    rows = ledger.frame()
+    assert set(rows.loc[rows["valid"], "pos"]) == {ledger.n_prompt - 1}
+    at_answers = replace(ledger, position="exact", n_prompt=2)
+    assert [at_answers.is_valid(pos) for pos in range(4)] == [False, True, True, True]
+
+
+def test_a_prompt_of_ones_own_has_no_row_and_no_true_answer(case):
+    ledger = ledgers(case)[0]
+    own = replace(ledger, row=-1, label="")
+    assert "true is" in str(ledger) and "true is" not in str(own)
+    assert str(own).startswith("Your prompt: ") and own.figure().layout.title.text in str(own)
+
+
 def test_an_unlimited_steering_moves_nothing(case):
     model, task, steering = case
     ledger = explain(model, task.examples[0], Steering(steering.probe), settings=SETTINGS)

@@ -17,6 +17,10 @@ from mera_tl.inference.outcomes import (
 )
 from mera_tl.methods.methods import Treatment
 
+MOVE_NOTHING = ("prompt_steering", "flip", "withhold", "class_probe", "retry", "best_of_k")
+MOVE_NOTHING += ("best_of_k_scorer",)
+"""Methods that change answers and no activation."""
+
 
 def scores(outcomes: Outcomes, base: Outcomes) -> dict[str, Any]:
     """Return the metrics of a run against the unsteered run on the same examples."""
@@ -81,8 +85,7 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row["p"] = record["p_value"]
     row |= {change: record["transitions"][change] for change in ("0->1", "1->0")}
     # What changes answers and no activation has no share of moved tokens, not one of zero.
-    moves = record["method"] not in ("flip", "withhold", "class_probe")
-    row["steered"] = record["steered_share"] if moves else float("nan")
+    row["steered"] = float("nan") if record["method"] in MOVE_NOTHING else record["steered_share"]
     if full:
         # Records that are older than a measure lack it.
         row["tokens"], row["layers"] = record.get("tokens_steered"), record.get("layers_steered")

@@ -151,7 +151,6 @@ class Explain:
         from mera_tl import storage
         from mera_tl.benchmark.run import Run
         from mera_tl.methods.methods import find_method
-        from mera_tl.report.html import render
         from mera_tl.report.run_folder import RunFolder
         from mera_tl.steering import trace as ledger
 
@@ -168,11 +167,11 @@ class Explain:
             told = _answered_otherwise(told, treatment, opened, example)
         if not hooks:
             print(f"{name} abstained: this prompt is answered as it is.", file=sys.stderr)
+        if self.prompt is not None:  # whose true answer nobody has said
+            told = replace(told, row=-1, label="")
         where = "prompt" if self.prompt is not None else example.row
         out = self.out or self.run / "explain" / f"{name}-{where}.html"
-        figure = told.figure()
-        page = render(str(told), {"ledger": figure}, prompt=example.prompt)
-        storage.write_text(out, page)
+        storage.write_text(out, _page_of(told, name, folder.records[0], example.prompt))
         storage.write_json(out.with_suffix(".json"), told.to_json())
         if self.json:
             return terminal.print_json(told.to_json())
@@ -394,6 +393,18 @@ class Doctor(RunOptions):
         print(found)
         if not found.fits:
             sys.exit(1)
+
+
+def _page_of(told: Any, method: str, record: dict[str, Any], prompt: str) -> str:
+    """Return a page: the prompt, what is answered, what was read and moved."""
+    from mera_tl.plots import option_bars
+    from mera_tl.report.html import render
+
+    figures = {"ledger": told.figure()}
+    if told.replies == (None, None):
+        figures = {"answer": option_bars(told.options, *told.probs), **figures}
+    title = f"One prompt, {record['model']} on {record['task']}, steered by {method}"
+    return render(title, figures, prompt=prompt)
 
 
 def _answered_otherwise(told: Any, treatment: Any, opened: Any, example: Any) -> Any:

@@ -37,10 +37,7 @@ N_SHIFTS = 60
 _BIN, _LANDED = 0.025, 1e-3
 """Width of a bin of predicted error, and how far above the threshold rounding may leave what was
 moved onto it."""
-_FIXED = (
-    "; moved by a fixed length along the data, which corrects answers without lowering the "
-    "probe's prediction"
-)
+_FIXED = "; every shift has the same fixed length, so that it need not end at the threshold"
 
 
 def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None) -> go.Figure:

@@ -36,7 +36,8 @@ def search_table(df: pd.DataFrame) -> go.Figure:
     diagonal = {"x": [0, top], "y": [0, top], "showlegend": False, "hoverinfo": "skip"}
     figure.add_scatter(**diagonal, mode="lines", line={"color": GREY, "dash": "dash", "width": 1})
     for direction in dict.fromkeys(df["direction"]):
-        mine = (df["direction"] == direction).to_numpy()
+        mine = np.flatnonzero((df["direction"] == direction).to_numpy())
+        mine = mine[np.argsort(~complete[mine], kind="stable")]  # a legend shows the first mark
         figure.add_scatter(
             x=x[mine],
             y=y[mine],
@@ -51,7 +52,8 @@ def search_table(df: pd.DataFrame) -> go.Figure:
             hovertemplate="%{text}<br>%{y:.1f} % recovered, %{x:.1f} % broken<extra></extra>",
         )
     best = int(np.where(complete, value, -np.inf).argmax())
-    star = {"symbol": "star", "size": 17, "color": "rgba(0,0,0,0)", "line": {"width": 2}}
+    star: dict[str, Any] = {"symbol": "star", "size": 17, "color": "rgba(0,0,0,0)"}
+    star["line"] = {"width": 2, "color": VERMILLION}
     figure.add_scatter(
         x=[x[best]],
         y=[y[best]],
@@ -71,9 +73,11 @@ def _words(row: dict[str, Any]) -> str:
     layers = f"layer{'s' * (', ' in layers)} {layers}"
     probe = f"ridge {row['penalty']:g}" if _is_number(row["penalty"]) else "one probe per answer"
     first = f" to generated token {row['first_k']:g}" if _is_number(row.get("first_k")) else ""
+    length = row.get("strength")
+    fixed = f", fixed length x{length:g}" if _is_number(length) else ""
     return (
         f"{row['direction']}, {probe}, {layers}, {row['positions']}{first}, "
-        f"threshold {row['threshold']:g}"
+        f"threshold {row['threshold']:g}{fixed}"
     )
 
 

@@ -14,6 +14,7 @@ from mera_tl.plots.style import (
     CHANGES,
     GREEN,
     GREY,
+    VERMILLION,
     colour_of,
     finish,
     knob_axis,
@@ -259,6 +260,8 @@ def error_by_layer(df: pd.DataFrame) -> go.Figure:
     return finish(figure, "What the probe predicts", caption, height=360)
 
 
+_RISK = ((0, "rgba(213,94,0,.05)"), (1, VERMILLION))
+"""Of predicted error. No shade of it is the grey of what is not predicted."""
 CONTEXT = 8
 """Tokens that are drawn before the first that is read or moved."""
 
@@ -267,9 +270,9 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     """Draw one prompt, tokens by layers: predicted error before and after, and the shifts.
 
     Takes columns `pos`, `token`, `layer`, `before`, `after` (predicted error), `shift` (length of
-    the shift relative to the residual) and `valid`: predictions at other tokens, which the probe
-    was not fitted to, are greyed out. Of the tokens before the first that is read or moved only a
-    few are drawn.
+    the shift relative to the residual) and `valid`: at other tokens, which the probe was not fitted
+    to, there is grey in the place of a prediction. Of the tokens before the first that is read or
+    moved only a few are drawn.
     """
     counts = df.loc[df["valid"].astype(bool) | (df["shift"] > 0), "pos"]
     start = 0 if counts.empty else max(0, int(counts.min()) - CONTEXT)
@@ -284,18 +287,21 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
         rows=3, shared_xaxes=True, vertical_spacing=45 / height, subplot_titles=titles
     )
     bars: dict[str, Any] = {"len": 0.6, "y": 0.7, "title": "error", "thickness": 14}
+    # Without a shift anywhere plotly would centre the scale on zero, and draw zero in full colour.
+    most = max(float(df["shift"].max()), 1e-3)
     for row, column in enumerate(("before", "after", "shift"), start=1):
-        grid = df.pivot(index="layer", columns="pos", values=column)
         error = column != "shift"
+        drawn = df.assign(shown=df[column].where(df["valid"].astype(bool) | (not error)))
+        grid = drawn.pivot(index="layer", columns="pos", values="shown")
         figure.add_heatmap(
             z=grid.to_numpy(),
             x=list(grid.columns),
             y=[str(layer) for layer in grid.index],
             text=[list(tokens["token"])] * len(grid),
             hovertemplate=f"%{{text}}, layer %{{y}}<br>{column}: %{{z:.3f}}<extra></extra>",
-            colorscale="Cividis" if error else ((0, "rgba(0,158,115,.06)"), (1, GREEN)),
+            colorscale=_RISK if error else ((0, "rgba(0,158,115,.06)"), (1, GREEN)),
             zmin=0,
-            zmax=1 if error else None,
+            zmax=1 if error else most,
             showscale=row != 2,
             colorbar=bars if error else bars | {"len": 0.3, "y": 0.14, "title": "shift"},
             row=row,
@@ -307,7 +313,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     lasts = [pos for pos in grey if pos + 1 not in grey]
     for (first, last), row in product(zip(firsts, lasts, strict=True), (1, 2)):
         panel: dict[str, Any] = {"row": row, "col": 1}
-        colour = "rgba(128,128,128,.96)"
+        colour = "rgba(128,128,128,.45)"
         figure.add_vrect(x0=first - 0.5, x1=last + 0.5, fillcolor=colour, line_width=0, **panel)
     if grey:
         note = "grey: tokens that the probe was not fitted to"

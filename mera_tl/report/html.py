@@ -61,7 +61,7 @@ def render(
 ) -> str:
     """Return a whole page.
 
-    By default every figure is placed in its order, and `prompt`, if given, below them as it is,
+    By default every figure is placed in its order, and `prompt`, if given, above them as it is,
     white space and all.
     """
     from plotly.offline import get_plotlyjs

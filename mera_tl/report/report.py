@@ -154,7 +154,8 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "failures": Table.of(_failures(run)),
         **_moved(run, figures, prefix),
         "side": Table.of(_side_effects(run)),
-        "command": f"{run.command}\nmera report {run.path.name}",
+        # An option a line: a narrow page would break them at their hyphens.
+        "command": run.command.replace(" --", " \\\n  --") + f"\nmera report {run.path.name}",
         "hashes": Table.of(_hashes(run)),
     }
 

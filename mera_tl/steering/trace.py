@@ -35,6 +35,7 @@ class Ledger:
 
     model: str
     row: int
+    """Of the task; negative for a prompt that is not the task's."""
     tokens: tuple[str, ...]
     """Of the prompt, then those generated in the steered run; where the unsteered run said another
     one at that place, as "unsteered → steered"."""
@@ -49,6 +50,7 @@ class Ledger:
     """Length of the shift relative to the residual it moved; zero where nothing fired."""
     options: tuple[str, ...]
     label: str
+    """The true answer; "" where it is not known."""
     answers: tuple[str | None, str | None]
     """Before and after; None where no option was answered."""
     probs: tuple[tuple[float, ...], tuple[float, ...]]
@@ -91,7 +93,7 @@ class Ledger:
     def figure(self) -> go.Figure:
         """Draw predicted error before and after, and the shifts."""
         return plots.ledger(
-            self.frame(), title=f"Row {self.row}: {self._change()}", caption=self._moved()
+            self.frame(), title=f"{self._whose()}: {self._change()}", caption=self._moved()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -114,17 +116,23 @@ class Ledger:
         return {name: getattr(self, name) for name in names} | grids
 
     def __str__(self) -> str:
-        return f"Row {self.row} of {self.model}: {self._change()}. {self._moved()}."
+        of = f" of {self.model}" if self.row >= 0 else ""
+        return f"{self._whose()}{of}: {self._change()}. {self._moved()}."
+
+    def _whose(self) -> str:
+        return f"Row {self.row}" if self.row >= 0 else "Your prompt"
 
     def _change(self) -> str:
+        true = f", true is {self.label}" if self.label else ""
         if self.replies != (None, None):
-            verdicts = zip(self.replies, self.answers, strict=True)
-            return " becomes ".join(f"{reply!r:.80} ({answer})" for reply, answer in verdicts)
+            verdicts = [f" ({answer})" if true else "" for answer in self.answers]
+            pairs = zip(self.replies, verdicts, strict=True)
+            return " becomes ".join(f"{reply!r:.80}{verdict}" for reply, verdict in pairs)
         said = [answer or "nothing" for answer in self.answers]
         sure = [self._prob(answer, p) for answer, p in zip(self.answers, self.probs, strict=True)]
         if said[0] == said[1]:
-            return f"answers {said[0]} ({sure[0]}, steered {sure[1]}), true is {self.label}"
-        return f"{said[0]} ({sure[0]}) becomes {said[1]} ({sure[1]}), true is {self.label}"
+            return f"answers {said[0]} ({sure[0]}, steered {sure[1]}){true}"
+        return f"{said[0]} ({sure[0]}) becomes {said[1]} ({sure[1]}){true}"
 
     def _prob(self, answer: str | None, probs: tuple[float, ...]) -> str:
         return "-" if answer is None else f"P = {probs[self.options.index(answer)]:.2f}"
