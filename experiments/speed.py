@@ -43,7 +43,7 @@ from mera_tl.steering import evaluate_many
 
 Row = dict[str, Any]
 ORGANISM, SMS, SMOL = "organism", "sms-llama", "SmolLM2"
-PARTS = ("search", "floor", "thresholds", "probes", "certificate", "memory")
+PARTS = ("search", "floor", "thresholds", "probes", "certificate", "memory", "estimates")
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,56 @@ print(json.dumps({key: round(value) for key, value in found.items()}))
 """
 
 
+RUN = """
+import json, sys, tempfile, time, torch
+from pathlib import Path
+from experiments.speed import Config, ORGANISM, SMOL, status
+from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, estimate, open_run
+name, folder, train, calibration, test, *given = sys.argv[1:]
+known = Config(*given)
+about = {} if name == ORGANISM else {"data_dir": known.data_dir}
+about |= {"template": known.template} if known.template else {}
+about |= {"positions": "last"} if name == SMOL else {}
+sizes = {"train": train, "calibration": calibration, "test": test}
+task = "spam_cue" if name == ORGANISM else "sms_spam"
+config = RunConfig(model=folder, task=task, device="cpu", **sizes, **about)
+foreseen = estimate(config)
+with tempfile.TemporaryDirectory() as out, open_run(config, Path(out) / "r", progress=False) as run:
+    torch.set_num_threads(1)
+    began, cpu = time.perf_counter(), time.process_time()
+    run.preflight
+    # A busy machine stretches the clock by which the rate is measured.
+    quiet = (time.process_time() - cpu) / (time.perf_counter() - began)
+    seconds = {each: s * quiet for each, s in run.seconds(DEFAULT_METHODS).items()}
+    run.announce(DEFAULT_METHODS)
+    real, start = {}, time.process_time()
+    run.activations, run.base
+    for each in ("unsteered", *DEFAULT_METHODS):
+        if each != "unsteered":
+            run.record(each)
+        real[each], start = time.process_time() - start, time.process_time()
+    disk = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+found = {"foreseen_s": sum(seconds.values()), "cpu_s": sum(real.values())}
+found |= {"foreseen_mib": foreseen.device / 2**20, "peak_mib": status("VmHWM")}
+found |= {"foreseen_disk_mib": foreseen.disk / 2**20, "disk_mib": disk / 2**20}
+by_method = {each: [round(seconds[each], 1), round(real[each], 1)] for each in real}
+print(json.dumps({k: round(v, 1) for k, v in found.items()} | {"by_method": by_method}))
+"""
+
+
+def estimates(config: Config, name: str) -> Iterator[Row]:
+    """Compare what is said before a run of the default methods with what it came to."""
+    sizes = ("100", "60", "80") if name == SMOL else ("300", "150", "200")
+    given = [config.sms_llama or "", config.smollm2 or "", config.data_dir or ""]
+    given += [config.template or ""] if config.template and name == SMS else []
+    arguments = [name, str(folder_of(config, name)), *sizes, *given]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True
+    )
+    about = f"a run of the default methods, {name}"
+    yield {"what": about, "n": "/".join(sizes), **json.loads(done.stdout.splitlines()[-1])}
+
+
 def status(field: str) -> float:
     """Return a line of this process's status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -294,6 +344,8 @@ def rows(config: Config) -> Iterator[Row]:
             continue
         if "memory" in config.parts:
             yield from memory(config, name)
+        if "estimates" in config.parts:
+            yield from estimates(config, name)
         wanted = [part for part in work if part in config.parts]
         model = mera_tl.load_model(folder, device="cpu") if wanted else None
         for part in wanted:

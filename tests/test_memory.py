@@ -73,11 +73,12 @@ def test_an_estimate_looks_at_the_largest_batch_and_advises(checkpoints, models,
     longest = max(len(p) for split in run.splits for p in tokenize_task(run.model, split, run.read))
     assert f"up to {longest} tokens" in found.batch
     assert found.fits and found.advice == "This fits."
-    assert found.device == found.weights + found.cache + found.passing
-    halved = replace(found, free=found.weights + (found.cache + found.passing) // 2)
+    batch = found.cache + found.passing + found.copies
+    assert found.device == found.process + found.weights + batch and found.process > 2**27
+    halved = replace(found, free=found.weights + batch // 2)
     assert not halved.fits and "--batch-tokens 9" in halved.advice  # 0.9 x half of 2,048
     assert "bfloat16" in replace(found, free=found.weights - 1).advice
-    assert "--train" in replace(found, free_disk=found.activations - 1).advice
+    assert "--train" in replace(found, free_disk=found.disk - 1).advice
     gpu = replace(found, on_gpu=True)
     assert f"--batch-tokens {memory.GPU_TOKENS}" in gpu.advice
     for word in ("weights", "cache", "disk", "KiB", "GiB"):

@@ -96,23 +96,27 @@ def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, mo
         for kind in ("csv", "markdown", "text"):
             assert mera(monkeypatch, "table", tmp_path / "run", "--format", kind) == 0
             assert warning in " ".join(capsys.readouterr().out.split())
-    assert opened.warnings and "estimate: collect " in printed and "at most" in printed
+    assert opened.warnings and "estimate: about " in printed and "unsteered" in printed
     assert mera(monkeypatch, "run", *told, "--quiet") == 0
     assert opened.warnings[0] in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_estimate_is_made_of_what_each_stage_runs(tmp_path):
+def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
     sizes = {"train": "300", "calibration": "100", "test": "50"}
-    seconds = {}
+    asked = ["no_steering", "optimal_probe", "flip", "searched"]
+    prompts = {}
     for positions in ("all", "last"):
-        config = RunConfig(model="organism", task="spam_cue", positions=positions, **sizes)
+        config = RunConfig(
+            model="organism", task="spam_cue", positions=positions, search_budget="1s", **sizes
+        )
         with open_run(config, tmp_path / positions, progress=False) as opened:
-            rate = opened.preflight.seconds_per_prompt
-            stages = opened.seconds(["no_steering", "optimal_probe", "searched"])
-            assert stages["collect"] == pytest.approx(300 * rate)
-            assert stages["test"] == pytest.approx(150 * rate) and stages["search"] > 0
-            seconds[positions] = stages["calibrate"] / rate
-    assert seconds["all"] == pytest.approx((11 + 2) * 100) and seconds["last"] < 400
+            rate, seconds = opened.preflight.seconds_per_prompt, opened.seconds(asked)
+            assert seconds["unsteered"] == pytest.approx((300 + 50) * rate)
+            assert seconds["flip"] == pytest.approx((100 + 50) * rate)
+            assert not seconds["no_steering"]
+            assert 1 >= seconds["searched"] - (2 * 100 + 50) * rate > 0
+            prompts[positions] = seconds["optimal_probe"] / rate
+    assert prompts["all"] > 11 * 100 + 50 > 3 * prompts["last"] > 3 * 150
 
 
 def test_every_task_is_checked_before_the_first_one_runs(

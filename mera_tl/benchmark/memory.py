@@ -21,7 +21,10 @@ from mera_tl.inference.answers import ReadSettings, by_length
 from mera_tl.inference.evaluation import tokenize_task
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
+from mera_tl.steering.many import CACHED
 
+RECORDS = 1 << 20
+"""Bytes of a run's other files: probes, outcomes, certificates, what a search tried."""
 GPU_TOKENS = 16384
 """Tokens a batch that keep a GPU busy; more only take memory."""
 
@@ -37,6 +40,10 @@ class Estimate:
     """Keys and values of the largest batch, every token decoded."""
     passing: int
     """What lives at once inside a block while the largest batch passes, cache not counted."""
+    copies: int
+    """Caches of their own for the prompts that a search moves as a whole."""
+    process: int
+    """Python and its libraries, where they share the device's memory."""
     batch: str
     """The largest batch, in words."""
     activations: int
@@ -52,30 +59,40 @@ class Estimate:
 
     @property
     def device(self) -> int:
-        """Bytes on the device at the largest batch."""
-        return self.weights + self.cache + self.passing
+        """Bytes on the device at most: in main memory, of the whole process."""
+        return self.process + self.weights + self.cache + self.passing + self.copies
+
+    @property
+    def disk(self) -> int:
+        """Bytes of the run's folder."""
+        return self.activations + RECORDS
 
     @property
     def fits(self) -> bool:
         """Whether the run fits into what is free now."""
-        return self.device <= self.free and self.activations <= self.free_disk
+        return self._wanted <= self.free and self.disk <= self.free_disk
 
     @property
     def advice(self) -> str:
         """What to do about it, in one sentence."""
-        if self.activations > self.free_disk:
+        if self.disk > self.free_disk:
             return "The activations do not fit on the disk: collect fewer with --train, or move."
         if self.weights > self.free:
             return (
                 "The weights alone do not fit: take --dtype bfloat16, spread them with --n-devices "
                 "N, or choose a smaller model."
             )
-        if self.device > self.free:
+        if self._wanted > self.free:
             return f"The largest batch does not fit: pass {self._smaller}."
         if self.on_gpu and (self.batch_tokens or GPU_TOKENS) < min(GPU_TOKENS, self._most_tokens):
             most = min(GPU_TOKENS, self._most_tokens)
             return f"This fits; a GPU is faster with --batch-tokens {most}."
         return "This fits."
+
+    @property
+    def _wanted(self) -> int:
+        """Bytes that are not taken yet."""
+        return self.device - self.process
 
     @property
     def _smaller(self) -> str:
@@ -85,7 +102,8 @@ class Estimate:
     @property
     def _most_tokens(self) -> int:
         """Tokens a batch that leave a tenth of what is free now beside the weights."""
-        share = 0.9 * (self.free - self.weights) / (self.cache + self.passing)
+        batch = self.cache + self.passing + self.copies
+        share = 0.9 * (self.free - self.weights) / batch
         # Of long prompts, twice the tokens hold up to four times the rows.
         return max(1, int(min(share, share**0.5) * (self.batch_tokens or 0)))
 
@@ -94,8 +112,10 @@ class Estimate:
             ("weights", self.weights, "twice that in main memory while a checkpoint is read"),
             ("cache of a batch", self.cache, self.batch),
             ("passing activations", self.passing, "of the same batch"),
-            ("device in all", self.device, f"of {human(self.free)} free now"),
-            ("activations on disk", self.activations, self.collected),
+            ("copies of caches", self.copies, "where a search moves whole prompts"),
+            ("Python, libraries", self.process, "taken already"),
+            ("memory in all", self.device, f"at most; {human(self.free)} free now"),
+            ("files on disk", self.disk, self.collected),
             ("disk", self.free_disk, "free here"),
         ]
         lines = [f"  {what:<20}{human(size):>10}   {note}" for what, size, note in rows]
@@ -113,6 +133,7 @@ def estimate(config: RunConfig) -> Estimate:
     prompts = [p for split in run.splits for p in tokenize_task(model, split, settings)]
     batches = [(len(b), len(prompts[b[0]])) for b in by_length(prompts, settings)]
     new = settings.n_new if settings.decodes else 0
+    copied = min(settings.batch_tokens, sum(map(len, prompts)))
     rows, columns = max(
         batches, key=lambda b: cache_bytes(model, b[0], b[1] + new) + passing_bytes(model, *b)
     )
@@ -123,6 +144,8 @@ def estimate(config: RunConfig) -> Estimate:
         weights=weight_bytes(model),
         cache=cache_bytes(model, rows, columns + new),
         passing=passing_bytes(model, rows, columns),
+        copies=CACHED * cache_bytes(model, 1, copied),
+        process=0 if device.startswith("cuda") else psutil.Process().memory_info().rss,
         batch=f"{rows} prompts of up to {columns} tokens, {new} decoded",
         activations=activation_bytes(model, len(train), settings),
         collected=f"{len(train)} prompts x {len(positions)} positions x {model.n_layers} layers "

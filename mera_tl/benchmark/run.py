@@ -27,6 +27,7 @@ from mera_tl.benchmark.config import (
     parse_layers,
     parse_thresholds,
 )
+from mera_tl.benchmark.duration import method_seconds
 from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, idle, scores, versions
@@ -40,9 +41,7 @@ from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.free_text import free_text, reply_text
 from mera_tl.inference.outcomes import Outcomes
-from mera_tl.inference.progress import seconds_of
 from mera_tl.methods import methods
-from mera_tl.methods.families import FAMILIES
 from mera_tl.methods.methods import (
     METHODS,
     Treatment,
@@ -50,8 +49,6 @@ from mera_tl.methods.methods import (
     find_methods,
     require_suited,
 )
-from mera_tl.methods.race import Choices, planned_trials
-from mera_tl.methods.replying import ReplyChoices, planned_replies
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -69,9 +66,6 @@ if TYPE_CHECKING:  # an abstract property may be overridden by a property only
 
 FORMAT = 1
 """Of records; raised when a field changes its meaning."""
-SHARE_OF_TRIAL = 0.05
-"""What a candidate costs on one example, of a prompt, where it moves the last token only: it shares
-the prompt's run. Measured on the organism, whose prompts are short; less on longer ones."""
 Content = TypeVar("Content")
 logger = logging.getLogger(__name__)
 
@@ -312,33 +306,9 @@ class Run(methods.Run):
         return self.kept("", name, make, load, key=lambda: key() | {"preflight": 2})
 
     def seconds(self, methods: Sequence[str]) -> dict[str, float]:
-        """Estimate each stage from the measured rate; what is kept already is not deducted.
-
-        A candidate costs at most a prompt, and little where it moves the last token only.
-        """
-        found, sizes = find_methods(self.suited(methods)), [len(split) for split in self.splits]
-        grid = len(parse_thresholds(self.config.thresholds))
-        whole = self.config.positions == "all"
-        grid_passes = 1 + grid * (1 if whole else SHARE_OF_TRIAL)
-        certified = [each.name for each in found if each.certifies]
-        single = ["searched", "flip", "withhold", "class_probe", *FAMILIES]
-        single += [each.name for each in found if each.on == "replies"]
-        passes = [2 if name in single else grid_passes for name in certified]
-        prompts: dict[str, float] = {"collect": sizes[0]}
-        if self.splits.train.scored:
-            n = planned_replies(ReplyChoices(), self.model.n_layers, sizes[0])
-            prompts["search"] = n * sum(each.certifies and each.on != "options" for each in found)
-        elif "searched" in certified:
-            choices = Choices()
-            tried = planned_trials(
-                sum(choices.keep), round(choices.search_share * sizes[0]), choices
-            )
-            prompts["search"] = SHARE_OF_TRIAL * tried
-        prompts |= {"calibrate": sum(passes) * sizes[1], "test": len(found) * sizes[2]}
-        seconds = {stage: self.preflight.seconds(n) for stage, n in prompts.items()}
-        if "search" in seconds and self.config.search_budget is not None:
-            seconds["search"] = min(seconds["search"], seconds_of(self.config.search_budget))
-        return seconds
+        """Estimate what each method will take, from the measured rate; see `method_seconds`."""
+        found, rate = find_methods(self.suited(methods)), self.preflight.seconds_per_prompt
+        return method_seconds(found, self.splits, self.model, self.config, rate)
 
     @cached_property
     def activations(self) -> Activations:

@@ -435,9 +435,10 @@ def _say_preflight(out: Any, opened: Any, methods: Sequence[str], *, strict: boo
     """
     found = opened.preflight
     out.print(str(found), markup=False)
-    stages = opened.seconds(methods)
-    said = ", ".join(f"{stage} {terminal.duration(n)}" for stage, n in stages.items())
-    out.print(f"estimate: {said}; at most {terminal.duration(sum(stages.values()))}", markup=False)
+    seconds = opened.seconds(methods)
+    said = ", ".join(f"{name} {terminal.duration(n)}" for name, n in seconds.items() if n)
+    whole = f"about {terminal.duration(sum(seconds.values()))} in all"
+    out.print(f"estimate: {whole}: {said}", markup=False)
     if strict and found.warnings:
         raise ValueError(
             f"--strict, and the baseline of {found.model} on {found.task} is degenerate: "

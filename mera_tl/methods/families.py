@@ -244,7 +244,8 @@ def search_family(
 
     def trials(some: Sequence[Candidate], places: Sequence[int]) -> list[Trial]:
         chosen = [steerings[each] for each in some]
-        runs = evaluate_many(model, held_out.subset(places), chosen, settings=settings)
+        some_task, counts = held_out.subset(places), choices.metric == "correct"
+        runs = evaluate_many(model, some_task, chosen, settings=settings, decide=counts)
         seen = base.subset(torch.tensor(places))
         gains = torch.full((len(some), len(judge)), torch.nan, dtype=torch.double)
         gains[:, places] = torch.stack([run.gain(seen, choices.metric) for run in runs])

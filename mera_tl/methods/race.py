@@ -7,7 +7,7 @@ calibration split, never seen, tests that one with the whole delta.
 
 Candidates race: a first-order prediction (`foresight`) says which are tried at all; an eighth of
 the judging examples see those, and as examples double only the better stay. Before the last half
-the best of each direction is tried on the whole prompt too.
+the best of each direction races on the whole prompt too.
 """
 
 import html
@@ -298,6 +298,11 @@ class TrialStore:
         some[places] = gains[places]
         return Trial(candidate, some)
 
+    def n_known(self, candidates: Sequence[Candidate], places: Sequence[int]) -> int:
+        """Return how many of the first places all candidates have seen."""
+        seen = [~self.trial(candidate).gains[places].isnan() for candidate in candidates]
+        return int(torch.stack(seen).all(0).int().cummin(0).values.sum())
+
     def lacks(self, candidate: Candidate, places: Sequence[int]) -> bool:
         """Return whether a candidate has not seen all of these places."""
         return bool(self.trial(candidate).gains[places].isnan().any())
@@ -321,7 +326,8 @@ def run_race(
 ) -> tuple[list[Trial], dict[str, Any]]:
     """Try those of first-order promise on an eighth of the examples, and ever fewer on more.
 
-    The best of every direction by MERA's rule is also tried on the whole prompt, at a prompt each.
+    The best of every direction by MERA's rule is also tried on the whole prompt, at a prompt each:
+    all on an eighth of the examples, then ever the better half.
     Returns the trials, and what is to be known about how they came about.
     """
     store = store or TrialStore(None, "", len(data.task))
@@ -346,7 +352,7 @@ def run_race(
                 if over():
                     return
                 block = lacking[start : start + BLOCK]
-                done = seen if all(each in store.gains for each in block) else 0
+                done = store.n_known(block, places)
                 store.add(block, data.gains(block, places[done:]))
                 store.save(spent())
                 bar.update(len(block) * (until - done))
@@ -365,8 +371,12 @@ def run_race(
             if share == 2:
                 ranked = [store.trial(each, order[:until]) for each in field]
                 everywhere = _best_per_direction(ranked, choices)
-                advance(everywhere, until)
-                field += [each for each in everywhere if each in store.gains]
+                for part in (8, 4, 2):
+                    advance(everywhere, -(-len(order) // part))
+                    raced = [store.trial(e, order[:until]) for e in everywhere if e in store.gains]
+                    raced.sort(key=lambda each: -each.value(choices.caution))
+                    everywhere = [each.candidate for each in raced[: -(-len(everywhere) // 2)]]
+                field += everywhere
             seen = until
     details = {"budget": choices.budget, "complete": not over(), "seconds": round(spent(), 1)}
     details |= {"foresight": _foresight(store, promise), "n_candidates": len(promise)}

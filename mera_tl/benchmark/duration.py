@@ -1,0 +1,68 @@
+"""How long each method of a run will take, from the rate that its pre-flight measured.
+
+Counted in prompts that are run once. A threshold or a candidate that moves whole prompts costs one
+for each of them; one that moves the last token shares its prompt's run, and costs little.
+"""
+
+from collections.abc import Sequence
+
+from mera_tl.benchmark.config import RunConfig, parse_thresholds
+from mera_tl.inference.progress import seconds_of
+from mera_tl.methods.families import FAMILIES
+from mera_tl.methods.methods import Method
+from mera_tl.methods.race import Choices, planned_trials
+from mera_tl.methods.replying import ReplyChoices, planned_replies
+from mera_tl.models.model import Model
+from mera_tl.tasks.task import Splits
+
+SHARE_OF_TRIAL = 0.05
+"""Of a prompt, what a candidate costs on one example where it moves the last token only."""
+EVERYWHERE = 4
+"""Prompts that a search runs for each of its judging examples, besides such trials: unsteered, for
+gradients, and where the best of each direction moves whole prompts."""
+FAMILY_TRIALS = 30
+"""Candidates that a family tries on each judging example, on average."""
+FIT_SECONDS = 1.4e-6
+"""Of the paper's grid of probes, per layer and squared width, on one core."""
+READERS = ("flip", "class_probe", "withhold")
+"""Methods that read an unsteered pass."""
+
+
+def method_seconds(
+    methods: Sequence[Method], splits: Splits, model: Model, config: RunConfig, rate: float
+) -> dict[str, float]:
+    """Estimate the seconds of every method, and those of what all share as `unsteered`.
+
+    `rate` is seconds a prompt. What is kept already is not deducted; a method that abstains saves
+    the test.
+    """
+    n_train, n_calibration, n_test = (len(split) for split in splits)
+    share = 1.0 if config.positions == "all" else SHARE_OF_TRIAL
+    thresholds = len(parse_thresholds(config.thresholds)) * share
+    seconds = {"unsteered": rate * (n_train + n_test)}
+    for each in methods:
+        search, fit = _searching(each, splits, model.n_layers), 0.0
+        tried = 0.0 if each.name in READERS else 1.0 if search else thresholds
+        prompts = n_calibration * (1 + tried) * each.certifies
+        prompts += n_test * (each.name != "no_steering")
+        if each.name == "optimal_probe":
+            fit = FIT_SECONDS * model.n_layers * model.d_model**2
+        looking = rate * search
+        if config.search_budget is not None:
+            looking = min(looking, seconds_of(config.search_budget))
+        seconds[each.name] = rate * prompts + looking + fit
+    return seconds
+
+
+def _searching(method: Method, splits: Splits, n_layers: int) -> float:
+    """Return the prompts that a method's search on training data runs."""
+    choices, n_train = Choices(), len(splits.train)
+    n_judge = round(choices.search_share * n_train)
+    if splits.train.scored:
+        return planned_replies(ReplyChoices(), n_layers, n_train) * method.certifies
+    if method.name == "searched":
+        trials = planned_trials(sum(choices.keep), n_judge, choices)
+        return SHARE_OF_TRIAL * trials + EVERYWHERE * n_judge
+    if method.name in FAMILIES:
+        return (SHARE_OF_TRIAL * FAMILY_TRIALS + 2) * n_judge
+    return 0.0
