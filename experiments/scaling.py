@@ -28,9 +28,8 @@ import tyro
 from scipy.optimize import nnls
 
 import mera_tl
-from experiments.speed_of_the_probes import drawn
 from mera_tl.benchmark import RunConfig, deal, open_run
-from mera_tl.inference import ReadSettings, tokenize_task
+from mera_tl.inference import Activations, Outcomes, ReadSettings, tokenize_task
 from mera_tl.organism import FOLDER as ORGANISM
 from mera_tl.storage import fingerprint, write_records
 
@@ -50,6 +49,23 @@ class Size:
     tokens: int = 0
     parameters: int = 0
     """Of the blocks, which every token passes; the unembedding sees one token a prompt."""
+
+
+def drawn(shape: tuple[int, int, int], positions: tuple[str, ...], decay: float) -> Activations:
+    """Draw activations [example layer d]; the error is linear in ten features, plus noise."""
+    (n, _, width), generator = shape, torch.Generator().manual_seed(0)
+    by_position = {}
+    for position in positions:
+        spectrum = torch.arange(1, width + 1) ** (-decay / 2)
+        axes = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+        resid = torch.randn(shape, generator=generator) * spectrum @ axes
+        by_position[position] = resid / resid.std((0, 1))
+    score = by_position[positions[-1]][:, -1, :10].sum(-1) / 2
+    error = torch.sigmoid(score + torch.randn(n, generator=generator))
+    zero, wrong = torch.zeros(n, dtype=torch.long), (error > 0.5).long()
+    probs = torch.stack([1 - error, error], 1)
+    parts = (torch.arange(n), zero, wrong, probs, *[zero] * 4, *[torch.zeros(n)] * 2)
+    return Activations(by_position, Outcomes(("a", "b"), *parts), {"model": "drawn"})
 
 
 def batches(size: Size) -> int:

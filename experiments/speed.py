@@ -8,7 +8,9 @@ CPU seconds of this process on one thread. Floors are run in the same process:
 - probes: one ridge fit of all layers; the paper's grid against a loop over scikit-learn;
 - a search: itself. One `mera_tl.search` on collected activations; `foresight` is the rank
   correlation of first-order gains with real ones;
-- memory: the weights. The peak of a fresh process that collects, beyond what it held before.
+- memory: the weights. The peak of a fresh process that collects, beyond what it held before;
+- methods: eight as in the paper, one run, on sms-llama: itself;
+- estimates: what a run says beforehand of its time, memory and files, beside what it came to.
 
     python -m experiments.speed --sms-llama M --smollm2 M2 --data-dir D --template F
 
@@ -21,6 +23,7 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,7 +37,9 @@ import tyro
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
 
 import mera_tl
+from experiments.scaling import drawn
 from mera_tl import storage
+from mera_tl.benchmark import RunConfig, open_run
 from mera_tl.certificate import BOUNDS, DEFAULT_THRESHOLDS, Terms, certify
 from mera_tl.inference import ReadSettings, tokenize_task
 from mera_tl.methods import search
@@ -43,7 +48,7 @@ from mera_tl.steering import evaluate_many
 
 Row = dict[str, Any]
 ORGANISM, SMS, SMOL = "organism", "sms-llama", "SmolLM2"
-PARTS = ("search", "floor", "thresholds", "probes", "certificate", "memory", "estimates")
+PARTS = ("search", "floor", "thresholds", "probes", "methods", "certificate", "memory", "estimates")
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,16 @@ def ten_thresholds(config: Config, name: str, model: Any) -> Iterator[Row]:
 
 
 def probes(config: Config, name: str, model: Any) -> Iterator[Row]:
+    grid = cross_validation.PUBLISHED
     if name == ORGANISM:
+        large, about = drawn((3000, 1, 2304), ("last",), 2.0), "drawn, a layer of width 2,304"
+        yield from beside(
+            {"the paper's grid of probes": lambda: probe_path(large, grid=grid)}, about, 3000
+        )
         return
     n = 600 if name == SMS else 300
     task, read = task_of(config, name).subset(range(n)), ReadSettings(progress=False)
     activations = mera_tl.collect(model, task, settings=read)
-    grid = cross_validation.PUBLISHED
     work: dict[str, Callable[[], object]] = {
         "ridge of all layers": lambda: mera_tl.fit_error_probe(activations),
         "the lasso's path": lambda: probe_path(activations, grid={"lasso": grid["lasso"]}),
@@ -257,6 +266,29 @@ with tempfile.TemporaryDirectory() as out:
 found = {"weights_mib": weights / 2**20, "before_mib": before, "peak_mib": status("VmHWM")}
 print(json.dumps({key: round(value) for key, value in found.items()}))
 """
+
+
+EIGHT = ("no_steering", "prompt_steering", "additive_probe", "vanilla_contrastive")
+EIGHT += ("optimal_probe", "optimal_logistic_probe", "optimal_contrastive", "sub_optimal_probe")
+
+
+def eight_methods(config: Config, name: str, model: Any) -> Iterator[Row]:
+    """Run a benchmark of the size that the published code was measured at."""
+    if name != SMS:
+        return
+    sizes = {"train": "600", "calibration": "150", "test": "150"}
+    about = {"data_dir": config.data_dir, "template": config.template, **sizes}
+    asked = RunConfig(model=str(config.sms_llama), task="sms_spam", device="cpu", **about)
+
+    def run() -> None:
+        with (
+            tempfile.TemporaryDirectory() as out,
+            open_run(asked, Path(out) / "run", progress=False, load=lambda _: model) as opened,
+        ):
+            list(opened.records(EIGHT))
+
+    seconds = round(cpu_seconds(run), 1)
+    yield {"what": f"eight methods, {name}", "n": "600/150/150", "cpu_s": seconds}
 
 
 RUN = """
@@ -338,6 +370,7 @@ def rows(config: Config) -> Iterator[Row]:
         "floor": beside_hugging_face,
         "thresholds": ten_thresholds,
         "probes": probes,
+        "methods": eight_methods,
     }
     for name in config.models:
         if (folder := folder_of(config, name)) is None:
