@@ -467,7 +467,7 @@ def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(
     out = tmp_path / "run"
     told = arguments(checkpoints, toy, out)
     assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--dry-run") == 0
-    assert "device in all" in capsys.readouterr().out and not out.exists()
+    assert "memory in all" in capsys.readouterr().out and not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--overwrite") == 2

@@ -15,8 +15,8 @@ from mera_tl.methods.replying import ReplyChoices, planned_replies
 from mera_tl.models.model import Model
 from mera_tl.tasks.task import Splits
 
-SHARE_OF_TRIAL = 0.05
-"""Of a prompt, what a candidate costs on one example where it moves the last token only."""
+TRIAL_TOKENS = 2
+"""As many tokens of a prompt a candidate costs on one example where it moves the last one only."""
 EVERYWHERE = 4
 """Prompts that a search runs for each of its judging examples, besides such trials: unsteered, for
 gradients, and where the best of each direction moves whole prompts."""
@@ -29,19 +29,26 @@ READERS = ("flip", "class_probe", "withhold")
 
 
 def method_seconds(
-    methods: Sequence[Method], splits: Splits, model: Model, config: RunConfig, rate: float
+    methods: Sequence[Method],
+    splits: Splits,
+    model: Model,
+    config: RunConfig,
+    *,
+    rate: float,
+    n_tokens: float,
 ) -> dict[str, float]:
     """Estimate the seconds of every method, and those of what all share as `unsteered`.
 
-    `rate` is seconds a prompt. What is kept already is not deducted; a method that abstains saves
-    the test.
+    `rate` is seconds a prompt, of `n_tokens` on average. What is kept already is not deducted; a
+    method that abstains saves the test.
     """
     n_train, n_calibration, n_test = (len(split) for split in splits)
-    share = 1.0 if config.positions == "all" else SHARE_OF_TRIAL
-    thresholds = len(parse_thresholds(config.thresholds)) * share
+    share = TRIAL_TOKENS / n_tokens
+    whole = config.positions == "all"
+    thresholds = len(parse_thresholds(config.thresholds)) * (1.0 if whole else share)
     seconds = {"unsteered": rate * (n_train + n_test)}
     for each in methods:
-        search, fit = _searching(each, splits, model.n_layers), 0.0
+        search, fit = _searching(each, splits, model.n_layers, share), 0.0
         tried = 0.0 if each.name in READERS else 1.0 if search else thresholds
         prompts = n_calibration * (1 + tried) * each.certifies
         prompts += n_test * (each.name != "no_steering")
@@ -54,7 +61,7 @@ def method_seconds(
     return seconds
 
 
-def _searching(method: Method, splits: Splits, n_layers: int) -> float:
+def _searching(method: Method, splits: Splits, n_layers: int, share: float) -> float:
     """Return the prompts that a method's search on training data runs."""
     choices, n_train = Choices(), len(splits.train)
     n_judge = round(choices.search_share * n_train)
@@ -62,7 +69,7 @@ def _searching(method: Method, splits: Splits, n_layers: int) -> float:
         return planned_replies(ReplyChoices(), n_layers, n_train) * method.certifies
     if method.name == "searched":
         trials = planned_trials(sum(choices.keep), n_judge, choices)
-        return SHARE_OF_TRIAL * trials + EVERYWHERE * n_judge
+        return share * trials + EVERYWHERE * n_judge
     if method.name in FAMILIES:
-        return (SHARE_OF_TRIAL * FAMILY_TRIALS + 2) * n_judge
+        return (share * FAMILY_TRIALS + 2) * n_judge
     return 0.0

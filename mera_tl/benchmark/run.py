@@ -308,7 +308,9 @@ class Run(methods.Run):
     def seconds(self, methods: Sequence[str]) -> dict[str, float]:
         """Estimate what each method will take, from the measured rate; see `method_seconds`."""
         found, rate = find_methods(self.suited(methods)), self.preflight.seconds_per_prompt
-        return method_seconds(found, self.splits, self.model, self.config, rate)
+        prompts = tokenize_task(self.model, self.splits.train, self.read)
+        told = {"rate": rate, "n_tokens": sum(map(len, prompts)) / len(prompts)}
+        return method_seconds(found, self.splits, self.model, self.config, **told)
 
     @cached_property
     def activations(self) -> Activations:
