@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from chromium import BROWSER, Chromium
 from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
@@ -23,7 +24,6 @@ from mera_tl.report import (
     write_report,
 )
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 CONFIG = RunConfig(
     model="organism",
@@ -148,14 +148,42 @@ def test_a_shift_of_fixed_length_is_called_so_and_nothing_is_claimed_of_it(page,
     assert "fixed length" not in block.caption  # the control
 
 
-def test_several_runs_are_compared_and_each_is_there(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "a" / "one")
-    shutil.copytree(folder, tmp_path / "a" / "two")
-    shutil.copy(folder / "records.jsonl", tmp_path / "a")  # as a grid keeps them
-    page = write_report(tmp_path / "a")
-    assert page == tmp_path / "a" / "report.html"
-    names = set(specs(page))
+@pytest.fixture(scope="module")
+def several(folder, tmp_path_factory):
+    """A page of two runs, as a grid leaves them."""
+    path = tmp_path_factory.mktemp("several")
+    shutil.copytree(folder, path / "one")
+    shutil.copytree(folder, path / "two")
+    shutil.copy(folder / "records.jsonl", path)  # as a grid keeps them
+    page = write_report(path)
+    assert page == path / "report.html"
+    return page
+
+
+def test_several_runs_are_compared_and_each_is_there(several):
+    names = set(specs(several))
     assert {"spi_heatmap", "spi_dots", "run0_spi", "run1_spi"} <= names
+
+
+IN_SIGHT = """[...document.querySelectorAll(".plot")].filter(e =>
+  !e.closest("details:not([open]), [hidden]")).every(e => e.dataset.drawn === "yes")"""
+RIGHT = """[...document.querySelectorAll("th")].filter(e => e.textContent === "decision"
+  && e.checkVisibility()).map(e => e.getBoundingClientRect().right)"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_on_a_phone_decisions_are_in_sight_and_the_page_does_not_scroll_sideways(page, several):
+    with Chromium() as browser:
+        for path in (page, several):
+            tab = browser.tab(path.as_uri(), width=400, dark=True)
+            tab.wait(IN_SIGHT)
+            # 1.0 s for the demo's page of 6 MB and three runs; 2 s is what a reader puts up with.
+            assert path.stat().st_size > 4.5e6 and tab.cpu_seconds() < 2
+            tab.run("document.querySelectorAll('details').forEach(fold => { fold.open = true })")
+            assert tab.run("document.documentElement.scrollWidth") <= 400
+            ends = tab.run(RIGHT)
+            assert ends and max(ends) <= 400
+            assert tab.run("document.documentElement.dataset.problems") is None
 
 
 def test_a_run_without_activations_or_probes_still_opens(folder, tmp_path):
