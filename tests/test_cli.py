@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_task
+from rich.console import Console
 
 from mera_tl import storage
 from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run, run
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app as cli
-from mera_tl.cli import parsing
+from mera_tl.cli import parsing, terminal
 from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
@@ -434,6 +435,14 @@ def test_tables_fit_and_leave_blank_what_is_not_there(monkeypatch, capsys, organ
     assert json.loads(capsys.readouterr().out) == list(RunFolder.open(out).records)
     assert mera(monkeypatch, "table") == 2
     assert "give at least one" in capsys.readouterr().err
+
+
+def test_no_word_of_a_table_is_cut():
+    rows = [{"method": "optimal_logistic_probe", "gain": 0.1, "needs": "labels to find it, " * 4}]
+    printed = io.StringIO()
+    Console(file=printed, width=60).print(terminal.rich_table(rows))
+    assert "optimal_logistic_probe" in printed.getvalue() and "it," in printed.getvalue()
+    assert max(map(len, printed.getvalue().splitlines())) <= 60
 
 
 def test_json_is_all_that_a_script_reads(monkeypatch, capsys, organism):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mera_tl import storage
+from mera_tl.benchmark import recommend
 from mera_tl.cli import parsing
 
 # Any attempt to open a connection ends the process: what runs, runs without a network.
@@ -63,7 +64,8 @@ def test_the_demo_corrects_what_can_be_corrected_and_abstains_where_nothing_can(
         assert records["sentiment_noise", method]["spi"] == 0
     assert all(record["spi"] > -1 and record["n"] == 500 for record in records.values())
     assert "STEER" in printed
-    assert "ABSTAIN" in printed
+    (seen,) = re.findall(r"ABSTAIN \(best seen (.*?) points\)", printed)
+    assert f"with {seen} points" in recommend(out / "sentiment_noise-seed0").sentence
     page = out / "report.html"
     assert str(page) in printed
     assert page.stat().st_size < 6e6

@@ -103,20 +103,22 @@ class Recommend:
         found = recommend(self.run)
         if self.json:
             return terminal.print_json(found.to_json())
-        rows = [
-            {
-                "do": way.what,
-                "method": way.method,
-                "certified": "yes" if way.certified else "no",
-                "gain": None if way.gain is None else f"{100 * way.gain:+.1f}",
-                "at least": None if way.at_least is None else promised_points(way.at_least),
-                "better": way.recoveries,
-                "worse": way.regressions,
-                "passes": way.passes,
-                "needs": ", ".join(way.needs),
-            }
-            for way in found.ways
-        ]
+        rows = []
+        for way in found.ways:
+            sure = "yes" if way.certified else "no"
+            if way.at_least is not None:
+                sure = f">= {promised_points(way.at_least)}"
+            rows.append(
+                {
+                    "do": way.what,
+                    "method": way.method,
+                    "gain": None if way.gain is None else f"{100 * way.gain:+.1f}",
+                    "certified": sure,
+                    "+/-": None if way.gain is None else f"{way.recoveries}/{way.regressions}",
+                    "passes": way.passes,
+                    "needs": ", ".join(way.needs),
+                }
+            )
         sure = f"All certificates hold at once with probability {found.confidence:.4g}."
         out = console()
         out.print(f"{found}\n{sure}\n", markup=False, highlight=False)

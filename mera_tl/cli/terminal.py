@@ -67,10 +67,11 @@ def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = [name for name in (rows[0] if rows else ()) if any(cell(row[name]) for row in rows)]
     for name in names:
         number = all(isinstance(row[name], int | float | None) for row in rows)
-        # Words of a header may stand below one another; a word is never cut.
-        table.add_column(
-            name.replace("_", " "), justify="right" if number else "left", overflow="fold"
-        )
+        # Words may stand below one another; a word is never cut.
+        head, texts = name.replace("_", " "), [cell(row[name]) for row in rows]
+        longest = max(len(word) for text in (head, *texts) for word in text.split() or [""])
+        side = "right" if number else "left"
+        table.add_column(head, justify=side, overflow="fold", min_width=min(longest, WIDTH // 2))
     for row in rows:
         table.add_row(*(escape(cell(row[name])) for name in names))
     return table

@@ -167,7 +167,8 @@ class RunFolder:
             says = self.recommendation.what.upper()
             sentence = f"{says} (certified >= {promise} points{what}{harm})"
             return Verdict(method, base, self.record(method)["accuracy"], sentence)
-        gains = [row.gain for each in self.certificates.values() for row in each.evidence]
+        # The same number as `recommend` says.
+        gains = [way.gain for way in self.recommendation.ways if way.gain is not None]
         said = f"ABSTAIN (best seen {100 * max(gains):+.1f} points)" if gains else "no certificate"
         return Verdict(None, base, base, said)
 
