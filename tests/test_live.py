@@ -11,6 +11,7 @@ from chromium import BROWSER, Chromium
 
 import mera_tl
 from mera_tl.live import Bench, Choices, open_bench, panel, replies, serve
+from mera_tl.tasks import Example
 
 QUIET = mera_tl.ReadSettings(progress=False)
 
@@ -72,6 +73,39 @@ def test_replies_are_those_of_generate(bench):
             for each in (None, bench.steering(choices))
         ]
         assert list(replies(bench, prompt, choices)) == wanted
+
+
+def test_what_a_change_leaves_alone_is_not_run_again(bench):
+    prompt, low = bench.prompts[7], chosen(bench, threshold=0.02, max_new_tokens=4)
+    n, fed = len(bench.model.tokenize([prompt])[0]), []
+    embed = bench.model.hooked.embed
+    handle = embed.register_forward_pre_hook(lambda _, x: fed.append(tuple(x[0].shape)))
+    try:
+        first = panel(bench, prompt, low)
+        assert fed[0] == (1, n) and (1, n) not in fed[1:]  # steered, only the end is run
+        fed.clear()
+        said = replies(bench, prompt, low)
+        assert fed[0] == (2, 2) and len(fed) <= 4  # both replies in one batch
+        fed.clear()
+        panel(bench, prompt, chosen(bench, threshold=0.1, max_new_tokens=4))
+        replies(bench, prompt, chosen(bench, threshold=0.1, max_new_tokens=4))
+        assert fed and max(columns for _, columns in fed) < n
+        fed.clear()
+        assert replies(bench, prompt, low) == said and not fed
+        # Where earlier tokens move, the whole prompt is run.
+        panel(bench, prompt, chosen(bench, positions="all"))
+        assert (1, n) in fed
+    finally:
+        handle.remove()
+    whole = mera_tl.explain(
+        bench.model,
+        Example(0, prompt, bench.options, 0),
+        bench.steering(low),
+        settings=bench.settings,
+    )
+    assert first.ledger.after == pytest.approx(whole.after, abs=1e-5)
+    assert first.ledger.shift == pytest.approx(whole.shift, abs=1e-5)
+    assert first.ledger.probs[1] == pytest.approx(whole.probs[1], abs=1e-5)
 
 
 def test_what_cannot_be_shown_is_said(bench):

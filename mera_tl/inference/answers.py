@@ -175,18 +175,22 @@ def read_batch(
     prefix: Prefix | None = None,
     on_prompt: Observer | None = None,
     on_answer: Observer | None = None,
+    on_begun: Callable[[Prefix], None] | None = None,
 ) -> Reading:
     """Run one batch of tokenized prompts under hooks and read its answers.
 
     With `prefix`, no hook may act on the tokens that all prompts begin with. `on_prompt` is called
-    after the prompt pass; `on_answer` whenever answer tokens have been fed back, with the rows they
-    belong to. Both are for hooks that gather activations.
+    after the prompt pass, as is `on_begun`, with what a single prompt begins with; `on_answer`
+    whenever answer tokens have been fed back, with the rows they belong to; for hooks that gather
+    activations.
     """
     with torch.inference_mode(), hooked_pass(model, fwd_hooks):
         decoding = Decoding(model, prompts, fwd_hooks, prefix=prefix)
         logits = decoding.prompt()
         if on_prompt is not None:
             on_prompt(decoding.rows)
+        if on_begun is not None:
+            on_begun(decoding.beginning())
         per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
         if per_answer:
             answers = about_to_answer(decoding, logits, options, settings)

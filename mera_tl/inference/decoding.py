@@ -121,6 +121,13 @@ class Decoding:
         tokens, mask = (x[:, self.n_columns :] for x in (self._tokens, self._mask))
         return self._forward(tokens, mask, n_prompt=tokens.shape[1])
 
+    def beginning(self) -> Prefix:
+        """Return what a single prompt begins with, all but two tokens; the prompt has just run.
+
+        Two are left to be run: a pass of one token is taken for a decoded one.
+        """
+        return Prefix(tuple(self._tokens[0, :-2].tolist()), self._cache.drop_last(2))
+
     def last_token_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Run the final prompt token once more on the same cache, the unsteered answers known."""
         self._answers = answers

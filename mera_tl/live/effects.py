@@ -1,16 +1,21 @@
 """What one choice does to one prompt: probabilities, predicted error, replies, before and after."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mera_tl import plots
 from mera_tl.inference.answers import option_tokens
+from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.live.bench import Bench, Choices
 from mera_tl.steering.generation import Sampling, reply_to, text_of
+from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.steering import Steering
 from mera_tl.steering.trace import Ledger, Pass, explain
 from mera_tl.tasks.task import Example, Task
@@ -57,7 +62,7 @@ def panel(
 
 
 def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
-    """Return the unsteered reply, run once per prompt, and the steered one.
+    """Return the unsteered reply and the steered one, each run once per prompt and choice.
 
     Raises:
         ValueError: if the prompt is empty or exceeds the context.
@@ -65,8 +70,15 @@ def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
     _checked(prompt, ())
     with bench.lock:
         steering, n = bench.steering(choices), choices.max_new_tokens
-        unsteered = _unsteered(bench, prompt, n)
-        return unsteered, unsteered if steering is None else _reply(bench, prompt, steering, n)
+        wanted = [None] if steering is None else [None, choices]
+        keys = [(id(bench), prompt, n, each) for each in wanted]
+        missing = [key for key in keys if key not in _REPLIES]
+        if missing:
+            steerings = [None if key[-1] is None else steering for key in missing]
+            texts = _reply(bench, prompt, steerings, n)
+            for key, text in zip(missing, texts, strict=True):
+                _keep(_REPLIES, key, text)
+        return _REPLIES[keys[0]], _REPLIES[keys[-1]]
 
 
 def _checked(prompt: str, options: tuple[str, ...]) -> tuple[str, ...]:
@@ -75,9 +87,19 @@ def _checked(prompt: str, options: tuple[str, ...]) -> tuple[str, ...]:
     return options
 
 
-_UNSTEERED: OrderedDict[Any, Pass | None] = OrderedDict()
+_UNSTEERED: OrderedDict[Any, Pass] = OrderedDict()
 """Unsteered runs by bench, prompt, options and what reads them; the latest few."""
-KEPT = 32
+_REPLIES: OrderedDict[Any, str] = OrderedDict()
+"""Replies by bench, prompt, length and what is chosen."""
+KEPT = 16
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep a value, and of all only the latest."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
 
 
 def _ledger(bench: Bench, example: Example, choices: Choices) -> Ledger:
@@ -86,38 +108,64 @@ def _ledger(bench: Bench, example: Example, choices: Choices) -> Ledger:
     way = next(iter(bench.ways.values())) if steering is None else steering
     layers = way.layer_numbers if way.space.layers else None  # latents are read where they move
     key = (id(bench), example.prompt, example.options, id(way.probe), layers)
-    ledger = explain(
-        bench.model,
-        example,
-        [] if steering is None else steering,
-        probe=way.probe,
-        settings=bench.settings,
-        unsteered=_UNSTEERED.get(key),
-    )
-    _UNSTEERED[key] = ledger.unsteered
-    _UNSTEERED.move_to_end(key)
-    while len(_UNSTEERED) > KEPT:
-        _UNSTEERED.popitem(last=False)
+    reading: dict[str, Any] = {"probe": way.probe, "settings": bench.settings}
+    if key not in _UNSTEERED and layers is None:  # the steered run then begins where this one does
+        _keep(_UNSTEERED, key, explain(bench.model, example, [], **reading).unsteered)
+    hooks = [] if steering is None else steering
+    ledger = explain(bench.model, example, hooks, unsteered=_UNSTEERED.get(key), **reading)
+    _keep(_UNSTEERED, key, ledger.unsteered)
     return ledger
 
 
-@lru_cache(maxsize=64)
-def _unsteered(bench: Bench, prompt: str, n: int) -> str:
-    return _reply(bench, prompt, None, n)
+def _reply(bench: Bench, prompt: str, steerings: Sequence[Steering | None], n: int) -> list[str]:
+    """Return the model's replies in one batch: without a steering, under one, or both.
 
-
-def _reply(bench: Bench, prompt: str, steering: Steering | None, n: int) -> str:
-    """Return the model's reply; under a direction per answer, by the option that it leans to."""
+    Under a direction per answer, by the option that the model leans to.
+    """
     model, sampling, options = bench.model, Sampling(max_new_tokens=n), None
+    steering = steerings[-1]
     hooks = [] if steering is None else steering.checked_hooks(model)
     if any(hook.per_answer for _, hook in hooks):
         task = Task("one", (Example(0, prompt, bench.options, 0),), "all")
         options = option_tokens(model, task, replace(bench.settings, readout="last"))
     tokens = model.tokenize([prompt], prefix=bench.settings.prefix(model) if bench.options else "")
-    (row,) = reply_to(
-        model, tokens, hooks, sampling, options=options, settings=bench.settings, is_traced=False
+    prefix = _beginning(bench, prompt, tokens[0]) if moves_none_before_the_last(hooks) else None
+    rows = reply_to(
+        model,
+        tokens * len(steerings),
+        [(name, _Last(hook, len(steerings) - 1)) for name, hook in hooks],
+        sampling,
+        options=options,
+        settings=bench.settings,
+        is_traced=False,
+        prefix=prefix,
     )
-    return text_of(model, row, sampling)
+    return [text_of(model, row, sampling) for row in rows]
+
+
+def _beginning(bench: Bench, prompt: str, tokens: Sequence[int]) -> Prefix | None:
+    """Return what an unsteered run has left of the prompt's beginning, if there was one."""
+    passes = (each for key, each in _UNSTEERED.items() if key[:2] == (id(bench), prompt))
+    found = next(passes, None)
+    begun = None if found is None else found.beginning
+    return begun if begun is not None and begun.tokens == tuple(tokens[:-2]) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Last:
+    """A steering hook that acts on the last row of a batch alone."""
+
+    hook: SteerHook
+    number: int
+
+    @property
+    def per_answer(self) -> bool:
+        return self.hook.per_answer
+
+    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        """Return the activation, steered in that row."""
+        own = hook.ctx["window"].labels.to(resid.device) == self.number
+        return torch.where(own[:, None, None], self.hook(resid, hook), resid)
 
 
 def _said(ledger: Ledger) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.evaluation import run_batches
+from mera_tl.inference.prefix import Prefix
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
@@ -178,8 +179,11 @@ def reply_to(
     options: OptionTokens | None = None,
     settings: ReadSettings | None = None,
     is_traced: bool = True,
+    prefix: Prefix | None = None,
 ) -> list[Row]:
     """Reply to tokenized prompts, in batches of like length.
+
+    With `prefix`, no hook may act on the tokens that all prompts begin with.
 
     Raises:
         ValueError: if a prompt and its reply exceed the context.
@@ -200,7 +204,7 @@ def reply_to(
         rows = [Row(prompts[i], numbers[i], sampling) for i in batch]
         traced = [(n, _Recorder(h, rows)) for n, h in hooks] if is_traced else hooks
         with torch.inference_mode(), hooked_pass(model, traced):
-            _decode(model, rows, traced, sampling, options)
+            _decode(model, rows, traced, sampling, options, prefix)
         return rows
 
     results = run_batches(prompts, run, settings or ReadSettings(), "generate")
@@ -214,9 +218,11 @@ def _decode(
     hooks: FwdHooks,
     sampling: Sampling,
     options: OptionTokens | None,
+    prefix: Prefix | None,
 ) -> None:
     """Run prompts, then feed back the tokens that are chosen until every row has ended."""
-    decoding = Decoding(model, [row.prompt for row in rows], hooks, torch.arange(len(rows)))
+    prompts, labels = [row.prompt for row in rows], torch.arange(len(rows))
+    decoding = Decoding(model, prompts, hooks, labels, prefix)
     logits = decoding.prompt()
     if any(hook.per_answer for _, hook in hooks):
         assert options is not None  # the caller has looked

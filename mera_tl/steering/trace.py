@@ -5,7 +5,7 @@ hook, so what it shows is what happened. `before` is the unsteered run, `after` 
 layers behind a steered layer differ too, since they see what was moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from mera_tl import plots
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Window
+from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.hook import SteerHook
@@ -163,7 +164,8 @@ def explain(
 
     Reads every layer of `probe` (by default the steering's own) in raw space, else the steered
     layers alone. `unsteered` is that half of an earlier ledger, `ledger.unsteered`, of the same
-    prompt read by the same probe in the same layers: it is then not run again.
+    prompt read by the same probe in the same layers: it is then not run again, nor is what the
+    prompt begins with where nothing is moved before its final token.
 
     Raises:
         ValueError: if the prompt exceeds the context, or there is nothing to read.
@@ -191,7 +193,8 @@ def explain(
             "choose a shorter one."
         )
     first = unsteered or Pass(model, readers, tokens, example, [], settings)
-    steered = Pass(model, readers, tokens, example, hooks, settings) if hooks else first
+    begun = unsteered if moves_none_before_the_last(hooks) else None
+    steered = Pass(model, readers, tokens, example, hooks, settings, begun) if hooks else first
     runs = (first, steered)
     told = _ledger(model, example, readers, tokens[0], runs)
     return told if probe is None else replace(told, position=probe.position)
@@ -249,17 +252,26 @@ class Pass:
         example: Example,
         fwd_hooks: FwdHooks,
         settings: ReadSettings,
+        begun: "Pass | None" = None,
     ) -> None:
         self._model, self._readers = model, readers
-        self._into: dict[int, Tensor] = {}
-        self._out: dict[int, Tensor] = {}
+        self.beginning: Prefix | None = None if begun is None else begun.beginning
+        n = 0 if self.beginning is None else len(self.beginning.tokens)
+        # What `begun` has run, unsteered, is not run again: nothing moved there.
+        known: Mapping[int, Tensor] = {} if begun is None else begun._out
+        self._into = {layer: resid[:n] for layer, resid in known.items()}
+        self._out = dict(self._into)
         self._fed: Tensor = torch.empty(0)
         self.generated: list[int] = []
         options = option_tokens(model, Task("one", (example,), "all"), settings)
         hooks = around(readers, fwd_hooks, self._keep)
         handle = model.hooked.embed.register_forward_pre_hook(self._feed)
         try:
-            self.reading: Reading = read_batch(model, tokens, options, settings, hooks)
+            self.reading: Reading = read_batch(
+                *(model, tokens, options, settings, hooks),
+                prefix=self.beginning,
+                on_begun=self._begin,
+            )
         finally:
             handle.remove()
         self.reply: str | None = None
@@ -269,6 +281,9 @@ class Pass:
             graded = {"predictions": (score == 1).long()[None]}
             graded["probs"] = torch.stack([1 - score, score])[None]
             self.reading = replace(self.reading, **graded)
+
+    def _begin(self, beginning: Prefix) -> None:
+        self.beginning = beginning
 
     def _feed(self, module: Any, fed: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         self._fed = fed[0]
