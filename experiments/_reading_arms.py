@@ -81,7 +81,7 @@ class Cell:
         held_out, task = self.train.subset(torch.tensor(judge)), self.splits.train.subset(judge)
         data = SearchData(self.model, task, held_out, fitted, "correct", self.read)
         every = list_candidates(choices, range(self.model.n_layers))
-        tried, _ = run_race(data, [c for c in every if c.penalty in fitted], choices)
+        tried, _, _ = run_race(data, [c for c in every if c.penalty in fitted], choices)
         chosen = {}
         for arm, allowed in ARMS.items():
             mine = [each for each in tried if allowed(each.candidate)]

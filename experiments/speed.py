@@ -146,7 +146,7 @@ def beside_hugging_face(config: Config, name: str, model: Any) -> Iterator[Row]:
     if name == ORGANISM:
         return  # it is no Hugging Face folder
     task = task_of(config, name).subset(range(config.n_floor * (3 if name == SMS else 1)))
-    for readout, n_new in (("options", 0), ("exact", 8))[: 2 if name == SMS else 1]:
+    for readout, n_new in (("options", 0), ("exact", 8)):
         read: Any = ReadSettings(readout=readout, progress=False)  # pyright: ignore[reportArgumentType]
         prompts = tokenize_task(model, task, read)
         steering = mera_tl.Steering(

@@ -340,6 +340,17 @@ def test_the_figure_shows_every_candidate_once():
     assert star.y[0] == pytest.approx(100 * best["recoveries"] / best["n"])
 
 
+def test_what_was_foreseen_is_drawn_beside_what_came_of_it():
+    result = found()
+    table = result.table[result.table["foreseen"].notna()]
+    assert len(table) < len(result.table)  # those on whole prompts were not foreseen
+    figure = result.plot_foresight()
+    marks = [trace for trace in figure.data if trace.name in set(table["direction"])]
+    assert sum(len(trace.x) for trace in marks) == len(table)
+    said = float(figure.layout.title.subtitle.text.rpartition(" ")[2])
+    assert said == pytest.approx(result.details["foresight"], abs=0.006)
+
+
 def test_without_errors_nothing_can_be_found():
     splits, activations = planted()
     base = activations.outcomes

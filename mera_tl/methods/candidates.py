@@ -200,8 +200,12 @@ def choose(tried: Sequence[Trial], caution: float = 1.0) -> Candidate:
     return min(useful or [best], key=simplicity).candidate
 
 
-def tabulate(tried: Sequence[Trial], caution: float = 1.0) -> pd.DataFrame:
-    """Return one row per candidate, the most valuable first."""
+def tabulate(
+    tried: Sequence[Trial],
+    caution: float = 1.0,
+    foreseen: Mapping[Candidate, float] | None = None,
+) -> pd.DataFrame:
+    """Return one row per candidate, the most valuable first; with its first-order gain if known."""
     rows = [
         asdict(each.candidate)
         | {
@@ -211,6 +215,7 @@ def tabulate(tried: Sequence[Trial], caution: float = 1.0) -> pd.DataFrame:
             "gain": float(each.seen.mean()),
             "value": each.value(caution),
         }
+        | ({} if foreseen is None else {"foreseen": foreseen.get(each.candidate)})
         for each in tried
     ]
     return pd.DataFrame(rows).sort_values(["n", "value"], ascending=False, ignore_index=True)

@@ -95,7 +95,7 @@ class Search:
     steering: Steering
     """The chosen candidate's, at its threshold."""
     table: pd.DataFrame
-    """One row per candidate: n, recoveries, regressions, gain, value."""
+    """One row per candidate: n, recoveries, regressions, gain, value, and the gain foreseen."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of examples and the direction's notes."""
 
@@ -104,6 +104,12 @@ class Search:
         from mera_tl.plots import search_table
 
         return search_table(self.table)
+
+    def plot_foresight(self) -> Any:
+        """Draw first-order gains beside real ones, as a plotly figure."""
+        from mera_tl.plots import foresight
+
+        return foresight(self.table)
 
     def save(self, folder: str | Path) -> None:
         """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
@@ -171,11 +177,12 @@ def search(
     data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet, space)
     candidates = [each for each in list_candidates(choices, layers) if each.penalty in sets]
     store = TrialStore.open(folder, data, choices)
-    trials, details = run_race(data, candidates, choices, store, watch=settings.progress)
+    trials, promise, details = run_race(data, candidates, choices, store, watch=settings.progress)
     chosen = choose(trials, choices.caution)
     notes = sets[chosen.penalty].directions[chosen.direction].notes
     details = {"n_fit": len(fit), "n_search": len(judge), "notes": notes, **details}
-    return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
+    table = tabulate(trials, choices.caution, promise)
+    return Search(chosen, data.steering(chosen), table, details)
 
 
 def require_training(task: Task[Any], activations: Activations | None) -> None:
@@ -323,12 +330,12 @@ def run_race(
     store: TrialStore | None = None,
     *,
     watch: bool = False,
-) -> tuple[list[Trial], dict[str, Any]]:
+) -> tuple[list[Trial], Mapping[Candidate, float], dict[str, Any]]:
     """Try those of first-order promise on an eighth of the examples, and ever fewer on more.
 
     The best of every direction by MERA's rule is also tried on the whole prompt, at a prompt each:
     all on an eighth of the examples, then ever the better half.
-    Returns the trials, and what is to be known about how they came about.
+    Returns the trials, the gains that were foreseen, and what is to be known about the race.
     """
     store = store or TrialStore(None, "", len(data.task))
     generator = torch.Generator().manual_seed(choices.seed)
@@ -380,7 +387,7 @@ def run_race(
             seen = until
     details = {"budget": choices.budget, "complete": not over(), "seconds": round(spent(), 1)}
     details |= {"foresight": _foresight(store, promise), "n_candidates": len(promise)}
-    return [store.trial(each) for each in store.gains], details
+    return [store.trial(each) for each in store.gains], promise, details
 
 
 def planned_trials(n_candidates: int, n_examples: int, choices: Choices) -> int:

@@ -18,7 +18,7 @@ from mera_tl.plots.reading import (
     predicted_error,
     probe_error,
 )
-from mera_tl.plots.searching import search_table
+from mera_tl.plots.searching import foresight, search_table
 from mera_tl.plots.steering import (
     calibration_evidence,
     error_before_after,
@@ -36,6 +36,7 @@ __all__ = [
     "colour_of",
     "error_before_after",
     "error_by_layer",
+    "foresight",
     "geometry",
     "ledger",
     "option_bars",

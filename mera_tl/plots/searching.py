@@ -68,6 +68,45 @@ def search_table(df: pd.DataFrame) -> go.Figure:
     return finish(figure, "What the search tried", caption)
 
 
+def foresight(df: pd.DataFrame) -> go.Figure:
+    """Draw the gain that was foreseen to first order beside the real one, candidate by candidate.
+
+    Takes `Search.table` with its column `foreseen`. Both are means over training examples, those
+    that were foreseen over the first quarter; larger marks have seen more. On the dashed line what
+    was foreseen came true.
+    """
+    df = df[df["foreseen"].notna()]
+    x, y, n = (100 * df["foreseen"].astype(float), 100 * df["gain"].astype(float), df["n"])
+    rank = x.rank().corr(y.rank())
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[low, high],
+        y=[low, high],
+        mode="lines",
+        line={"color": GREY, "dash": "dash", "width": 1},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    text = np.array([_words(row) for row in df.to_dict("records")])
+    for direction in dict.fromkeys(df["direction"]):
+        mine = (df["direction"] == direction).to_numpy()
+        size = 5 + 6 * (n[mine] / n.max()) ** 0.5
+        figure.add_scatter(
+            x=x[mine],
+            y=y[mine],
+            name=direction,
+            mode="markers",
+            marker={"color": _COLOURS.get(direction, GREY), "size": size, "opacity": 0.6},
+            text=text[mine],
+            hovertemplate="%{text}<br>foreseen %{x:+.1f}, real %{y:+.1f} points<extra></extra>",
+        )
+    figure.update_xaxes(title="foreseen gain (points of accuracy)")
+    figure.update_yaxes(title="real gain on training (points)")
+    caption = f"{len(df)} candidates by one backward pass an example; rank correlation {rank:.2f}"
+    return finish(figure, "What first order foresaw, and what came of it", caption)
+
+
 def _words(row: dict[str, Any]) -> str:
     layers = ", ".join(map(str, row["layers"]))
     layers = f"layer{'s' * (', ' in layers)} {layers}"
