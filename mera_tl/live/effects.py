@@ -49,16 +49,21 @@ def panel(
     options = _checked(prompt, bench.options if options is None else options)
     if not bench.ways or len(options) < 2:
         return Panel("Without a probe and options there are replies only.")
-    with bench.lock:
-        ledger = _ledger(bench, Example(0, prompt, options, 0), choices)
-    frame = ledger.frame()
-    return Panel(
-        _said(ledger),
-        plots.option_bars(ledger.options, *ledger.probs),
-        plots.error_by_layer(frame),
-        plots.ledger(frame, title="Token by token"),
-        ledger,
-    )
+    key = (bench, prompt, options, choices)
+    shown = _PANELS.get(key)
+    if shown is None:
+        with bench.lock:
+            ledger = _ledger(bench, Example(0, prompt, options, 0), choices)
+            frame = ledger.frame()
+            shown = Panel(
+                _said(ledger),
+                plots.option_bars(ledger.options, *ledger.probs),
+                plots.error_by_layer(frame),
+                plots.ledger(frame, title="Token by token"),
+                ledger,
+            )
+            _keep(_PANELS, key, shown)
+    return shown
 
 
 def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
@@ -71,7 +76,7 @@ def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
     with bench.lock:
         steering, n = bench.steering(choices), choices.max_new_tokens
         wanted = [None] if steering is None else [None, choices]
-        keys = [(id(bench), prompt, n, each) for each in wanted]
+        keys = [(bench, prompt, n, each) for each in wanted]
         missing = [key for key in keys if key not in _REPLIES]
         if missing:
             steerings = [None if key[-1] is None else steering for key in missing]
@@ -89,6 +94,8 @@ def _checked(prompt: str, options: tuple[str, ...]) -> tuple[str, ...]:
 
 _UNSTEERED: OrderedDict[Any, Pass] = OrderedDict()
 """Unsteered runs by bench, prompt, options and what reads them; the latest few."""
+_PANELS: OrderedDict[Any, Panel] = OrderedDict()
+"""By bench, prompt, options and what is chosen."""
 _REPLIES: OrderedDict[Any, str] = OrderedDict()
 """Replies by bench, prompt, length and what is chosen."""
 KEPT = 16
@@ -107,7 +114,7 @@ def _ledger(bench: Bench, example: Example, choices: Choices) -> Ledger:
     steering = bench.steering(choices)
     way = next(iter(bench.ways.values())) if steering is None else steering
     layers = way.layer_numbers if way.space.layers else None  # latents are read where they move
-    key = (id(bench), example.prompt, example.options, id(way.probe), layers)
+    key = (bench, example.prompt, example.options, id(way.probe), layers)
     reading: dict[str, Any] = {"probe": way.probe, "settings": bench.settings}
     if key not in _UNSTEERED and layers is None:  # the steered run then begins where this one does
         _keep(_UNSTEERED, key, explain(bench.model, example, [], **reading).unsteered)
@@ -145,7 +152,7 @@ def _reply(bench: Bench, prompt: str, steerings: Sequence[Steering | None], n: i
 
 def _beginning(bench: Bench, prompt: str, tokens: Sequence[int]) -> Prefix | None:
     """Return what an unsteered run has left of the prompt's beginning, if there was one."""
-    passes = (each for key, each in _UNSTEERED.items() if key[:2] == (id(bench), prompt))
+    passes = (each for key, each in _UNSTEERED.items() if key[:2] == (bench, prompt))
     found = next(passes, None)
     begun = None if found is None else found.beginning
     return begun if begun is not None and begun.tokens == tuple(tokens[:-2]) else None
