@@ -6,6 +6,7 @@ address it prints, so that no other user or web page can read along.
 """
 
 import hmac
+import logging
 import secrets
 from collections.abc import Callable
 from importlib.resources import files
@@ -41,7 +42,7 @@ textarea { min-height: 8rem; resize: vertical; }
 #said { font-size: 1.15rem; font-weight: 600; margin: .3rem 0; }
 #wrong { color: var(--stop); } .choice label { display: flex; gap: .4rem; }
 button.again { margin: .4rem .4rem 0 0; }
-.tokens { overflow-x: auto; } .tokens > div { min-width: 40rem; }
+.tokens { overflow-x: auto; }
 .dash-slider-mark { color: var(--soft) !important; }
 @media (max-width: 760px) { #page, .figures { grid-template-columns: minmax(0, 1fr); } }
 :root { --Dash-Fill-Inverse-Strong: var(--page); --Dash-Text-Primary: var(--ink);
@@ -89,8 +90,12 @@ def serve(bench: Bench, *, port: int = 0, ready: Callable[[str], None] | None = 
     """Serve the page until interrupted; `ready` gets its address, with the token.
 
     Raises:
-        ValueError: if dash is not installed, or the port is taken.
+        ValueError: if dash is not installed, or the port is taken or none.
     """
+    if not 0 <= port < 2**16:  # a greater one would be taken modulo 65,536
+        raise ValueError(f"{port} is no port; pass one up to 65535, or 0 for a free one.")
+    # A line per request would bury the address, and the first one holds the token.
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     token = secrets.token_urlsafe(16)
     app = make_app(bench, token=token)
     from werkzeug.serving import make_server
@@ -203,6 +208,7 @@ def _connect(app: Any, bench: Bench) -> None:
         Output("said", "children"),
         Output("wrong", "children"),
         *figures,
+        Output("tokens", "style"),
         *asked,
         Input("options", "value"),
         *chosen,
@@ -212,8 +218,11 @@ def _connect(app: Any, bench: Bench) -> None:
             named = tuple(o.strip() for o in (options or "").split(",") if o.strip())
             told = panel(bench, prompt or "", choices_of(*values), options=named)
         except ValueError as error:
-            return "", str(error), *(_plain(None) for _ in figures)
-        return told.said, "", *map(_plain, (told.bars, told.layers, told.tokens))
+            return "", str(error), *(_plain(None) for _ in figures), {}
+        drawn = [_plain(each) for each in (told.bars, told.layers, told.tokens)]
+        # As wide as its tokens: on a phone few of them need no scrolling.
+        width = (drawn[-1].layout.meta or {}).get("min_width", 0)
+        return told.said, "", *drawn, {"minWidth": f"{width}px"}
 
     @app.callback(Output("before", "children"), Output("after", "children"), *asked, *chosen)
     def reply(_: Any, prompt: str, *values: Any) -> Any:

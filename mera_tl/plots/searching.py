@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 
 from mera_tl.plots.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, VERMILLION, finish
 
@@ -38,15 +39,15 @@ def search_table(df: pd.DataFrame) -> go.Figure:
     for direction in dict.fromkeys(df["direction"]):
         mine = np.flatnonzero((df["direction"] == direction).to_numpy())
         mine = mine[np.argsort(~complete[mine], kind="stable")]  # a legend shows the first mark
+        colour = _COLOURS.get(direction, GREY)
         figure.add_scatter(
             x=x[mine],
             y=y[mine],
             name=direction,
             mode="markers",
             marker={
-                "color": _COLOURS.get(direction, GREY),
+                "color": [_faded(colour, complete[i]) for i in mine],
                 "symbol": symbols[mine],
-                "opacity": [0.9 if seen else 0.25 for seen in complete[mine]],
             },
             text=text[mine],
             hovertemplate="%{text}<br>%{y:.1f} % recovered, %{x:.1f} % broken<extra></extra>",
@@ -105,6 +106,12 @@ def foresight(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="real gain on training (points)")
     caption = f"{len(df)} candidates by one backward pass an example; rank correlation {rank:.2f}"
     return finish(figure, "What first order foresaw, and what came of it", caption)
+
+
+def _faded(colour: str, seen: bool) -> str:
+    """Return a colour, pale where a candidate left the race early."""
+    red, green, blue = hex_to_rgb(colour)
+    return f"rgba({red},{green},{blue},{0.9 if seen else 0.25})"
 
 
 def _words(row: dict[str, Any]) -> str:

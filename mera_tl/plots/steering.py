@@ -220,9 +220,11 @@ def option_bars(
             orientation="h",
             marker_color=colour,
             text=[f"{p:.0%}" for p in probs],
+            textposition="outside",  # on a bar no colour of text can be read on light and dark
+            cliponaxis=False,
             hovertemplate="%{y}, " + name + ": %{x:.3f}<extra></extra>",
         )
-    figure.update_xaxes(title="P(option)", range=[0, 1.08], tickformat=".0%")
+    figure.update_xaxes(title="P(option)", range=[0, 1.12], tickformat=".0%")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     figure.update_layout(legend_traceorder="reversed")
     return finish(figure, "What the model answers", height=190 + 48 * len(options))
