@@ -257,14 +257,16 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "base_risk": (lambda risk: 0 < risk < 1, "a share of wrong answers between 0 and 1"),
     "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
     **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),
-    **dict.fromkeys(("pairs", "free_text", "row"), _COUNT_OR_0),
+    **dict.fromkeys(("pairs", "free_text", "row", "shots"), _COUNT_OR_0),
+    "temperature": (lambda t: 0 <= t < math.inf, "0 or a finite number above"),
+    "port": (_from(0, 2**16 - 1), "a port up to 65535, or 0 for a free one"),
     **dict.fromkeys(
-        ("batch_size", "batch_tokens", "max_new_tokens", "reply_tokens", "n_thresholds"), _COUNT
+        ("batch_size", "batch_tokens", "max_new_tokens", "reply_tokens", "n_thresholds", "limit"),
+        _COUNT,
     ),
     **dict.fromkeys(("n_devices", "expansion", "k", "n_steps"), _COUNT),
     **dict.fromkeys(("step_tokens", "max_tokens"), _COUNT),
     "shards": (_from(1, 100_000), "from 1 to 100,000"),
-    "limit": (_from(10), "10 or more"),
     "gpus": (lambda n: 0 <= n <= 1024, "0 or more"),
     "seed": _SEED,
     "device": (

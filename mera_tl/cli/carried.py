@@ -71,7 +71,7 @@ class Generate(Carried):
     def __call__(self) -> None:
         prompts = list(self.prompts)
         if self.file is not None:
-            prompts += _lines(self.file.read_text(encoding="utf-8").splitlines())
+            prompts += _lines(terminal.read_lines(self.file))
         is_typed = not prompts and sys.stdin.isatty()
         prompts = prompts or ([] if is_typed else _lines(sys.stdin))
         if not prompts and not is_typed:

@@ -97,10 +97,10 @@ class Recommend:
     """Print JSON."""
 
     def __call__(self) -> None:
-        from mera_tl.benchmark.recommendation import recommend
         from mera_tl.certificate.certificate import promised_points
+        from mera_tl.report.run_folder import RunFolder
 
-        found = recommend(self.run)
+        found = RunFolder.open(self.run).recommendation
         if self.json:
             return terminal.print_json(found.to_json())
         rows = []
@@ -312,7 +312,7 @@ class Monitor:
         watch = resume(self.state, floor=self.floor)
         if not self.pairs.is_file():
             raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
-        log = None if self.log is None else self.log.read_text(encoding="utf-8").splitlines()
+        log = None if self.log is None else terminal.read_lines(self.log)
         with open(self.pairs, encoding="utf-8") as lines:
             watch = watch.update_all(islice(read_gains(lines, log), watch.n, None))
         watch.save(self.state)
@@ -357,6 +357,8 @@ class Models:
         from mera_tl.models.listing import describe_models
 
         found = describe_models(self.search)
+        if not found:
+            print(f"No model of the list has {self.search!r} in its name or architecture.")
         shown = found if self.search else found[:12]
         # Without the family, names of usual length stay whole in 80 columns.
         rows = [{name: row[name] for name in row if name != "family"} for row in shown]

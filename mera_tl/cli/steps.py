@@ -75,10 +75,12 @@ class Step(RunConfig):
     def opened(self) -> Iterator[Any]:
         """Open the run whose single step this is."""
         from mera_tl.benchmark.run import open_run
+        from mera_tl.methods.methods import find_methods
 
         terminal.start_logging(verbose=self.verbose, quiet=self.quiet)
         if len(each := self.each_task()) > 1:
             raise ValueError(f"--task {self.task} names several; a single step takes one task.")
+        find_methods(self.methods, self.space)
         with open_run(*each[0], cache=self.cache) as opened:
             yield opened
 

@@ -6,6 +6,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,6 +44,20 @@ def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
 def _with_seconds(record: logging.LogRecord) -> bool:
     record.seconds = record.relativeCreated / 1e3
     return True
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a user's text file.
+
+    Raises:
+        ValueError: if it is not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as such."
+        ) from None
 
 
 def print_json(value: Any) -> None:
