@@ -6,6 +6,7 @@ message must hold, and `files` that lie in the folder where the command is given
 
 import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def answer(args, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["mera", *args])
     monkeypatch.setattr(sys, "stdin", io.StringIO())
+    logging.getLogger("mera_tl").handlers = []  # of an earlier case, whose stderr is gone
     try:
         app.main()
         code = 0
