@@ -443,6 +443,10 @@ def test_no_word_of_a_table_is_cut():
     Console(file=printed, width=60).print(terminal.rich_table(rows))
     assert "optimal_logistic_probe" in printed.getvalue() and "it," in printed.getvalue()
     assert max(map(len, printed.getvalue().splitlines())) <= 60
+    rows = [{"task": "t" * 25, "options": "positive, neutral, negative", "from": "f" * 36}]
+    printed = io.StringIO()
+    Console(file=printed, width=80).print(terminal.rich_table(rows))
+    assert "f" * 36 in printed.getvalue() and "negative" in printed.getvalue()
 
 
 def test_json_is_all_that_a_script_reads(monkeypatch, capsys, organism):

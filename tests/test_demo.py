@@ -59,6 +59,7 @@ def test_the_demo_corrects_what_can_be_corrected_and_abstains_where_nothing_can(
         assert searched["decision"] == "STEER"
         assert searched["spi"] > 0.3
         assert searched["spi_interval"][0] > 0
+        assert ", 1 candidate, " in searched["certificate"]  # one was tested, whatever was searched
     for method in ("optimal_probe", "optimal_logistic_probe", "searched", "flip"):
         assert records["sentiment_noise", method]["decision"] == "ABSTAIN"
         assert records["sentiment_noise", method]["spi"] == 0

@@ -80,13 +80,17 @@ def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     names = [name for name in (rows[0] if rows else ()) if any(cell(row[name]) for row in rows)]
+    texts = {name: [cell(row[name]) for row in rows] for name in names}
+    # Texts wrap between their words; of columns of single words the longest is cut, if one must be.
+    whole = [name for name in names if not any(" " in text for text in texts[name])]
+    widths = {name: max(map(len, [name, *texts[name]])) for name in names}
+    room = WIDTH - 2 * len(names) - sum(min(10, widths[name]) for name in {*names} - {*whole})
+    while sum(widths[name] for name in whole) > room and len(whole) > 1:
+        whole.remove(max(whole, key=lambda name: widths[name]))
     for name in names:
         number = all(isinstance(row[name], int | float | None) for row in rows)
-        # Words may stand below one another; a word is never cut.
-        head, texts = name.replace("_", " "), [cell(row[name]) for row in rows]
-        longest = max(len(word) for text in (head, *texts) for word in text.split() or [""])
-        side = "right" if number else "left"
-        table.add_column(head, justify=side, overflow="fold", min_width=min(longest, WIDTH // 2))
+        look: Any = {"justify": "right" if number else "left", "overflow": "fold"}
+        table.add_column(name.replace("_", " "), no_wrap=name in whole and not number, **look)
     for row in rows:
         table.add_row(*(escape(cell(row[name])) for name in names))
     return table

@@ -290,7 +290,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     )
     bars: dict[str, Any] = {"len": 0.6, "y": 0.7, "title": "error", "thickness": 14}
     # Without a shift anywhere plotly would centre the scale on zero, and draw zero in full colour.
-    most = max(float(df["shift"].max()), 1e-3)
+    most = max(float(df["shift"].to_numpy(dtype=float).max()), 1e-3)
     for row, column in enumerate(("before", "after", "shift"), start=1):
         error = column != "shift"
         drawn = df.assign(shown=df[column].where(df["valid"].astype(bool) | (not error)))
