@@ -79,7 +79,8 @@ def foresight(df: pd.DataFrame) -> go.Figure:
     df = df[df["foreseen"].notna()]
     x, y, n = (100 * df["foreseen"].astype(float), 100 * df["gain"].astype(float), df["n"])
     rank = x.rank().corr(y.rank())
-    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    ends = np.array([x, y], dtype=float)
+    low, high = float(ends.min()), float(ends.max())
     figure = go.Figure()
     figure.add_scatter(
         x=[low, high],

@@ -268,7 +268,7 @@ def _evidence(run: RunFolder, figures: _Figures, prefix: str, method: str) -> It
     tried = run.tried(method)
     if not tried.empty:
         yield figures.place(f"{prefix}search_{method}", plots.search_table(tried), tried)
-        if "foreseen" in tried and tried["foreseen"].notna().any():
+        if "foreseen" in tried and len(tried["foreseen"].dropna()):
             yield figures.place(f"{prefix}foresight_{method}", plots.foresight(tried), tried)
     elif len(run.certificates[method].evidence) > 1:
         frame = run.evidence(method)
