@@ -20,6 +20,7 @@ LOOKS = {
     "best_of_k": (style.PINK, "square"),
     "best_of_k_scorer": (style.PINK, "star"),
 }
+MODELS = ("smollm2", "gemma3", "organism")
 
 
 def main() -> None:
@@ -35,38 +36,45 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     no certificate; tokens are relative to the unsteered replies of the same split.
     """
     df = pd.DataFrame(df[df["method"].isin(["no_steering", *LOOKS])])
-    tasks = list(dict.fromkeys(df["task"]))
-    base = style.rows_where(df, method="no_steering")
-    rates = base.groupby("task")["accuracy"].mean()
-    unsteered = base.set_index(["task", "seed"])["tokens"]
-    titles = [f"{t.removeprefix('ifeval_like_')} (unsteered {rates[t]:.2f})" for t in tasks]
-    figure = make_subplots(rows=-(-len(tasks) // 2), cols=2, subplot_titles=titles)
+    asked = dict.fromkeys(zip(df["model"], df["task"], strict=True))
+    panels = sorted(asked, key=lambda each: MODELS.index(each[0]))
+    unsteered = style.rows_where(df, method="no_steering").set_index(["model", "task", "seed"])
+    rates = unsteered.groupby(["model", "task"])["accuracy"].mean()
+    titles = [f"{m}, {t.removeprefix('ifeval_like_')} ({rates[m, t]:.2f})" for m, t in panels]
+    n_rows = -(-len(panels) // 2)
+    gaps = {"vertical_spacing": 0.32 / n_rows, "horizontal_spacing": 0.08}
+    figure = make_subplots(n_rows, 2, shared_yaxes=True, subplot_titles=titles, **gaps)
     named = set[str]()
-    for (method, look), (place, task) in product(LOOKS.items(), enumerate(tasks)):
-        rows = style.rows_where(df, task=task, method=method)
+    for (method, look), (place, each) in product(LOOKS.items(), enumerate(panels)):
+        rows = style.rows_where(df, model=each[0], task=each[1], method=method)
         if rows.empty:
             continue
-        cost = [t / unsteered[task, seed] for t, seed in zip(rows["tokens"], rows["seed"])]  # noqa: B905
-        symbols = [f"{look[1]}-open" if d == "ABSTAIN" else look[1] for d in rows["decision"]]
+        base = unsteered.loc[each]["tokens"]
         figure.add_scatter(
-            x=cost,
+            x=rows["tokens"].to_numpy() / base[rows["seed"]].to_numpy(),
             y=100 * rows["accuracy_change"],
             name=method,
             legendgroup=method,
             showlegend=method not in named,
             mode="markers",
-            marker={"color": look[0], "symbol": symbols, "size": 10},
+            marker={"color": look[0], "symbol": _symbols(rows, look[1]), "size": 10},
             row=1 + place // 2,
             col=1 + place % 2,
         )
         named.add(method)
     cost = {"type": "log", "range": [-0.35, 0.7], "tickvals": [0.5, 1, 2, 4]}
-    figure.update_xaxes(title="generated tokens, relative to unsteered", **cost)
-    figure.update_yaxes(title="gain in points", range=[-20, 50])
+    figure.update_xaxes(**cost)
+    figure.update_xaxes(title="generated tokens, relative to unsteered", row=n_rows)
+    figure.update_yaxes(range=[-22, 48], tickvals=[-20, 0, 20, 40])
+    figure.update_yaxes(title="gain, points", col=1)
     sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
-    caption = f"{sizes} test prompts a split, one mark for each split; open: not certified"
-    title = "Moved along an instruction, replies follow it more often: two tasks of three"
-    return style.finish(figure, title, caption, height=120 + 340 * -(-len(tasks) // 2))
+    caption = f"{sizes} test prompts, a mark for each split; open: not certified; (unsteered)"
+    title = "Moved along an instruction, replies follow it more often"
+    return style.finish(figure, title, caption, height=130 + 250 * n_rows)
+
+
+def _symbols(rows: pd.DataFrame, symbol: str) -> list[str]:
+    return [f"{symbol}-open" if said == "ABSTAIN" else symbol for said in rows["decision"]]
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_task
 from test_scored import SETTINGS, scored_task
 
 import mera_tl
-from mera_tl import ReadSettings, calibrate, collect, evaluate, generate
+from mera_tl import ReadSettings, calibrate, collect, evaluate, generate, storage
 from mera_tl.benchmark import Run, RunConfig, open_run, some_prompts
 from mera_tl.inference import prompt_activations, reply_activations, spi
 from mera_tl.methods import (
@@ -20,8 +21,8 @@ from mera_tl.methods import (
 )
 from mera_tl.probes import auroc, auroc_within, fit_error_probe
 from mera_tl.report import write_report
-from mera_tl.steering import instruction, prompt_controlled
-from mera_tl.tasks import load_task
+from mera_tl.steering import Gated, Steering, instruction, prompt_controlled
+from mera_tl.tasks import Scorer, load_task
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,35 @@ def test_drawing_again_pays_for_what_it_draws(asked):
         assert best.replies[i] == draws.outcomes[draw].replies[i]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_gate_may_open_at_every_generated_token(asked, temperature):
+    model, task = asked
+    probe = fit_error_probe(collect(model, task, settings=SETTINGS), position="generated")
+    steering = Steering(probe, 9 * probe.weights, Gated(), layers=(1,), positions="generated")
+    prompts, sampled = [e.prompt for e in task.examples], {"temperature": temperature}
+    plain, read = (
+        generate(model, prompts, each, max_new_tokens=6, **sampled) for each in (None, steering)
+    )
+    errors = [reply.trace.predicted_error[0, reply.trace.n_prompt :] for reply in read]
+    # A score is linear: on average over the tokens of a reply it is that of their mean.
+    fed = [each[np.isfinite(each)] for each in errors]  # a last token is never fed back
+    texts = [reply.tokens[: len(each)] for reply, each in zip(plain, fed, strict=True)]
+    mean = probe.score(reply_activations(model, model.tokenize(prompts), texts))[1].sigmoid()
+    for each, wanted in zip(fed, mean.tolist(), strict=True):
+        if len(each):
+            scores = torch.logit(torch.tensor(each))
+            assert scores.mean().sigmoid().item() == pytest.approx(wanted, abs=1e-4)
+    # Nothing above the limit is the unsteered reply, token for token; below the highest, it opens.
+    highest = max(each.max() for each in fed if len(each))
+    shut, opens = (
+        generate(model, prompts, steering.at(at), max_new_tokens=6, **sampled)
+        for at in (highest + 1e-4, highest - 1e-4)
+    )
+    assert [r.tokens for r in shut] == [r.tokens for r in plain] == [r.tokens for r in read]
+    moved = [i for i, reply in enumerate(opens) if np.nansum(reply.trace.shift) > 0]
+    assert len(moved) == sum((each > highest - 1e-4).any() for each in fed) > 0
+
+
 def test_what_cannot_be_learned_is_said_or_left_out(asked):
     model, task = asked
     train = replace(task, role="train")
@@ -106,6 +136,57 @@ def test_what_cannot_be_learned_is_said_or_left_out(asked):
     plain = replace(make_task(), role="train")
     with pytest.raises(ValueError, match="use `search`"):
         search_replies(model, plain, collect(model, plain))
+
+
+def test_where_no_reply_is_right_only_the_instruction_has_a_direction(asked, tmp_path):
+    model, task = asked
+    never = Scorer("contains", {"text": "never said"})
+    train = replace(task, role="train")
+    train = replace(train, examples=tuple(replace(e, scorer=never) for e in train.examples))
+    activations = collect(model, train, settings=SETTINGS)
+    with pytest.raises(ValueError, match="0 right examples are too few .*; 0 of 11 prompts have"):
+        search_replies(model, train, activations, settings=SETTINGS)
+    rows = "\n".join(f'{{"t": "spam ham {i}"}}' for i in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    keys = 'data = "rows.jsonl"\ntemplate = "{t} Reply in a sentence:"\nscorer = "contains"\n'
+    keys += 'text = "never said"\ninstruction = "Reply in a sentence:"\n'
+    (tmp_path / "task.toml").write_text(keys)
+    config = RunConfig(model="organism", task=str(tmp_path / "task.toml"), reply_tokens=4)
+    with open_run(config, tmp_path / "run", progress=False) as run:
+        without, taught = run.records(("reply_contrast", "instruction"))
+    assert without["decision"] is None
+    assert any(said.startswith("reply_contrast: No direction") for said in without["warnings"])
+    assert taught["decision"] == "ABSTAIN" and taught["details"]["direction"] == "instruction"
+    assert "are too few" in write_report(tmp_path / "run").read_text()
+
+
+def test_a_search_that_was_killed_ends_as_if_undisturbed(asked, tmp_path, monkeypatch):
+    model, task = asked
+    train = replace(task, role="train")
+    activations = collect(model, train, settings=SETTINGS)
+    choices = ReplyChoices(("contrastive",), rounds=((99, 3), (4, 99)), strengths=(2.0, 4.0))
+
+    def look(folder: str):
+        told: dict = {"choices": choices, "settings": SETTINGS, "folder": tmp_path / folder}
+        return search_replies(model, train, activations, **told)
+
+    whole, write, calls = look("whole"), storage.write_json, []
+
+    def dies(path, value):
+        write(path, value)
+        calls.append(path)
+        raise KeyboardInterrupt
+
+    for _ in range(9):  # after everything that it keeps
+        monkeypatch.setattr(storage, "write_json", dies)
+        try:
+            found = look("killed")
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(calls) == 3  # all on few; the best on all; their variants
+    assert found.chosen == whole.chosen
+    assert found.table.astype(str).equals(whole.table.astype(str))
 
 
 def test_the_planted_failure_is_corrected_in_sentences_and_certified():

@@ -465,7 +465,8 @@ class Run(methods.Run):
         in_vain = idle(name, outcomes, base)
         for sentence in in_vain:
             logger.warning("%s", sentence)
-        told = (*(self.earlier if asks else ()), *in_vain)
+        lacks = (treatment.lacks,) if treatment.lacks else ()
+        told = (*(self.earlier if asks else ()), *in_vain, *lacks)
         return {
             "format": FORMAT,
             "model": self.model.name,

@@ -28,7 +28,7 @@ class FreeText:
     n_tokens: int
     """Tokens generated over all prompts, without padding."""
     perplexity: float
-    """Of the continuations under the unsteered model, per token."""
+    """Of the continuations under the unsteered model, per token; NaN where there is none."""
     distinct_1: float
     """Share of tokens that are different, within a continuation, averaged."""
     distinct_2: float
@@ -59,13 +59,7 @@ def free_text(
             text = row[: row.index(-1)] if -1 in row else row
             texts.append(text)
             logs += _log_probs(model, start, text)
-    mean = sum(logs) / max(1, len(logs))
-    return FreeText(
-        n_tokens=len(logs),
-        perplexity=float(torch.tensor(-mean).exp()),
-        distinct_1=_distinct(texts, 1),
-        distinct_2=_distinct(texts, 2),
-    )
+    return _measured(texts, logs)
 
 
 def reply_text(
@@ -92,13 +86,12 @@ def reply_text(
         for start, text in zip(prompts, texts, strict=True)
         for log in _log_probs(model, start, text)
     ]
-    mean = sum(logs) / max(1, len(logs))
-    return FreeText(
-        n_tokens=len(logs),
-        perplexity=float(torch.tensor(-mean).exp()),
-        distinct_1=_distinct(texts, 1),
-        distinct_2=_distinct(texts, 2),
-    )
+    return _measured(texts, logs)
+
+
+def _measured(texts: Sequence[Sequence[int]], logs: Sequence[float]) -> FreeText:
+    perplexity = float(torch.tensor(logs).double().mean().neg().exp())
+    return FreeText(len(logs), perplexity, _distinct(texts, 1), _distinct(texts, 2))
 
 
 def _continue(

@@ -7,6 +7,7 @@ direction, so a new one is a row; a user's own is a function under `@method`.
 
 import difflib
 import importlib.util
+import logging
 from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from mera_tl.methods.class_probe import ClassProbe, certify_class_probe, fit_cla
 from mera_tl.methods.families import FAMILIES, search_family
 from mera_tl.methods.race import Choices, Search, divide, search
 from mera_tl.methods.redrawing import PREDICTED, RETRY_THRESHOLDS, Draws, draw_replies
-from mera_tl.methods.replying import DIRECTIONS, ReplyChoices, search_replies
+from mera_tl.methods.replying import DIRECTIONS, NoDirection, ReplyChoices, search_replies
 from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.methods.trusting import certify_trust, withheld
 from mera_tl.models.model import FwdHooks, Model
@@ -40,6 +41,8 @@ from mera_tl.steering.rules import Additive
 from mera_tl.steering.spaces import SAESpace, Space
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Splits, Task
+
+logger = logging.getLogger(__name__)
 
 INSTRUCTION = "Think before you answer."
 """The sentence of `prompt_steering`, placed before "Answer:"."""
@@ -108,6 +111,8 @@ class Treatment:
     """The certificate of a method that withholds answers, and corrects none."""
     reply: Callable[[Task[Any]], Outcomes] | None = None
     """How a task is answered, for a method that replies in its own way."""
+    lacks: str = ""
+    """What the method needs and the training data do not have; then it does nothing."""
 
     @property
     def acts(self) -> bool:
@@ -422,7 +427,11 @@ def _replying(name: str, directions: tuple[str, ...], run: Run) -> Treatment:
         options: dict[str, Any] = {"choices": choices, "settings": run.read, "folder": folder}
         return search_replies(run.model, run.splits.train, run.activations, **options)
 
-    found = _search(run, name, look)
+    try:
+        found = _search(run, name, look)
+    except NoDirection as error:  # the other methods of the run may still find something
+        logger.warning("%s: %s", name, error)
+        return Treatment(lacks=f"{name}: {error}")
     decision = run.calibrate(name, found.steering)
     details, probe = _details(found), found.steering.probe
     return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)

@@ -46,6 +46,10 @@ PENALTY = 3.0
 """Of the ridge probe of failure."""
 
 
+class NoDirection(ValueError):
+    """Replies are all right, or all wrong, and no prompt has an instruction: nothing to learn."""
+
+
 @dataclass(frozen=True)
 class ReplyChoices:
     """What is searched over, and how."""
@@ -103,6 +107,7 @@ def search_replies(
     The choice promises nothing: `calibrate` its steering.
 
     Raises:
+        NoDirection: a ValueError, if there is nothing to learn a direction from.
         ValueError: if the task has no scorer or is no training split, or the activations are not
             its own.
     """
@@ -168,7 +173,8 @@ def _race(
     order = torch.randperm(len(data.task), generator=generator).tolist()
     field, seen = list(candidates), 0
     for number, (keep, n) in enumerate(choices.rounds):
-        trials = [store.trial(each) for each in field]
+        # What has been seen so far: a search that goes on may know more, and must choose the same.
+        trials = [store.trial(each, order[:seen]) for each in field]
         if seen:
             trials.sort(key=lambda each: -each.value(choices.caution))
         field = [each.candidate for each in trials[:keep]]
@@ -215,7 +221,7 @@ def fit_reply_directions(
     `kind_controlled` kinds of question that have both.
 
     Raises:
-        ValueError: if none can be had.
+        NoDirection: a ValueError, if none can be had.
     """
     found: dict[str, Direction] = {}
     given = activations.resid("last")
@@ -239,7 +245,7 @@ def fit_reply_directions(
     usable = {kind: each for kind, each in found.items() if bool((each.vectors != 0).any())}
     if not usable:
         notes = "; ".join(note for each in found.values() for note in each.notes)
-        raise ValueError(
+        raise NoDirection(
             f"No direction of {', '.join(choices.directions)} can be had on {task.name} "
             f"({notes or 'its prompts have no instruction'}); give the task an `instruction`, or "
             "take examples with right and wrong replies."

@@ -232,10 +232,11 @@ def prompt_controlled(
     """Return wrong minus right replies to the same prompt, averaged over prompts that have both.
 
     `prompt` numbers the prompts from 0. What differs between a good and a bad reply to the same
-    question cannot be the question.
+    question cannot be the question. Zero where no prompt has both.
     """
+    n_prompts = int(prompt.max()) + 1 if len(prompt) else 1
     wrong, right = (
-        torch.nn.functional.one_hot(prompt, int(prompt.max()) + 1).to(resid) * rows[:, None]
+        torch.nn.functional.one_hot(prompt, n_prompts).to(resid) * rows[:, None]
         for rows in (incorrect, ~incorrect)
     )
     mixed = (wrong.sum(0) > 0) & (right.sum(0) > 0)

@@ -63,7 +63,7 @@ class Scorer:
         """
         try:
             score = float(SCORERS[self.name](reply, reference, **self.arguments))
-        except Exception as error:  # a function of the user's raises what it likes
+        except (Exception, SystemExit) as error:  # a function of the user's raises what it likes
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if not 0 <= score <= 1:  # NaN is neither
             kind = "NaN" if math.isnan(score) else f"{score:g}"
@@ -221,7 +221,7 @@ def no_comma(reply: str, reference: str) -> bool:  # noqa: ARG001
 
 
 def numbered_list(reply: str, reference: str, items: int = 3) -> bool:  # noqa: ARG001
-    """Whether exactly so many lines begin with 1., 2., ... in order, and nothing follows them."""
+    """Whether exactly so many lines begin with a number, which are 1., 2., ... in order."""
     numbers = [int(match[1]) for match in _ITEM.finditer(reply)]
     return numbers == list(range(1, items + 1))
 
