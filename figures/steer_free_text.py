@@ -38,7 +38,9 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     df = pd.DataFrame(df[df["method"].isin(["no_steering", *LOOKS])])
     asked = dict.fromkeys(zip(df["model"], df["task"], strict=True))
     panels = sorted(asked, key=lambda each: MODELS.index(each[0]))
-    unsteered = style.rows_where(df, method="no_steering").set_index(["model", "task", "seed"])
+    unsteered = (
+        style.rows_where(df, method="no_steering").set_index(["model", "task", "seed"]).sort_index()
+    )
     rates = unsteered.groupby(["model", "task"])["accuracy"].mean()
     titles = [f"{m}, {t.removeprefix('ifeval_like_')} ({rates[m, t]:.2f})" for m, t in panels]
     n_rows = -(-len(panels) // 2)
