@@ -42,7 +42,8 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
         style.rows_where(df, method="no_steering").set_index(["model", "task", "seed"]).sort_index()
     )
     rates = unsteered.groupby(["model", "task"])["accuracy"].mean()
-    titles = [f"{m}, {t.removeprefix('ifeval_like_')} ({rates[m, t]:.2f})" for m, t in panels]
+    told = [(m, t.removeprefix("ifeval_like_"), rates[m, t]) for m, t in panels]
+    titles = [f"{model}, {task} (unsteered {rate:.2f})" for model, task, rate in told]
     n_rows = -(-len(panels) // 2)
     gaps = {"vertical_spacing": 0.32 / n_rows, "horizontal_spacing": 0.08}
     figure = make_subplots(n_rows, 2, shared_yaxes=True, subplot_titles=titles, **gaps)
@@ -69,10 +70,8 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="generated tokens, relative to unsteered", row=n_rows)
     figure.update_yaxes(range=[-22, 48], tickvals=[-20, 0, 20, 40])
     figure.update_yaxes(title="gain, points", col=1)
-    sizes = " to ".join(map(str, sorted({df["n"].min(), df["n"].max()})))
-    caption = f"{sizes} test prompts, a mark for each split; open: not certified; (unsteered)"
-    title = "Moved along an instruction, replies follow it more often"
-    return style.finish(figure, title, caption, height=130 + 250 * n_rows)
+    title = "Steered along an instruction, replies follow it more often than when asked more firmly"
+    return style.finish(figure, title, "open: not certified", height=130 + 250 * n_rows)
 
 
 def _symbols(rows: pd.DataFrame, symbol: str) -> list[str]:

@@ -356,14 +356,18 @@ def _failures(run: RunFolder) -> pd.DataFrame:
     rows = [
         {
             "method": method,
-            "AUROC within kinds": details["probe_auroc_within_kind"],
-            "over all": details["probe_auroc"],
+            "AUROC within kinds": _or_none(details["probe_auroc_within_kind"]),
+            "over all": _or_none(details["probe_auroc"]),
             "layer": str(details["layers"][0]),
             "prompts": str(details["n_search"]),
         }
         for method, details in told
     ]
     return pd.DataFrame(rows)
+
+
+def _or_none(auroc: float | None) -> str:
+    return "no pair to compare" if auroc is None else f"{auroc:.2f}"
 
 
 def _moved(run: RunFolder, figures: _Figures, prefix: str) -> dict[str, Any]:
