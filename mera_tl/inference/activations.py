@@ -7,8 +7,8 @@ come, so memory grows with the batch and not with the number of examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
+from mera_tl.inference.answers import (
+    OptionTokens,
+    Reading,
+    ReadSettings,
+    option_tokens,
+    read_batch,
+)
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -142,45 +148,60 @@ def collect(
     """
     check_call(model, task)
     settings = ReadSettings.of(task, settings)
-    options = option_tokens(model, task, settings)
-    prompts = tokenize_task(model, task, settings)
-    prefix = Prefix.of(model, prompts, n_after(model, task, settings))
+    manifest, prompts = _manifest(model, task, settings), tokenize_task(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
-    kept = {name: torch.zeros(shape) for name, shape in shapes.items() if out is None}
+    answer = partial(_answer, model, task, settings, prompts, option_tokens(model, task, settings))
+    if out is not None:
+        with storage.TensorFile(Path(out) / "activations.safetensors", shapes) as file:
+            outcomes = answer(file.write)
+        _save_rest(Path(out), outcomes, manifest)
+        return Activations.load(out)
+    kept = {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     def keep(position: str, row: int, values: np.ndarray) -> None:
         kept[position][row] = torch.from_numpy(values)
 
-    with ExitStack() as stack:
-        write_row: WriteRow = keep
-        if out is not None:
-            path = Path(out) / "activations.safetensors"
-            write_row = stack.enter_context(storage.TensorFile(path, shapes)).write
+    return Activations(kept, answer(keep), manifest)
 
-        def run(batch: list[int]) -> Reading:
-            whole = settings.readout == "reply"
-            capture = _Capture(model, batch, write_row, n_means=len(batch) if whole else 0)
-            reading = read_batch(
-                model,
-                [prompts[i] for i in batch],
-                options,
-                settings,
-                capture.fwd_hooks,
-                prefix=prefix,
-                on_prompt=lambda rows: capture.write("last", rows),
-                on_answer=capture.add if whole else lambda rows: capture.write("exact", rows),
-            )
-            if whole:
-                capture.write_means("generated")
-            elif settings.decodes:
-                # A reply's first word was taken for its answer until the reply had been read.
-                nothing = np.zeros((model.n_layers, model.d_model), dtype=np.float32)
-                for place in (reading.predictions < 0).nonzero()[:, 0].tolist():
-                    write_row("exact", batch[place], nothing)
-            return reading
 
-        outcomes = gather(task, options, run_batches(prompts, run, settings, "collect"))
-    manifest = {
+def _answer(
+    model: Model,
+    task: Task[Any],
+    settings: ReadSettings,
+    prompts: Sequence[Sequence[int]],
+    options: OptionTokens,
+    write_row: WriteRow,
+) -> Outcomes:
+    """Answer a task unsteered; whatever is gathered on the way goes to `write_row`."""
+    prefix = Prefix.of(model, prompts, n_after(model, task, settings))
+    whole = settings.readout == "reply"
+
+    def run(batch: list[int]) -> Reading:
+        capture = _Capture(model, batch, write_row, n_means=len(batch) if whole else 0)
+        reading = read_batch(
+            model,
+            [prompts[i] for i in batch],
+            options,
+            settings,
+            capture.fwd_hooks,
+            prefix=prefix,
+            on_prompt=lambda rows: capture.write("last", rows),
+            on_answer=capture.add if whole else lambda rows: capture.write("exact", rows),
+        )
+        if whole:
+            capture.write_means("generated")
+        elif settings.decodes:
+            # A reply's first word was taken for its answer until the reply had been read.
+            nothing = np.zeros((model.n_layers, model.d_model), dtype=np.float32)
+            for place in (reading.predictions < 0).nonzero()[:, 0].tolist():
+                write_row("exact", batch[place], nothing)
+        return reading
+
+    return gather(task, options, run_batches(prompts, run, settings, "collect"))
+
+
+def _manifest(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:
+    return {
         **model.manifest,
         "task": task.name,
         "role": task.role,
@@ -192,10 +213,6 @@ def collect(
         "answer_prefix": settings.prefix(model),
         "n": len(task),
     }
-    if out is None:
-        return Activations(kept, outcomes, manifest)
-    _save_rest(Path(out), outcomes, manifest)
-    return Activations.load(out)
 
 
 def prompt_activations(

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -63,9 +64,23 @@ def load_model(
             f'{name!r:.60} is no name of a model; pass one, as load_model("organism"), or the '
             "path of a folder."
         )
-    name = str(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _require_devices(device, n_devices)
+    original = _load_original(str(name), revision, dtype, device, chat, system)
+    model = _on_engine(original, engine, n_devices, check=check and device != "meta")
+    remember(getattr(model.hooked, "original", model.hooked), model.fingerprint)
+    return model
+
+
+def _load_original(
+    name: str,
+    revision: str | None,
+    dtype: Dtype,
+    device: str,
+    chat: bool | None,
+    system: str | None,
+) -> Model:
+    """Load the model that transformers runs, hooks around it, with its tokenizer."""
     source = locate(str(ORGANISM_FOLDER) if name == "organism" else name, revision)
     config = _config_of(source)
     # A tokenizer that cannot be read is said before gigabytes of weights are.
@@ -76,7 +91,7 @@ def load_model(
     else:
         original = read_model(source, _torch_dtype(dtype)).to(device)
     is_real = source.folder is not None and name != "organism"
-    model = Model(
+    return Model(
         HookedCausalLM(original),
         tokenizer,
         Path(name).resolve().name if is_real else name,
@@ -85,9 +100,6 @@ def load_model(
         system,
         "" if device == "meta" else fingerprint(config.to_dict(), source.files()),
     )
-    model = _on_engine(model, engine, n_devices, check=check and device != "meta")
-    remember(getattr(model.hooked, "original", model.hooked), model.fingerprint)
-    return model
 
 
 def _on_engine(
@@ -116,8 +128,6 @@ def _on_engine(
 
 
 def _on_transformer_lens(model: Model, original: Any, n_devices: int, *, check: bool) -> Model:
-    from dataclasses import replace
-
     with warnings.catch_warnings():
         # TransformerLens announces HookedTransformer's end in 4.0 at every construction.
         warnings.simplefilter("ignore", DeprecationWarning)
