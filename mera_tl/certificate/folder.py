@@ -111,48 +111,49 @@ def _card(name: str, content: Mapping[str, Any], sentence: str, certified: Steer
         ]
     if certified is None:
         return "\n".join([*lines, "This folder holds no steering."]) + "\n"
+    table = [
+        f"| {row['candidate']} | {row['recoveries']} | {row['regressions']} | {row['gain']:+.3f} "
+        f"| {row['lower']:+.3f} |"
+        for row in content["evidence"]
+    ]
     steering = content["evidence"][content["chosen"]]["steering"]
+    lines += ["## What it does", "", _what_it_does(steering), "", "## Evidence", "", _HEAD, *table]
+    lines += ["", _LIMITS_AND_USE.format(name=name)]
+    if (code := plain_code(certified, dtype=setup.get("dtype", "float32"))) is not None:
+        lines += ["", "Without `mera_tl`, in this folder:", "", "```python", code + "```"]
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = "| candidate | better | worse | gain | at least |\n|---|---|---|---|---|"
+_LIMITS_AND_USE = """## Limits
+
+The promise is about the average over data drawn as the calibration examples were, with this \
+model, tokenizer, template and readout. It says nothing about subgroups, other prompts, other \
+tasks or side effects; `mera_tl` refuses another model. The hashes find accidents and careless \
+edits, they are no signature.
+
+## Use
+
+```python
+import mera_tl
+
+model = mera_tl.load_model("...")  # the model named above
+steering = mera_tl.load_steering("{name}", model=model)
+outcomes = mera_tl.evaluate(model, task, steering.fwd_hooks())
+```
+
+With `steering.attach(model)` it acts on any model object of transformers."""
+
+
+def _what_it_does(steering: Mapping[str, Any]) -> str:
+    """Say in a sentence what a described steering reads and moves."""
     number = ", ".join(f"{k} {steering[k]:g}" for k in ("threshold", "strength") if k in steering)
     layers = ", ".join(map(str, steering["layers"]))
     layers = f"layer{'s' * (', ' in layers)} {layers}"
     k = steering.get("first_k")
     first = "" if k is None else f", of generated tokens the first {k}"
-    lines += [
-        "## What it does",
-        "",
+    return (
         f"It reads the model's own error by a linear probe of `resid_post` in {layers} "
         f"(positions: {steering['positions']}{first}; space: {steering['space']['name']}) and "
-        f"moves the activation by the rule `{steering['rule']}` ({number}).",
-        "",
-        "## Evidence",
-        "",
-        "| candidate | better | worse | gain | at least |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['candidate']} | {row['recoveries']} | {row['regressions']} "
-            f"| {row['gain']:+.3f} | {row['lower']:+.3f} |"
-            for row in content["evidence"]
-        ),
-        "",
-        "## Limits",
-        "",
-        "The promise is about the average over data drawn as the calibration examples were, with "
-        "this model, tokenizer, template and readout. It says nothing about subgroups, other "
-        "prompts, other tasks or side effects; `mera_tl` refuses another model. The hashes find "
-        "accidents and careless edits, they are no signature.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import mera_tl",
-        "",
-        'model = mera_tl.load_model("...")  # the model named above',
-        f'steering = mera_tl.load_steering("{name}", model=model)',
-        "outcomes = mera_tl.evaluate(model, task, steering.fwd_hooks())",
-        "```",
-        "",
-        "With `steering.attach(model)` it acts on any model object of transformers.",
-    ]
-    if (code := plain_code(certified, dtype=setup.get("dtype", "float32"))) is not None:
-        lines += ["", "Without `mera_tl`, in this folder:", "", "```python", code + "```"]
-    return "\n".join(lines) + "\n"
+        f"moves the activation by the rule `{steering['rule']}` ({number})."
+    )

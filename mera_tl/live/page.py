@@ -134,6 +134,18 @@ def _guard(server: Any, token: str) -> None:
 
 
 def _layout(bench: Bench) -> Any:
+    from dash import html
+
+    head = html.H1(f"{bench.model.name}, steered live")
+    sides = [html.Div(_controls(bench), id="controls"), html.Div(_shown(), id="shown")]
+    note = (
+        "Predictions are shown only at tokens to which the probe was fitted. A certificate "
+        "covers the direction that says so, at its own threshold and layers, and nothing else."
+    )
+    return html.Div([head, html.P(note, className="soft"), html.Div(sides, id="page")])
+
+
+def _controls(bench: Bench) -> list[Any]:
     from dash import dcc, html
 
     start, n_layers = bench.start, bench.model.n_layers
@@ -167,9 +179,15 @@ def _layout(bench: Bench) -> Any:
     for control in controls:
         if "Slider" in type(control).__name__:
             control.allow_direct_input = False  # its box would show the step, not the threshold
+    return controls
+
+
+def _shown() -> list[Any]:
+    from dash import dcc, html
+
     live: dict[str, Any] = {"aria-live": "polite"}
     graph: dict[str, Any] = {"config": {"displayModeBar": False, "responsive": True}}
-    shown = [
+    return [
         html.P(id="said", **live),
         html.P(id="wrong", role="alert"),
         html.Div(
@@ -184,13 +202,6 @@ def _layout(bench: Bench) -> Any:
         ),
         html.Div(dcc.Graph(id="tokens", **graph), className="tokens"),
     ]
-    head = html.H1(f"{bench.model.name}, steered live")
-    main = html.Div([html.Div(controls, id="controls"), html.Div(shown, id="shown")], id="page")
-    note = (
-        "Predictions are shown only at tokens to which the probe was fitted. A certificate "
-        "covers the direction that says so, at its own threshold and layers, and nothing else."
-    )
-    return html.Div([head, html.P(note, className="soft"), main])
 
 
 # --- what happens on it -------------------------------------------------------------------------

@@ -309,14 +309,8 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
             row=row,
             col=1,
         )
-    # Neighbours share a rectangle: plotly takes 30 ms for each.
-    grey = [pos for pos, valid in zip(tokens["pos"], tokens["valid"], strict=True) if not valid]
-    firsts = [pos for pos in grey if pos - 1 not in grey]
-    lasts = [pos for pos in grey if pos + 1 not in grey]
-    for (first, last), row in product(zip(firsts, lasts, strict=True), (1, 2)):
-        panel: dict[str, Any] = {"row": row, "col": 1}
-        colour = "rgba(128,128,128,.45)"
-        figure.add_vrect(x0=first - 0.5, x1=last + 0.5, fillcolor=colour, line_width=0, **panel)
+    grey = tokens.loc[~tokens["valid"].astype(bool), "pos"].tolist()
+    _grey_out(figure, grey)
     if grey:
         note = "grey: tokens that the probe was not fitted to"
         caption = f"{caption}; {note}" if caption else note
@@ -325,3 +319,14 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     figure.update_yaxes(title="layer", type="category", showgrid=False)
     meta = {"min_width": 170 + 19 * len(tokens)}
     return finish(figure, title, caption, height=height, meta=meta)
+
+
+def _grey_out(figure: go.Figure, grey: Sequence[int]) -> None:
+    """Cover predictions at some tokens."""
+    # Neighbours share a rectangle: plotly takes 30 ms for each.
+    firsts = [pos for pos in grey if pos - 1 not in grey]
+    lasts = [pos for pos in grey if pos + 1 not in grey]
+    for (first, last), row in product(zip(firsts, lasts, strict=True), (1, 2)):
+        panel: dict[str, Any] = {"row": row, "col": 1}
+        colour = "rgba(128,128,128,.45)"
+        figure.add_vrect(x0=first - 0.5, x1=last + 0.5, fillcolor=colour, line_width=0, **panel)

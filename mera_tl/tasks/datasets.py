@@ -1,24 +1,23 @@
 """What each data set is: its options, where its rows lie, and how a row becomes a question.
 
 `DATASETS` is the whole list; a new data set is one entry. A user's own data set is the same entry,
-read from a TOML or YAML file. Wordings are templates: `{name}` stands for a column, every other
+read from a file (`own.py`). Wordings are templates: `{name}` stands for a column, every other
 brace for itself, and nothing in the data is ever taken for a field.
 """
 
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mera_tl.tasks import scored
 from mera_tl.tasks.files import Row
-from mera_tl.tasks.scorers import SCORERS, Scorer, arguments_of
 
-_FIELD = re.compile(r"\{([^\W\d]\w*)\}")
+FIELD = re.compile(r"\{([^\W\d]\w*)\}")
+"""A field of a template."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -48,7 +47,7 @@ class Form:
         Raises:
             ValueError: saying which.
         """
-        names = _FIELD.findall(self.template)
+        names = FIELD.findall(self.template)
         if not names:
             raise ValueError(
                 "The template names no column, so every prompt would be the same; write {text}, "
@@ -101,10 +100,6 @@ class Dataset:
     hub: Hub | None = None
     grading: scored.Grading | None = None
     """How free replies are scored, where no option is to be answered."""
-
-
-_SOURCE_KEYS = ("data", "hub", "config", "split", "encoding")
-_FORM_KEYS = tuple(each.name for each in fields(Form) if each.name != "prepare")
 
 
 class Question(NamedTuple):
@@ -352,7 +347,7 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
         if not re.fullmatch(pattern, value, re.IGNORECASE):
             return "not of this task"
     texts: dict[str, str] = {}
-    for name in _FIELD.findall(form.template):
+    for name in FIELD.findall(form.template):
         value = _field(row, name, number, title, form)
         if isinstance(value, list | tuple):
             if len(value) != len(options):
@@ -373,7 +368,7 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
             f"{', '.join(options)}; map this label to an option, or correct the row."
         )
     # One pass over the template: braces inside the data are never looked at.
-    prompt = _FIELD.sub(lambda match: texts[match[1]], form.template)
+    prompt = FIELD.sub(lambda match: texts[match[1]], form.template)
     return Question(number, prompt, label, texts.get(form.text, ""))
 
 
@@ -424,123 +419,6 @@ def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> i
     mapped = {str(given).casefold(): option for given, option in labels.items()}
     places = {option.casefold(): place for place, option in enumerate(options)}
     return places.get(mapped.get(key, key).casefold())
-
-
-def definition(keys: Mapping[str, Any], title: str, *, trusted: bool = False) -> Dataset:
-    """Make a data set of the keys in a user's file.
-
-    A file with the key `scorer` is a scored task: beside it stand the scorer's arguments and, if
-    any, `instruction` and `reference` (a column); it has no options and no labels.
-    Others have `options`. All have `template` and either `data` (the path of a csv, tsv, jsonl or
-    parquet file) or `hub` (a data set's id on the Hugging Face hub, with `split` and `config`);
-    and, where they differ from the defaults, `encoding` and the fields of `Form`.
-
-    Raises:
-        ValueError: if a key is missing, unknown or ill-typed, or options and labels do not fit.
-    """
-    if "scorer" in keys:
-        return _scored_definition(keys, title, trusted)
-    kinds: dict[str, type] = {"options": list, **dict.fromkeys(_SOURCE_KEYS, str)}
-    kinds |= {key: dict if key in ("columns", "labels", "keep") else str for key in _FORM_KEYS}
-    kinds["label_in_prompt"] = bool
-    for key, value in keys.items():
-        if key not in kinds:
-            raise ValueError(f"{title} has an unknown key {key!r}{nearest(key, kinds)}.")
-        if not isinstance(value, kinds[key]):
-            kind = {list: "a list", dict: "a table", str: "text", bool: "true or false"}[kinds[key]]
-            raise ValueError(f"{title} has {key} = {value!r}; write {kind} there.")
-        if isinstance(value, str) and key != "text" and not value.strip():
-            raise ValueError(f"{title} has an empty {key!r}; write it out, or leave the key out.")
-    for key in ("options", "template"):
-        if not keys.get(key):
-            raise ValueError(f"{title} has no {key!r}; a task needs options, template and data.")
-    if ("data" in keys) == ("hub" in keys):
-        raise ValueError(
-            f"{title} has {'both' if 'data' in keys else 'neither'} 'data' (a file) and 'hub' (an "
-            "id on the Hugging Face hub); a task needs one of them."
-        )
-    _check_tables(keys, title)
-    options, labels = tuple(keys["options"]), keys.get("labels", {})
-    for word in (*options, *labels.values()):
-        if not isinstance(word, str):
-            raise ValueError(
-                f"{title} has the option {word!r}, which is not text; put it in quotes "
-                '(YAML reads a bare yes or no as true or false: write "yes").'
-            )
-    if len({option.strip().casefold() for option in options} - {""}) < max(2, len(options)):
-        raise ValueError(f"{title} has options {options}; give two or more different ones.")
-    if unknown := set(labels.values()) - set(options):
-        raise ValueError(
-            f"{title} maps labels to {', '.join(sorted(unknown))}, but the options are "
-            f"{', '.join(options)}; map every label to an option."
-        )
-    form = Form(**{key: keys[key] for key in _FORM_KEYS if key in keys})
-    form.check(title)
-    if "hub" in keys:
-        hub = Hub(keys["hub"], keys.get("split", "train"), form, keys.get("config"))
-        return Dataset(options, hub=hub)
-    return Dataset(options, Plain("", keys["data"], form, encoding=keys.get("encoding", "utf-8")))
-
-
-def _scored_definition(keys: Mapping[str, Any], title: str, trusted: bool) -> Dataset:
-    """Make a scored data set of a user's keys."""
-    name, rest = str(keys["scorer"]), {k: v for k, v in keys.items() if k != "scorer"}
-    for key in ("options", "label", "labels"):
-        if key in rest:
-            raise ValueError(
-                f"{title} has a scorer and {key!r}; a scored task has a `reference` column instead."
-            )
-    path, colon, call = name.rpartition(":")
-    if colon and path.endswith(".py"):
-        if not trusted:
-            raise ValueError(
-                f"{title} scores replies by code of its own, {name}; read it, and pass "
-                "--trust-task-code (trust_task_code=True) to let it run."
-            )
-        scorer = Scorer("function", {"file": str(Path(title).parent / path), "call": call})
-    else:
-        taken = arguments_of(name) if name in SCORERS else ()
-        given = {key: rest.pop(key) for key in taken if key in rest}
-        try:
-            scorer = Scorer(name, given)
-        except ValueError as error:
-            raise ValueError(f"{title}: {error}") from None
-    told = {key: rest.pop(key) for key in ("instruction", "reference") if key in rest}
-    for key, value in told.items():
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{title} has {key} = {value!r}; write text there.")
-    # The rest is what every task file has.
-    plain = definition({**rest, "options": list(scored.OPTIONS)}, title)
-    grading = scored.Grading(scorer, **told)
-
-    def unlabelled(source: Any) -> Any:
-        return source and replace(source, form=replace(source.form, label=""))
-
-    return Dataset(scored.OPTIONS, unlabelled(plain.plain), unlabelled(plain.hub), grading)
-
-
-def _check_tables(keys: Mapping[str, Any], title: str) -> None:
-    """Check what `columns`, `keep` and `labels` hold."""
-    used = _FIELD.findall(keys["template"])
-    for name, columns in keys.get("columns", {}).items():
-        listed = columns if isinstance(columns, list) else [columns]
-        if not listed or not all(isinstance(column, str) and column for column in listed):
-            raise ValueError(f"{title} has columns.{name} = {columns!r}; write columns' names.")
-        if name not in used:
-            raise ValueError(
-                f"{title} has columns.{name}, but the template has no field {{{name}}}"
-                f"{nearest(str(name), used)}."
-            )
-    for column, pattern in keys.get("keep", {}).items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"{title} has keep.{column} = {pattern!r}, which is no pattern ({error})."
-            ) from None
-    given = [str(value).strip().casefold() for value in keys.get("labels", {})]
-    if len(set(given)) < len(given):
-        raise ValueError(f"{title} has a label twice in 'labels'; case does not count.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from mera_tl.tasks import datasets as catalogue
 from mera_tl.tasks import files as sources
 from mera_tl.tasks import scored
 from mera_tl.tasks import splitting as splits
+from mera_tl.tasks.own import read_own
 from mera_tl.tasks.scorers import Scorer
 
 logger = logging.getLogger(__name__)
@@ -335,13 +336,7 @@ def load_task(
     base = Path(data_dir) if data_dir is not None else None
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)
-        keys = sources.read_keys(path)
-        if {"template", "template_file"} <= keys.keys():
-            raise ValueError(f"{path} has template and template_file; leave one of them out.")
-        if "template_file" in keys:
-            wording = sources.read_template(path.parent / str(keys.pop("template_file")))
-            keys["template"] = wording
-        dataset = catalogue.definition(keys, str(path), trusted=trust_task_code)
+        dataset = read_own(path, trusted=trust_task_code)
         name, base = path.stem, base or (path.parent if dataset.plain else None)
     elif name in catalogue.DATASETS:
         dataset = catalogue.DATASETS[name]
@@ -350,6 +345,13 @@ def load_task(
     table, form = _find(name, dataset, base)
     if template:
         form = replace(form, template=sources.read_template(Path(template)))
+    return _ask(name, table, form, dataset)
+
+
+def _ask(
+    name: str, table: sources.Table, form: catalogue.Form, dataset: catalogue.Dataset
+) -> Task[All]:
+    """Ask every row that belongs to the task."""
     asked, left_out = catalogue.questions(
         table.rows, table.title, form, dataset.options, dataset.grading
     )
