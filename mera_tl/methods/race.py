@@ -11,7 +11,6 @@ the best of each direction races on the whole prompt too.
 """
 
 import html
-import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,6 @@ from mera_tl.steering.spaces import SAESpace, Space
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Task, Train
 
-logger = logging.getLogger(__name__)
 MIN_RANKED = 10
 """Fewer candidates than this say nothing about how well gains are foreseen."""
 

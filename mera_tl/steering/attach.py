@@ -15,13 +15,11 @@ it matters for the scope of the steering, the pass is refused rather than steere
 """
 
 import hashlib
-import inspect
 import json
-import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -35,11 +33,9 @@ from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
-from mera_tl.models.hugging_face import HookedCausalLM, decoder_layers
+from mera_tl.models.hosts import Host, Pass, host_of
 from mera_tl.models.model import Model
 from mera_tl.steering.hook import DENSE, Move, Scope, SteerHook, relative_shift
-
-logger = logging.getLogger(__name__)
 
 _STEERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """First layers of the models that have hooks of ours on."""
@@ -63,7 +59,7 @@ def attach_hooks(
             these; where steering depends on the unsteered answer and `options` are missing; and,
             from within a pass of the model, where the place of the prompt cannot be known.
     """
-    host = _host_of(model)
+    host = host_of(model)
     hooks = [hook for _, hook in fwd_hooks]
     _check(host, hooks, options)
     attachment = Attachment(host, hooks, options, None if log is None else Path(log))
@@ -79,7 +75,7 @@ def attach_hooks(
     attachment.warn_if_idle()
 
 
-def _check(host: "_Host", hooks: Sequence[SteerHook], options: OptionTokens | None) -> None:
+def _check(host: Host, hooks: Sequence[SteerHook], options: OptionTokens | None) -> None:
     if not hooks:
         raise ValueError("There are no hooks to attach; pass those of a Steering.")
     beyond = [hook.layer for hook in hooks if hook.layer >= len(host.layers)]
@@ -173,16 +169,6 @@ def hash_of_prompt(ids: Sequence[int]) -> str:
 # --- hooks on, and where they are ---------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Pass:
-    """What a forward pass was called with, as far as it says where its columns are."""
-
-    mask: Tensor | None
-    n_past: int
-    layer: int = -1
-    """Where it was noticed: at a layer, or before all of them."""
-
-
 class Attachment:
     """Hooks on a model, and what they have done so far.
 
@@ -192,7 +178,7 @@ class Attachment:
 
     def __init__(
         self,
-        host: "_Host",
+        host: Host,
         hooks: Sequence[SteerHook],
         options: OptionTokens | None,
         log: Path | None,
@@ -205,7 +191,7 @@ class Attachment:
         self._latest = len(host.layers)
         self.n_passes = self.n_calls = self.n_steered = 0
         self.max_score = -torch.inf
-        self._pass: _Pass | None = None
+        self._pass: Pass | None = None
         self._window: Window | None = None
         self._scope: Scope | None = None
         self._answers: Int[Tensor, " batch"] | None = None
@@ -297,7 +283,7 @@ class Attachment:
         if not self._is_paused:
             self._tokens = args[0] if args else None
 
-    def _begin(self, begun: _Pass) -> None:
+    def _begin(self, begun: Pass) -> None:
         if self._is_paused:
             return
         goes_on, self._latest = begun.layer > self._latest, begun.layer
@@ -446,95 +432,3 @@ def _restore(owner: Any, generate: Callable[..., Any] | None) -> None:
         del owner.__dict__["generate"]
     else:
         owner.__dict__["generate"] = generate
-
-
-# --- kinds of models ----------------------------------------------------------------------------
-
-
-_Begin = Callable[[_Pass], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Host:
-    """Where hooks go on a model, and how its passes are noticed."""
-
-    name: str
-    layers: Sequence[nn.Module]
-    embed: nn.Module
-    generators: tuple[Any, ...]
-    """Objects whose `generate` says how long the prompt is."""
-    watch: Callable[[_Begin, set[int]], Iterator[Any]]
-    """Have a function called before every pass over some layers; yield handles."""
-    reader: Callable[[], AbstractContextManager[Model]]
-    """The same network, to run prompts of our own."""
-
-    def device_of(self, layer: int) -> torch.device:
-        """Return where a layer computes."""
-        device = next(weight.device for weight in self.layers[layer].parameters())
-        # Offloaded weights are fetched as they are needed.
-        return torch.device("cpu") if device.type == "meta" else device
-
-
-def _host_of(model: Any) -> _Host:
-    """Find out what kind of model this is, by its parts."""
-    name = model.name if isinstance(model, Model) else type(model).__name__
-    model = model.hooked if isinstance(model, Model) else model
-    inner = getattr(model, "original", None) or vars(model).get("original_model")
-    if inner is not None:  # the hugging_face engine, or a bridge
-        return _hugging_face(inner, name, (model, inner))
-    if hasattr(model, "hook_dict") and hasattr(model, "blocks"):
-        return _transformer_lens(model, name)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", True):
-        raise ValueError(
-            f"{name} is no model that can be steered; pass a mera_tl.Model, a HookedTransformer, a "
-            "TransformerBridge or a decoder-only causal language model of transformers."
-        )
-    return _hugging_face(model, name, (model,))
-
-
-def _hugging_face(model: Any, name: str, owners: tuple[Any, ...]) -> _Host:
-    """Take a model of transformers: a pass begins in the module that holds the decoder layers."""
-    layers = decoder_layers(model)
-    body = next(
-        m for m in model.modules() if any(list(c.children()) == layers for c in m.children())
-    )
-    names = list(inspect.signature(body.forward).parameters)
-
-    def before(begin: _Begin, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-        given = dict(zip(names, args, strict=False)) | kwargs
-        cache = given.get("past_key_values")
-        n_past = 0 if cache is None else int(cache.get_seq_length())
-        begin(_Pass(given.get("attention_mask"), n_past))
-
-    def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:  # noqa: ARG001
-        yield body.register_forward_pre_hook(partial(before, begin), with_kwargs=True)
-
-    @contextmanager
-    def reader() -> Iterator[Model]:
-        hooked = HookedCausalLM(model)
-        try:
-            yield Model(hooked, None, name, ())
-        finally:
-            hooked.release()
-
-    generators = tuple(owner for owner in owners if hasattr(owner, "generate"))
-    return _Host(name, layers, model.get_input_embeddings(), generators, watch, reader)
-
-
-def _transformer_lens(model: Any, name: str) -> _Host:
-    """Take a `HookedTransformer`, whose `generate` calls its blocks but not the model itself."""
-
-    def watch(begin: _Begin, steered: set[int]) -> Iterator[Any]:
-        def before(number: int, module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
-            entry = kwargs.get("past_kv_cache_entry")
-            n_past = 0 if entry is None else entry.past_keys.shape[1]
-            begin(_Pass(kwargs.get("attention_mask"), n_past, number))
-
-        for number in sorted(steered):
-            block = model.blocks[number]
-            yield block.register_forward_pre_hook(partial(before, number), with_kwargs=True)
-
-    def reader() -> AbstractContextManager[Model]:
-        return nullcontext(Model(model, None, name, ()))
-
-    return _Host(name, list(model.blocks), model.embed, (model,), watch, reader)
