@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mera_tl import storage
-from mera_tl.certificate.certificate import Calibration, Evidence, promised_points
+from mera_tl.certificate.certificate import Calibration, promised_points
+from mera_tl.certificate.evidence import Evidence
 
 What = Literal["steer", "flip", "classify", "withhold", "leave alone"]
 CLOSE = 0.005

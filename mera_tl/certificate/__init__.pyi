@@ -14,8 +14,8 @@ from .calibration import distinct as distinct
 from .calibration import setup_of as setup_of
 from .certificate import Calibration as Calibration
 from .certificate import Decision as Decision
-from .certificate import Evidence as Evidence
 from .certificate import promised_points as promised_points
+from .evidence import Evidence as Evidence
 from .monitor import BETS as BETS
 from .monitor import Monitor as Monitor
 from .monitor import read_gains as read_gains

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Real
 
-from mera_tl.certificate.certificate import Calibration, Evidence, check_min_gain, identity
+from mera_tl.certificate.certificate import Calibration, check_min_gain
 from mera_tl.certificate.description import describe, names_of
+from mera_tl.certificate.evidence import Evidence
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
 from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.models.identity import identity_of
 from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
@@ -165,7 +167,7 @@ def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str,
     options = option_tokens(model, task, settings)
     whole = [[list(ids) for ids in variants] for variants in options.continuations]
     return {
-        **identity(model),
+        **identity_of(model),
         "readout": {k: v for k, v in asdict(settings).items() if k not in unread},
         "task": task.name,
         "options": list(task.options),

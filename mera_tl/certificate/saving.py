@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mera_tl.certificate.certificate import Calibration, identity
+from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.folder import FILES
+from mera_tl.models.identity import identity_of
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
 
@@ -56,7 +57,7 @@ def load_steering(
     assert steering is not None
     reason, setup = "No model was named.", decision.setup
     if model is not None:
-        got = identity(model)
+        got = identity_of(model)
         try:
             decision.check(model)
             reason = f"It fits {got['model']}."

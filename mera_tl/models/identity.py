@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mera_tl import storage
 from mera_tl.models.checkpoint import locate, read_config
 from mera_tl.models.fingerprints import fingerprint
 from mera_tl.models.hugging_face import decoder_layers
@@ -40,6 +41,22 @@ def manifest_of(model: Any) -> dict[str, Any]:
         dtype, weights = inner.dtype, _remembered(inner) or _from_files(inner)
     words = {"model": name, "model_fingerprint": weights}
     return words | sizes | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def identity_of(model: Any) -> dict[str, Any]:
+    """Say by hashes what model, tokenizer and chat template this is."""
+    manifest = manifest_of(model)
+    if not isinstance(model, Model):
+        return manifest
+    tokenizer = model.tokenizer
+    # Equal vocabularies may be merged differently: an example shows it.
+    example = "To steer, or not to steer?\n\tDelta = 0.05 \u2014 answer: yes"
+    seen = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "ids": tokenizer(example)["input_ids"],
+        "template": getattr(tokenizer, "chat_template", None) if model.chat else None,
+    }
+    return {**manifest, "tokenizer": storage.fingerprint(seen)}
 
 
 def remember(module: nn.Module, weights: str) -> None:
