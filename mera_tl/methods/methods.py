@@ -257,16 +257,14 @@ def _tuned(name: str, probe: str, run: Run) -> Treatment:
     fitted = run.probe(probe)
     steering = run.steering(fitted)
     decision = run.calibrate(name, [replace(steering, rule=Additive(s)) for s in STRENGTHS])
-    details = {"strength": decision.strength, **_of(fitted)}
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=fitted)
+    return _certified(decision, fitted, {"strength": decision.strength, **_of(fitted)})
 
 
 def _mera(name: str, probe: str, run: Run) -> Treatment:
     """Follow MERA's rule: steer at the certified threshold or not at all."""
     fitted = run.probe(probe)
     decision = run.calibrate(name, run.steering(fitted))
-    details = {**_of(fitted), "fit": probe}
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=fitted)
+    return _certified(decision, fitted, {**_of(fitted), "fit": probe})
 
 
 def _published(name: str, probe: str, run: Run) -> Treatment:
@@ -282,8 +280,7 @@ def _published(name: str, probe: str, run: Run) -> Treatment:
     if run.config.thresholds == "default":
         candidates = [candidates.at(threshold) for threshold in PAPER_THRESHOLDS]
     decision = run.calibrate(name, candidates)
-    details = {**_of(fitted), "fit": probe}
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=fitted)
+    return _certified(decision, fitted, {**_of(fitted), "fit": probe})
 
 
 def _along(name: str, kind: str, run: Run) -> Treatment:
@@ -291,13 +288,15 @@ def _along(name: str, kind: str, run: Run) -> Treatment:
     probe = run.probe("ridge")
     direction = fit_direction(features(run.activations, run.space), probe, kind)
     steering = replace(run.steering(probe), direction=direction.vectors)
-    decision = run.calibrate(name, steering)
-    details = {
-        "probe": probe.kind,
-        "penalty": probe.penalty,
-        "direction": kind,
-        "notes": list(direction.notes),
-    }
+    details = {"probe": probe.kind, "penalty": probe.penalty}
+    details |= {"direction": kind, "notes": list(direction.notes)}
+    return _certified(run.calibrate(name, steering), probe, details)
+
+
+def _certified(
+    decision: Calibration, probe: LinearProbe | None, details: dict[str, Any]
+) -> Treatment:
+    """Steer as certified, or not at all."""
     return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
 
 
@@ -311,8 +310,7 @@ def _searched(run: Run) -> Treatment:
         return _replying("searched", DIRECTIONS, run)
     found = _search(run, "searched", partial(_look, run), run.space)
     decision = run.calibrate("searched", found.steering.at(found.chosen.threshold))
-    details, probe = _details(found), found.steering.probe
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
+    return _certified(decision, found.steering.probe, _details(found))
 
 
 def _look(run: Run, folder: Path) -> Search:
@@ -386,7 +384,7 @@ def _family(name: str, run: Run) -> Treatment:
     names = ("rule", "layers", "positions", "threshold", "strength")
     details = {each: chosen[each] for each in names if each in chosen}
     details |= {"direction": name, "probe": "its own", "penalty": 0.0}
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details)
+    return _certified(decision, None, details)
 
 
 def _withhold(run: Run) -> Treatment:
@@ -433,8 +431,7 @@ def _replying(name: str, directions: tuple[str, ...], run: Run) -> Treatment:
         logger.warning("%s: %s", name, error)
         return Treatment(lacks=f"{name}: {error}")
     decision = run.calibrate(name, found.steering)
-    details, probe = _details(found), found.steering.probe
-    return Treatment(decision.fwd_hooks(), calibration=decision, details=details, probe=probe)
+    return _certified(decision, found.steering.probe, _details(found))
 
 
 def _prompted(run: Run) -> Treatment:
@@ -507,30 +504,23 @@ def _details(found: Search) -> dict[str, Any]:
 # --- the table ----------------------------------------------------------------------------------
 
 _FIXED, _TUNED = "Move every token by a fixed length against", "Certify the best length against"
+_CONTRAST, _PAPERS = "high minus low error", "MERA with the paper's"
+_WITHIN = "wrong minus right examples within true classes"
+_PER_ANSWER = "one direction per unsteered answer, the true class held fixed"
 _ROWS = (
     ("additive_probe", _additive, "ridge", f"{_FIXED} the regression probe."),
     ("additive_logistic_probe", _additive, "logistic", f"{_FIXED} the logistic probe."),
-    ("vanilla_contrastive", _additive, "contrastive", f"{_FIXED} high minus low error."),
+    ("vanilla_contrastive", _additive, "contrastive", f"{_FIXED} {_CONTRAST}."),
     ("additive_sub_probe", _additive, "worst_regression", f"{_FIXED} the paper's worst."),
     ("additive_median_probe", _additive, "median_regression", f"{_FIXED} the paper's median."),
     ("tuned_additive_probe", _tuned, "ridge", f"{_TUNED} the regression probe."),
-    ("tuned_contrastive", _tuned, "contrastive", f"{_TUNED} high minus low error."),
+    ("tuned_contrastive", _tuned, "contrastive", f"{_TUNED} {_CONTRAST}."),
     ("optimal_probe", _published, "best_regression", "MERA as published: its best regression."),
     ("ridge_probe", _mera, "ridge", "MERA with one strongly regularised ridge probe."),
     ("optimal_logistic_probe", _published, "logistic", "MERA with the logistic probe."),
-    (
-        "optimal_contrastive",
-        _published,
-        "contrastive",
-        "MERA with high minus low error as the probe.",
-    ),
-    (
-        "sub_optimal_probe",
-        _published,
-        "worst_regression",
-        "MERA with the paper's worst regression.",
-    ),
-    ("median_optimal_probe", _published, "median_regression", "MERA with the paper's median one."),
+    ("optimal_contrastive", _published, "contrastive", f"MERA with {_CONTRAST} as the probe."),
+    ("sub_optimal_probe", _published, "worst_regression", f"{_PAPERS} worst regression."),
+    ("median_optimal_probe", _published, "median_regression", f"{_PAPERS} median one."),
     (
         "pattern_probe",
         _along,
@@ -543,18 +533,8 @@ _ROWS = (
         "controlled_pattern",
         "MERA along `S w`, S within true classes.",
     ),
-    (
-        "controlled_contrastive",
-        _along,
-        "controlled_contrastive",
-        "MERA along wrong minus right examples within true classes.",
-    ),
-    (
-        "answer_controlled",
-        _along,
-        "answer_controlled",
-        "MERA along one direction per unsteered answer, the true class held fixed.",
-    ),
+    ("controlled_contrastive", _along, "controlled_contrastive", f"MERA along {_WITHIN}."),
+    ("answer_controlled", _along, "answer_controlled", f"MERA along {_PER_ANSWER}."),
 )
 
 
