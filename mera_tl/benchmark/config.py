@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from mera_tl.inference.progress import seconds_of
 from mera_tl.tasks import splitting
@@ -174,13 +174,22 @@ class GridConfig(RunOptions):
 
     def runs(self) -> list[RunConfig]:
         """Return one configuration per model, task, seed and space, models outermost."""
-        shared = {f.name: getattr(self, f.name) for f in fields(RunOptions)}
+        shared = vars(narrow(self, RunOptions))
         return [
             RunConfig(model=model, task=task, seed=seed, space=space, **shared)
             for model, task, seed, space in product(
                 self.models, self.tasks, self.seeds, self.spaces
             )
         ]
+
+
+Options = TypeVar("Options")
+
+
+def narrow(options: Any, kind: type[Options]) -> Options:
+    """Return a dataclass of another kind, with what the options say of its fields."""
+    names = [f.name for f in fields(kind) if hasattr(options, f.name)]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: getattr(options, name) for name in names})
 
 
 # --- checks -------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mera_tl.benchmark.config import (
     DEFAULT_METHODS,
     REPLY_METHODS,
     RunConfig,
+    narrow,
     parse_layers,
     parse_thresholds,
 )
@@ -99,17 +100,7 @@ class Run(methods.Run):
     @cached_property
     def read(self) -> ReadSettings:
         """How answers are read; replies to a scored task are scored."""
-        config = self.config
-        settings = ReadSettings(
-            readout=config.readout,
-            answer_prefix=config.answer_prefix,
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            max_new_tokens=config.max_new_tokens,
-            reply_tokens=config.reply_tokens,
-            truncate=config.truncate,
-            progress=self._progress,
-        )
+        settings = replace(narrow(self.config, ReadSettings), progress=self._progress)
         return ReadSettings.of(self.splits.train, settings)
 
     @cached_property
@@ -258,10 +249,7 @@ class Run(methods.Run):
 
     def content(self) -> dict[str, Any]:
         """Say by hashes what the folder is made of: data, weights and the version of this code."""
-        return {
-            **self.cheap_content(),
-            "model": self.model.fingerprint,
-        }
+        return self.cheap_content() | {"model": self.model.fingerprint}
 
     def cheap_content(self) -> dict[str, Any]:
         """Return what can be said of it without loading the model."""
@@ -343,10 +331,7 @@ class Run(methods.Run):
         """Fit a probe on the training split, once: a kind, or worst_ or median_regression."""
         if name in self._probes:
             return self._probes[name]
-        where: dict[str, Any] = {
-            "position": self.config.probe_position,
-            "seed": self.config.seed,
-        }
+        where: dict[str, Any] = {"position": self.config.probe_position, "seed": self.config.seed}
         kind: Any = name
         rank, _, regression = kind.partition("_")
         fit: Callable[..., LinearProbe] = partial(fit_error_probe, kind=kind)
@@ -457,9 +442,7 @@ class Run(methods.Run):
         base = self.base
         started = time.perf_counter()
         treatment = METHODS[name].treat(self)
-        outcomes = base
-        if treatment.acts:
-            outcomes = self._apply(name, treatment)
+        outcomes = self._apply(name, treatment) if treatment.acts else base
         seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
         in_vain = idle(name, outcomes, base)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from mera_tl.benchmark.config import (
     DEMO_TASKS,
     GridConfig,
     RunConfig,
+    narrow,
 )
 from mera_tl.cli import terminal
 from mera_tl.cli.terminal import console
@@ -59,7 +60,7 @@ class Step(RunConfig):
 
     def _run_config(self) -> RunConfig:
         """Return the options of a run; --limit is shared out 3 : 1 : 1."""
-        config = RunConfig(**{f.name: getattr(self, f.name) for f in fields(RunConfig)})
+        config = narrow(self, RunConfig)
         if self.limit is None:
             return config
         if self.limit < 10 or any((self.train, self.calibration, self.test)):
@@ -129,8 +130,7 @@ class Run(Step):
         for config, folder in each:
             with open_run(config, folder, **opening) as opened:
                 _say_reconstruction(out, opened)
-                for record in opened.records(self.methods):
-                    logger.info("%s: %s", record["method"], record["decision"] or "measured")
+                _measure(opened, self.methods)
         folders = [folder for _, folder in each]
         whole = folders[0] if len(folders) == 1 else folders[0].parent
         records = _summarise(out, folders, whole, verbose=self.verbose, started=started)
@@ -245,9 +245,8 @@ class Benchmark(GridConfig):
         from mera_tl.benchmark.grid import run_grid
 
         terminal.start_logging()
-        config = GridConfig(**{f.name: getattr(self, f.name) for f in fields(GridConfig)})
         where = {"ray": self.ray, "gpus": self.gpus, "cache": self.cache}
-        records = run_grid(config, self.out, **where)
+        records = run_grid(narrow(self, GridConfig), self.out, **where)
         done = [record for record in records if "failure" not in record]
         if done:
             console().print(terminal.shared_words(done))
@@ -298,13 +297,12 @@ class Sae(RunConfig):
         from mera_tl.sae.training import TrainOptions, hold_out, train_saes
 
         terminal.start_logging()
-        given = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
-        opened = benchmark.Run(RunConfig(**given), Path())
+        opened = benchmark.Run(narrow(self, RunConfig), Path())
         layers, source = parse_layers(self.layers), self.sae or default_source(self.model)
         fit, judge = hold_out(opened.splits.train)
         if self.action == "train":
             source = str(self.out or Path("saes") / Path(self.model).name)
-            chosen = TrainOptions(**{f.name: getattr(self, f.name) for f in fields(TrainOptions)})
+            chosen = narrow(self, TrainOptions)
             train_saes(opened.model, fit, layers, source, options=chosen, settings=opened.read)
         space = load_saes(source, layers, opened.model, sibling=self.sae_sibling)
         table = reconstruction(opened.model, judge, space, settings=opened.read)
@@ -347,9 +345,13 @@ class Demo:
             with open_run(config, folders[-1]) as opened:
                 _say_splits(out, opened)
                 _say_warnings(out, opened.preflight)
-                for record in opened.records(DEMO_METHODS):
-                    logger.info("%s: %s", record["method"], record["decision"] or "measured")
+                _measure(opened, DEMO_METHODS)
         _summarise(out, folders, self.out, verbose=self.verbose, started=started)
+
+
+def _measure(opened: Any, methods: Sequence[str]) -> None:
+    for record in opened.records(methods):
+        logger.info("%s: %s", record["method"], record["decision"] or "measured")
 
 
 def _clear(folder: Path) -> None:
