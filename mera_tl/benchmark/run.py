@@ -33,9 +33,9 @@ from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, idle, scores, versions
 from mera_tl.benchmark.resources import choose_threads
+from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.sharing import share_delta
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -159,71 +159,35 @@ class Run(methods.Run):
         _ = self.others  # one that does not exist is named before anything is spent
         if any(each.certifies for each in found):
             self.splits.train.require_classes()
-        known = {name for family in self._families for name in family}
-        new = [each.name for each in found if each.certifies and each.name not in known]
-        primary = self.config.primary if self.config.primary not in known else None
-        if primary is not None and primary not in new:
-            asking = ", ".join(new) or "none"
-            raise ValueError(
-                f"primary={primary!r} is not among the methods that ask for a certificate "
-                f"({asking}); name one of them."
-            )
-        if not new:
-            return
-        path = self.folder / "shares.json"
-        families = [*self._families, share_delta(new, self.config.delta, primary=primary)]
-        storage.write_json(path, {"families": families})
-        if len(families) > 1:
-            logger.warning(
-                "%s: %s came after %s on the same calibration examples; the promises of all hold "
-                "together only with delta %g.",
-                *(self.folder, ", ".join(new), ", ".join(sorted(known)), self.familywise_delta),
-            )
+        self.shares.announce([each.name for each in found if each.certifies])
 
     @property
-    def _families(self) -> list[dict[str, float]]:
-        path = self.folder / "shares.json"
-        return storage.read_json(path)["families"] if path.exists() else []
+    def shares(self) -> Shares:
+        """How the methods of this folder share delta."""
+        return Shares(self.folder, self.config.delta, self.config.primary)
 
     @property
     def familywise_delta(self) -> float:
         """Greatest probability that any certificate of this folder is wrong."""
-        return self.config.delta * len(self._families)
+        return self.shares.familywise_delta
 
     @cached_property
     def earlier(self) -> tuple[str, ...]:
         """A sentence per run beside this one that was certified on the same examples otherwise."""
-        mine, told = (self.config.to_json(), self._families), list[str]()
-        for path in sorted(self.folder.resolve().parent.glob("*/shares.json")):
-            try:
-                families = storage.read_json(path)["families"]
-                about = storage.read_json(path.with_name("content.json"))
-                same = about["data"]["calibration"] == self.splits.calibration.data_hash
-                config = storage.read_json(path.with_name("config.json"))
-                same = same and config["task"] == self.config.task
-            except (ValueError, KeyError, TypeError, OSError):
-                continue  # the folder of something else, or one that is just begun
-            if same and about["model"] == self.model.fingerprint and mine != (config, families):
-                names = ", ".join(name for family in families for name in family)
-                told.append(
-                    f"{path.parent.name} was certified on {len(self.splits.calibration)} of the "
-                    f"same calibration texts ({names}; delta {config['delta'] * len(families):g}): "
-                    "the promises of both runs hold together only with the sum of their deltas. "
-                    "Trust one of them, chosen beforehand, or take another calibration split."
-                )
+        told = others_on_the_same(
+            self.folder, self.config, self.splits.calibration, self.model.fingerprint
+        )
         for sentence in told:
             logger.warning("%s", sentence)
-        return tuple(told)
+        return told
 
     def terms(self, method: str) -> Terms:
         """Return the terms of a method's certificate: what is its own of delta."""
         config = self.config
-        family: dict[str, float] = {}
-        for each in self._families:
-            family = each if method in each else family
+        delta, shared = self.shares.of(method)
         return Terms(
-            delta=family[method] if method in family else config.delta,  # noqa: SIM401
-            run_delta=config.delta if len(family) > 1 else None,
+            delta=delta,
+            run_delta=config.delta if shared else None,
             metric=config.metric,
             bound=config.bound,
             seed=config.seed,
