@@ -149,10 +149,7 @@ def _way(folder: Path, record: Mapping[str, Any]) -> Way:
 def _reads_the_answer(decision: Calibration) -> bool:
     """Return whether a certified steering depends on the unsteered answer."""
     steering = decision.steerings.get(decision.chosen) if decision.chosen is not None else None
-    if steering is None:  # in SAE space, without its SAEs
-        return False
-    per_answer = steering.direction is not None and steering.direction.ndim == 3
-    return steering.probe.per_answer or per_answer
+    return steering is not None and steering.per_answer  # None in SAE space, without its SAEs
 
 
 def _sentence(way: Way) -> str:

@@ -25,7 +25,7 @@ from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
 from mera_tl.steering.attach import settings_of
-from mera_tl.steering.hook import SteerHook
+from mera_tl.steering.hook import SteerHook, relative_shift
 from mera_tl.steering.steering import Steering
 
 
@@ -288,8 +288,7 @@ class _Recorder:
             return steered  # the pass that finds out the answers; the same columns come again
         assert window.labels is not None
         error = self._hook.read(resid, window)[1].sigmoid()
-        size = resid.float().norm(dim=-1).clamp(min=1e-12)
-        shift = (steered.float() - resid.float()).norm(dim=-1) / size
+        shift = relative_shift(steered, resid)
         for i, label in enumerate(window.labels.tolist()):
             row, real = self._rows[label], window.real[i].to(error.device)
             row.scores.setdefault(self.layer, []).append(error[i, real])

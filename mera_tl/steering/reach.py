@@ -21,7 +21,7 @@ from mera_tl.inference.decoding import Window
 from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import FwdHooks, Model, resid_post
-from mera_tl.steering.hook import SteerHook
+from mera_tl.steering.hook import SteerHook, relative_shift
 from mera_tl.tasks.task import Task
 
 BACK = 24
@@ -157,26 +157,13 @@ class _Look:
         if waits:  # the answer is not known yet, so this part of the prompt is run once more
             end = 0 if reader.positions == "all" else end - 1
         elif window.n_prompt:
-            self.before[:, place] = _predicted(reader, into[:, -1], window)
-            self.after[:, place] = _predicted(reader, out[:, -1], window)
+            for kept, resid in ((self.before, into), (self.after, out)):
+                kept[:, place] = reader.read(resid[:, -1:], window)[1][:, 0].sigmoid().cpu()
         self._step[reader.layer] += 0 if window.n_prompt else 1
         last = BACK + self._step[reader.layer]
         columns = (torch.arange(into.shape[1]) + last - into.shape[1] + 1).clamp(min=0)[:end]
         real = window.real[:, :end].cpu()
-        shift = (out[:, :end] - into[:, :end]).float().norm(dim=-1).cpu() * real
-        length = shift / into[:, :end].float().norm(dim=-1).cpu().clamp(min=1e-12)
-        for total, values in ((self.tokens, real), (self.moved, shift > 0)):
+        length = relative_shift(out[:, :end], into[:, :end]).cpu() * real
+        for total, values in ((self.tokens, real), (self.moved, length > 0)):
             total[place].index_add_(0, columns, values.sum(0))
         self.length[place].index_add_(0, columns, length.sum(0))
-
-
-def _predicted(
-    reader: SteerHook, resid: Float[Tensor, "batch d_model"], window: Window
-) -> Float[Tensor, " batch"]:
-    """Return the predicted error, read by the probe of the answer where there are several."""
-    weights, bias = reader.weights.to(resid.device), reader.bias.to(resid.device)
-    if weights.ndim == 2:
-        assert window.answers is not None  # such a reader waits for the answers
-        weights, bias = weights[window.answers], bias[window.answers]
-    features = reader.space.read(resid, reader.layer)
-    return torch.sigmoid((features * weights).sum(-1) + bias).cpu()

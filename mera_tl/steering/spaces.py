@@ -309,9 +309,8 @@ class SAESpace(Space):
         """Whether only latents that are on may move: the k largest are on, and no others."""
         cfg = self.saes[layer].cfg
         # A BatchTopK is saved as the JumpReLU that it amounts to, with what it was trained as.
-        return "topk" in (cfg.architecture(), cfg.metadata.get("training_architecture")) or (
-            cfg.metadata.get("training_architecture") == "batchtopk"
-        )
+        kinds = {cfg.architecture(), cfg.metadata.get("training_architecture")}
+        return bool(kinds & {"topk", "batchtopk"})
 
     @cached_property
     def _decoders(self) -> dict[int, Float[Tensor, "d_sae d_model"]]:

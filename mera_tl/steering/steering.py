@@ -81,7 +81,7 @@ class Steering:
 
     def __repr__(self) -> str:
         which = "along w" if self.direction is None else "along its own direction"
-        if self.probe.per_answer or (self.direction is not None and self.direction.ndim == 3):
+        if self.per_answer:
             which += " per answer"
         layers = self.layers if isinstance(self.layers, str) else ",".join(map(str, self.layers))
         several = "" if isinstance(self.layers, tuple) and len(self.layers) == 1 else "s"
@@ -104,6 +104,12 @@ class Steering:
         if self.layers == "best":
             return (self.probe.best_layer,)
         return tuple(sorted(set(self.layers)))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def per_answer(self) -> bool:
+        """Whether it depends on the unsteered answer, by its probe or by its direction."""
+        by_direction = self.direction is not None and self.direction.ndim == 3
+        return self.probe.per_answer or by_direction
 
     def at(self, threshold: float) -> "Steering":
         """Return the same steering at `threshold` (the paper's alpha): MERA's rule, or a gate.

@@ -6,7 +6,7 @@ layers behind a steered layer differ too, since they see what was moved.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -23,7 +23,7 @@ from mera_tl.inference.decoding import Window
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
-from mera_tl.steering.hook import SteerHook
+from mera_tl.steering.hook import SteerHook, relative_shift
 from mera_tl.steering.reach import around
 from mera_tl.steering.spaces import ResidualSpace
 from mera_tl.steering.steering import Steering
@@ -99,22 +99,9 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        names = (
-            "model",
-            "row",
-            "tokens",
-            "n_prompt",
-            "position",
-            "instead",
-            "layers",
-            "options",
-            "label",
-            "answers",
-            "probs",
-            "replies",
-        )
-        grids = {n: _plain(getattr(self, n)) for n in ("before", "after", "shift")}
-        return {name: getattr(self, name) for name in names} | grids
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unsteered"}
+        grids = {name: _plain(values.pop(name)) for name in ("before", "after", "shift")}
+        return values | grids
 
     def __str__(self) -> str:
         of = f" of {self.model}" if self.row >= 0 else ""
@@ -312,10 +299,8 @@ class Pass:
 
     def shifts(self) -> Float[np.ndarray, "layer pos"]:
         """Return the length of every shift relative to the norm of what it moved."""
-        rows = []
-        for reader in self._readers:
-            into, out = self._into[reader.layer], self._out[reader.layer]
-            rows.append((out - into).norm(dim=-1) / into.norm(dim=-1).clamp(min=1e-12))
+        layers = [reader.layer for reader in self._readers]
+        rows = [relative_shift(self._out[layer], self._into[layer]) for layer in layers]
         return torch.stack(rows).double().numpy()
 
 
