@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,20 +39,21 @@ def tokenizer():
     )
 
 
-def _shape() -> dict:
-    return dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+GPT2 = dict(
+    vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
@@ -66,30 +68,19 @@ def _config(family: str):
     from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
     if family == "llama":  # grouped-query attention, llama3 rope, tied embeddings
-        return LlamaConfig(
-            **_shape(), max_position_embeddings=64, rope_parameters=LLAMA3, tie_word_embeddings=True
-        )
+        return LlamaConfig(**SHAPE, rope_parameters=LLAMA3, tie_word_embeddings=True)
     if family == "qwen2":
-        return Qwen2Config(**_shape(), max_position_embeddings=64)
+        return Qwen2Config(**SHAPE)
     if family == "gemma2":  # soft caps, and a sliding window shorter than the prompts
         return Gemma2Config(
-            **_shape(),
+            **SHAPE,
             head_dim=8,
-            max_position_embeddings=64,
             sliding_window=4,
             attn_logit_softcapping=5.0,
             final_logit_softcapping=3.0,
             query_pre_attn_scalar=8,
         )
-    return GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return GPT2Config(**GPT2)
 
 
 def save_random_checkpoint(config, folder: Path) -> Path:
@@ -128,6 +119,40 @@ def models(checkpoints):
 @pytest.fixture(scope="session", params=FAMILIES)
 def model(request, models):
     return models[request.param]
+
+
+def original(path):
+    """What transformers makes of a checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@cache
+def organism():
+    """The embedded model, loaded once; a test that changes it loads its own."""
+    from mera_tl.models import load_model
+
+    return load_model("organism", device="cpu")
+
+
+def run_in(folder, config, methods):
+    """Leave a run's records in a folder."""
+    from mera_tl.benchmark import open_run
+
+    with open_run(config, folder, progress=False) as run:
+        list(run.records(methods))
+    return folder
+
+
+def make_outcomes(options, labels, predictions, probs, **more):
+    """Outcomes of a run that steered nothing and read nothing."""
+    from mera_tl.inference import Outcomes
+
+    n, none = len(labels), torch.zeros(len(labels), dtype=torch.long)
+    counts = dict.fromkeys(("n_steered", "n_steerable", "n_tokens", "n_layers"), none)
+    told = {"shift": torch.zeros(n), "max_score": torch.full((n,), -torch.inf)} | counts | more
+    return Outcomes(tuple(options), torch.arange(n), labels, predictions, probs, **told)
 
 
 def make_task(n: int = 24, *, seed: int = 0, options=("yes", "no"), name: str = "toy"):

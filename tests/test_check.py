@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import save_random_checkpoint
-from test_hugging_face import BIASES, GEMMA, SHAPE
+from conftest import SHAPE, save_random_checkpoint
+from test_hugging_face import BIASES, GEMMA
 
 from mera_tl.models import cache_folder, load_model
 

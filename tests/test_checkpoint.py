@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED, save_random_checkpoint
-from test_hugging_face import SHAPE
+from conftest import SHAPE, SHARED, save_random_checkpoint
 
 from mera_tl import storage
 from mera_tl.models import load_model

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_task
+from conftest import make_outcomes, make_task
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from test_methods import run_of
 
-from mera_tl.inference import Activations, Outcomes
+from mera_tl.inference import Activations
 from mera_tl.methods import METHODS, ClassProbe, fit_class_probe, fit_classes
 
 OPTIONS = ("a", "b", "c")
@@ -25,11 +25,8 @@ def planted(n=240, seed=0):
     resid = torch.randn(n, 3, 16, generator=g)
     resid[:, 1] += 3 * torch.eye(3, 16)[labels] + 5
     predictions = torch.where(torch.rand(n, generator=g) < 0.5, labels, (labels + 1) % 3)
-    zeros, rows = torch.zeros(n, dtype=torch.long), torch.tensor([e.row for e in task.examples])
     probs = torch.nn.functional.one_hot(predictions, 3).float()
-    counts = {"n_steered": zeros, "n_steerable": zeros, "n_tokens": zeros, "n_layers": zeros}
-    told = {"shift": torch.zeros(n), "max_score": torch.zeros(n)}
-    outcomes = Outcomes(OPTIONS, rows, labels, predictions, probs, **counts, **told)
+    outcomes = make_outcomes(OPTIONS, labels, predictions, probs)
     return replace(task, role="train"), Activations({"last": resid}, outcomes)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import make_outcomes
 
-from mera_tl.inference import Outcomes
 from mera_tl.steering import (
     KINDS,
     Adaptive,
@@ -240,21 +240,8 @@ class Readings:
         predictions = planted.predictions
         if answered is not None:
             predictions = torch.where(answered, predictions, -1)
-        zero = torch.zeros(n, dtype=torch.long)
-        self.h = planted.h
-        self.outcomes = Outcomes(
-            options=tuple("abcd"[:k]),
-            rows=torch.arange(n),
-            labels=planted.labels,
-            predictions=predictions,
-            probs=torch.full((n, k), 1 / k),
-            n_steered=zero,
-            n_steerable=zero,
-            n_tokens=zero,
-            n_layers=zero,
-            shift=torch.zeros(n),
-            max_score=torch.zeros(n),
-        )
+        self.h, probs = planted.h, torch.full((n, k), 1 / k)
+        self.outcomes = make_outcomes("abcd"[:k], planted.labels, predictions, probs)
 
     def resid(self, position):
         return self.h

@@ -4,19 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, random_probe, talking_task
+from conftest import FAMILIES, original, random_probe, talking_task
 
 from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.models import lay_out_for_decoding, layout, load_model, resid_post
 from mera_tl.steering import Steering
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
-
-
-def original(path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])

@@ -4,30 +4,15 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import LLAMA3, save_random_checkpoint
+from conftest import GPT2, LLAMA3, SHAPE, save_random_checkpoint
 
 from mera_tl.models import decoder_layers, load_model, resid_post
 
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
 MHA = SHAPE | {"num_key_value_heads": 4}
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 GEMMA = dict(head_dim=8, sliding_window=4, query_pre_attn_scalar=8)
 CAPS = dict(attn_logit_softcapping=5.0, final_logit_softcapping=3.0)
-GPT2 = dict(
-    vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-)
 OPT = dict(
     vocab_size=64,
     hidden_size=32,

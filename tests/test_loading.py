@@ -8,17 +8,11 @@ import sys
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, original
 
 from mera_tl.models import load_model
 
 TOKENS = torch.tensor([[1, 5, 9, 30, 22, 7, 41, 13, 8, 19, 33, 6]])
-
-
-def original(path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
 @pytest.mark.parametrize("engine", ["transformer_lens", "hugging_face"])

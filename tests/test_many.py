@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task, random_probe, talking_task
+from conftest import make_task, organism, random_probe, talking_task
 
 from mera_tl.certificate import DEFAULT_THRESHOLDS
 from mera_tl.inference import ReadSettings, collect, evaluate
@@ -125,7 +125,7 @@ def organism_task(n=60):
 
 
 def test_in_the_latents_of_an_sae_each_equals_itself_alone():
-    model, splits = load_model("organism", device="cpu"), organism_task(24)
+    model, splits = organism(), organism_task(24)
     space = load_saes("organism", (1, 2), model)
     probe = fit_latent_probe(collect(model, splits.train, settings=QUIET), space)
     layer = space.layers[:1]
@@ -155,7 +155,7 @@ def tokens_through_blocks(model, work):
 
 
 def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
-    model, splits = load_model("organism", device="cpu"), organism_task()
+    model, splits = organism(), organism_task()
     probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
     steering = Steering(probe, layers=(2,))  # from layer 1 of 4 it costs 5.2 evaluations
     grid = [steering.at(t) for t in DEFAULT_THRESHOLDS]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_race import SMALL, WIDE, organism, planted
+from conftest import organism
+from test_race import SMALL, WIDE, planted
 
 import mera_tl.methods
 from mera_tl.benchmark import Run, RunConfig

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ FIXABLE = [name for name, task in TASKS.items() if "; two-sided" in task.failure
 
 @pytest.fixture(scope="module")
 def organism():
-    return load_model("organism", device="cpu")
+    return conftest.organism()
 
 
 def as_task(name: str, n: int, seed: int) -> Task:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_outcomes
 
 from mera_tl.inference import Outcomes, accuracy_interval, paired_p_value, spi, spi_interval
 
@@ -16,11 +17,7 @@ def outcomes(labels, predictions, n_options=3):
         probs[i] = 0.0 if p < 0 else probs[i]
         if p >= 0:
             probs[i, p] = 0.8
-    zeros = torch.zeros(len(labels), dtype=torch.long)
-    rows = torch.arange(len(labels))
-    score = torch.full((len(labels),), -torch.inf)
-    options = tuple("abc"[:n_options])
-    return Outcomes(options, rows, labels, predictions, probs, *[zeros] * 4, zeros.float(), score)
+    return make_outcomes("abc"[:n_options], labels, predictions, probs)
 
 
 def test_weighted_scores_agree_with_scikit_learn():

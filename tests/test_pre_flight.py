@@ -4,12 +4,11 @@ import html
 from dataclasses import replace
 
 import pytest
-from conftest import make_task
+from conftest import make_task, organism
 from test_cli import arguments, mera, write_task
 
 from mera_tl.benchmark import Preflight, RunConfig, open_run, preflight, run
 from mera_tl.inference import ReadSettings, evaluate
-from mera_tl.models import load_model
 from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
 
@@ -18,7 +17,7 @@ QUIET = ReadSettings(progress=False)
 
 @pytest.fixture(scope="module")
 def sound() -> Preflight:
-    return preflight(load_model("organism"), load_task("spam_cue"), QUIET)
+    return preflight(organism(), load_task("spam_cue"), QUIET)
 
 
 def test_a_sound_baseline_has_no_warning(sound):

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_outcomes
 from pandas.testing import assert_frame_equal
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
 
-from mera_tl.inference import Activations, Outcomes
+from mera_tl.inference import Activations
 from mera_tl.probes import (
     Examples,
     LinearProbe,
@@ -48,9 +49,7 @@ def answers(resid, error, unanswered: int = 0) -> Activations:
     predictions = (error > 0.5).long()
     if unanswered:
         probs[-unanswered:], predictions[-unanswered:] = 0.0, -1
-    zero = torch.zeros(n, dtype=torch.long)
-    parts = (torch.arange(n), zero, predictions, probs, *[zero] * 4, *[torch.zeros(n)] * 2)
-    outcomes = Outcomes(("a", "b"), *parts)
+    outcomes = make_outcomes("ab", torch.zeros(n, dtype=torch.long), predictions, probs)
     exact = resid.clone()
     exact[n - unanswered :] = 0
     return Activations({"last": resid, "exact": exact}, outcomes, dict(MANIFEST))

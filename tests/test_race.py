@@ -5,13 +5,19 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import make_task, mixed_options, random_probe, talking_task
+from conftest import (
+    make_outcomes,
+    make_task,
+    mixed_options,
+    organism,
+    random_probe,
+    talking_task,
+)
 
 from mera_tl import plots
 from mera_tl.certificate import Terms, calibrate
 from mera_tl.inference import (
     Decoding,
-    Outcomes,
     ReadSettings,
     about_to_answer,
     collect,
@@ -39,7 +45,6 @@ from mera_tl.methods import (
     search_flip,
     tabulate,
 )
-from mera_tl.models import load_model
 from mera_tl.probes import LinearProbe
 from mera_tl.steering import Adaptive, Additive, Direction, Gated, Steering
 from mera_tl.tasks import load_task
@@ -219,11 +224,6 @@ def test_the_candidates_cover_every_scope():
 
 
 # --- the search ---------------------------------------------------------------------------------
-
-
-@cache
-def organism():
-    return load_model("organism", device="cpu")
 
 
 @cache
@@ -431,20 +431,9 @@ def test_slopes_are_those_of_what_is_read(readout, models):
 
 def some_outcomes():
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.4, 0.35, 0.25], [0.0, 0.0, 0.0]])
-    zeros = torch.zeros(4, dtype=torch.long)
-    return Outcomes(
-        options=("a", "b", "c"),
-        rows=torch.arange(4),
-        labels=torch.tensor([1, 2, 1, 0]),
-        predictions=torch.tensor([0, 2, 0, -1]),
-        probs=probs,
-        n_steered=zeros,
-        n_steerable=zeros,
-        n_tokens=zeros,
-        n_layers=zeros,
-        shift=torch.zeros(4),
-        max_score=torch.tensor([2.0, -1.0, -1.0, 5.0]),
-    )
+    labels, predictions = torch.tensor([1, 2, 1, 0]), torch.tensor([0, 2, 0, -1])
+    score = torch.tensor([2.0, -1.0, -1.0, 5.0])
+    return make_outcomes("abc", labels, predictions, probs, max_score=score)
 
 
 def test_flipping_exchanges_the_two_best_options_where_error_is_predicted():

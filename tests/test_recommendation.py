@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from conftest import run_in
 from test_cli import mera
 from test_trusting import CONFIG
 
 from mera_tl import Calibration, storage
-from mera_tl.benchmark import Way, choose_way, open_run, recommend
+from mera_tl.benchmark import Way, choose_way, recommend
 from mera_tl.certificate import promised_points
 
 SIZES = {"train": "300", "calibration": "120", "test": "60"}
@@ -17,10 +18,7 @@ METHODS = ["no_steering", "flip", "class_probe", "withhold"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("verdict") / "run"
-    with open_run(replace(CONFIG, **SIZES), path, progress=False) as run:
-        list(run.records(METHODS))
-    return path
+    return run_in(tmp_path_factory.mktemp("verdict") / "run", replace(CONFIG, **SIZES), METHODS)
 
 
 def way(what, gain, regressions=0, *, certified=True, method="", passes=1):

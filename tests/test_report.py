@@ -10,10 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from chromium import BROWSER, Chromium
+from conftest import run_in
 from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
-from mera_tl.benchmark import RunConfig, open_run
+from mera_tl.benchmark import RunConfig
 from mera_tl.report import (
     RunFolder,
     find_runs,
@@ -40,10 +41,7 @@ CONFIG = RunConfig(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A real run on the organism; made once."""
-    path = tmp_path_factory.mktemp("runs") / "choice_hint"
-    with open_run(CONFIG, path, progress=False) as run:
-        list(run.records(METHODS))
-    return path
+    return run_in(tmp_path_factory.mktemp("runs") / "choice_hint", CONFIG, METHODS)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import random_probe, talking_task
+from conftest import organism, random_probe, talking_task
 
 from mera_tl import storage
 from mera_tl.certificate import Calibration, calibrate, load_steering
 from mera_tl.inference import ReadSettings, evaluate
-from mera_tl.models import load_model
 from mera_tl.sae import load_saes
 from mera_tl.steering import SAESpace, Steering
 from mera_tl.tasks import load_task
@@ -75,7 +74,7 @@ def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_p
 def test_a_model_of_another_shape_is_refused_whatever_is_asked(decided, tmp_path):
     folder = decided[2].save(tmp_path / "steering")
     with pytest.raises(ValueError, match="certified on .* but organism has"):
-        load_steering(folder, model=load_model("organism"), anyway=True)
+        load_steering(folder, model=organism(), anyway=True)
 
 
 def test_changes_of_any_file_are_found(decided, tmp_path):
@@ -135,7 +134,7 @@ def test_a_folder_of_something_else_is_left_alone(decided, tmp_path):
 
 
 def test_a_steering_in_sae_space_needs_the_saes_it_was_made_with(tmp_path):
-    model = load_model("organism")
+    model = organism()
     saes = load_saes("organism", (1,), model)
     width = (model.n_layers, saes.d_sae)
     probe = dataclasses.replace(random_probe(model), weights=torch.randn(width) / 10)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_task, random_probe
+from conftest import make_outcomes, make_task, organism, random_probe
 
 from mera_tl.inference import Activations, ReadSettings, collect, evaluate
 from mera_tl.models import resid_post
@@ -236,8 +236,6 @@ def test_layers_without_an_sae_are_not_steered(models):
 @pytest.fixture(scope="module")
 def planted():
     """Activations of a three-layer model in which one latent of layer 1 tells the error."""
-    from mera_tl.inference import Outcomes
-
     n, space = 300, SAESpace({1: new_sae("standard"), 2: new_sae("standard", layer=2)})
     resid = torch.randn(n, 3, WIDTH, generator=torch.Generator().manual_seed(5)) * 2
     latents = space.read(resid[:, 1], 1)
@@ -245,17 +243,8 @@ def planted():
     latent = int((firing - 0.5).abs().argmin())
     error = torch.where(latents[:, latent] > 0.3, 0.9, 0.1)
     correct = error < 0.5
-    zeros = torch.zeros(n, dtype=torch.long)
-    outcomes = Outcomes(
-        options=("yes", "no"),
-        rows=torch.arange(n),
-        labels=torch.zeros(n, dtype=torch.long),
-        predictions=(~correct).long(),
-        probs=torch.stack([1 - error, error], 1),
-        **dict.fromkeys(("n_steered", "n_steerable", "n_tokens", "n_layers"), zeros),
-        shift=torch.zeros(n),
-        max_score=torch.full((n,), -torch.inf),
-    )
+    labels, probs = torch.zeros(n, dtype=torch.long), torch.stack([1 - error, error], 1)
+    outcomes = make_outcomes(("yes", "no"), labels, (~correct).long(), probs)
     return space, Activations({"last": resid}, outcomes, {"n_layers": 3}), latent
 
 
@@ -408,26 +397,19 @@ def test_saes_of_one_space_have_one_width():
 # --- the organism's own -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def organism():
-    from mera_tl.models import load_model
-
-    return load_model("organism", device="cpu")
-
-
-def test_the_organisms_saes_explain_it_and_noise_does_not(organism):
+def test_the_organisms_saes_explain_it_and_noise_does_not():
     from mera_tl.tasks import load_task
 
     task = load_task("yesno_bias").split(seed=0, train="60", calibration="10", test="10").train
-    space = load_saes("organism", "all", organism)
+    space = load_saes("organism", "all", organism())
     assert space.layers == (1, 2)
-    good = reconstruction(organism, task, space, settings=QUIET).set_index("layer")
+    good = reconstruction(organism(), task, space, settings=QUIET).set_index("layer")
     assert (good["explained_variance"] > 0.85).all()
     assert good["l0"].between(5, 30).all()
     assert (good["recovered"] > 0.5).all()
     with torch.no_grad():
         space.saes[1].W_dec.copy_(torch.randn_like(space.saes[1].W_dec) / 10)
-    bad = reconstruction(organism, task, SAESpace({1: space.saes[1]}), settings=QUIET).iloc[0]
+    bad = reconstruction(organism(), task, SAESpace({1: space.saes[1]}), settings=QUIET).iloc[0]
     assert bad["explained_variance"] < 0
     assert bad["recovered"] < good.loc[1, "recovered"]
 

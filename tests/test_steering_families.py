@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import organism
 from sklearn.linear_model import LogisticRegression
 from test_methods import run_of
-from test_race import WIDE, organism, planted
+from test_race import WIDE, planted
 
 from mera_tl.certificate import calibrate, load_steering
 from mera_tl.inference import evaluate

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import run_in
 from test_cli import mera
 
 from mera_tl import storage
@@ -27,10 +28,8 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trust") / "run"
-    with open_run(CONFIG, path, progress=False) as run:
-        list(run.records(["no_steering", "flip", "withhold"]))
-    return path
+    methods = ("no_steering", "flip", "withhold")
+    return run_in(tmp_path_factory.mktemp("trust") / "run", CONFIG, methods)
 
 
 def test_what_is_answered_is_right_as_often_as_promised(folder):
