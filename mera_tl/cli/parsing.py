@@ -226,9 +226,9 @@ def _help_texts(kind: type) -> dict[str, str]:
 
 def _flat(parsed: Any) -> dict[str, Any]:
     """Return the values of all groups; names that come in commas are taken apart."""
-    values = {f.name: getattr(parsed, f.name) for f in fields(parsed)}
+    values = {**vars(parsed)}
     for group in [value for value in values.values() if is_dataclass(value)]:
-        values |= {f.name: getattr(group, f.name) for f in fields(group)}
+        values |= vars(group)
     values = {name: value for name, value in values.items() if not is_dataclass(value)}
     if values.get("batch_size") == "auto":
         values["batch_size"] = None

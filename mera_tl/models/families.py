@@ -149,19 +149,22 @@ def _hooked_config(original: Any, architecture: str, n_devices: int) -> Any:
     )
 
 
-def _embedded_fields(hf: Any) -> dict[str, Any]:
+def _common_fields(hf: Any) -> dict[str, Any]:
+    """Fields of models with RMS norms, whose configs name their sizes alike."""
     return {
         "d_model": hf.hidden_size,
         "n_layers": hf.num_hidden_layers,
         "n_heads": hf.num_attention_heads,
-        "d_head": hf.head_dim,
+        "d_head": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         "d_mlp": hf.intermediate_size,
         "n_ctx": hf.max_position_embeddings,
-        "eps": hf.eps,
-        "act_fn": "relu",
         "normalization_type": "RMS",
-        "positional_embedding_type": "standard",
     }
+
+
+def _embedded_fields(hf: Any) -> dict[str, Any]:
+    own = {"eps": hf.eps, "act_fn": "relu", "positional_embedding_type": "standard"}
+    return _common_fields(hf) | own
 
 
 def _gpt2_fields(hf: Any) -> dict[str, Any]:
@@ -189,24 +192,17 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
             f"This checkpoint scales its rotary positions by {rope_type!r}; only 'default' and "
             "'llama3' give TransformerLens logits equal to Hugging Face, so it is not loaded."
         )
-    d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    fields = {
-        "d_model": hf.hidden_size,
-        "n_layers": hf.num_hidden_layers,
-        "n_heads": hf.num_attention_heads,
+    fields = _common_fields(hf)
+    fields |= {
         # Grouped also where every head has its own keys: converters for one kind are enough.
         "n_key_value_heads": hf.num_key_value_heads,
-        "d_head": d_head,
-        "d_mlp": hf.intermediate_size,
-        "n_ctx": hf.max_position_embeddings,
         "eps": hf.rms_norm_eps,
         "act_fn": getattr(hf, "hidden_act", None) or hf.hidden_activation,
-        "normalization_type": "RMS",
         "final_rms": True,
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": False,
-        "rotary_dim": d_head,
+        "rotary_dim": fields["d_head"],
         "rotary_base": rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
     }
     if getattr(hf, "sliding_window", None):
