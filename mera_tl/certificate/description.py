@@ -61,8 +61,8 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
 def _describe_space(space: Space) -> dict[str, Any]:
     described: dict[str, Any] = {"name": space.name}
     if space.name in OWN:
-        parts = {each.name: getattr(space, each.name) for each in fields(space)}  # pyright: ignore[reportArgumentType]
-        described |= {n: tensor_hash(x) if isinstance(x, Tensor) else x for n, x in parts.items()}
+        parts = _parts(space).items()
+        described |= {n: tensor_hash(x) if isinstance(x, Tensor) else x for n, x in parts}
     if isinstance(space, SAESpace):
         described["correction"] = space.correction
         described["saes"] = {
@@ -106,19 +106,21 @@ def _named(key: str, description: Mapping[str, Any]) -> str:
 
 def tensors_of(steering: Steering) -> dict[str, Tensor]:
     """Return the tensors that a description names by hash."""
-    probe = steering.probe
-    tensors = {f"probe.{f.name}": getattr(probe, f.name) for f in fields(probe)}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    parts = {f"probe.{name}": value for name, value in _parts(steering.probe).items()}
     if steering.space.name in OWN:
-        parts = {each.name: getattr(steering.space, each.name) for each in fields(steering.space)}  # pyright: ignore[reportArgumentType]
-        tensors |= {f"space.{n}": x for n, x in parts.items() if isinstance(x, Tensor)}
-    return tensors | ({} if steering.direction is None else {"direction": steering.direction})
+        parts |= {f"space.{name}": value for name, value in _parts(steering.space).items()}
+    parts["direction"] = steering.direction
+    return {name: value for name, value in parts.items() if isinstance(value, Tensor)}
 
 
 def probe_values(probe: LinearProbe) -> dict[str, Any]:
     """Return what is plain of a probe."""
-    values = {f.name: getattr(probe, f.name) for f in fields(probe)}
-    return {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    return {n: value for n, value in _parts(probe).items() if not isinstance(value, Tensor)}
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass; its tensors are not copied, as by `asdict`."""
+    return {each.name: getattr(value, each.name) for each in fields(value)}
 
 
 def rebuild(

@@ -142,14 +142,9 @@ class Monitor:
             raise ValueError(
                 "This is not the state of a monitor, or of another version; start a new one."
             )
-        restarted = (-math.inf if v is None else v for v in state["log_restarted"])
-        return cls(
-            **{
-                **state,
-                "log_wealth": tuple(state["log_wealth"]),
-                "log_restarted": tuple(restarted),
-            }
-        )
+        restarted = tuple(-math.inf if v is None else v for v in state["log_restarted"])
+        logs = {"log_wealth": tuple(state["log_wealth"]), "log_restarted": restarted}
+        return cls(**state | logs)
 
     def save(self, path: str | Path) -> None:
         """Write the state as JSON, whole or not at all."""
