@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import csv
+import json
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -174,6 +177,52 @@ def make_task(n: int = 24, *, seed: int = 0, options=("yes", "no"), name: str = 
 @pytest.fixture
 def task():
     return make_task()
+
+
+def write_task(folder, *, labels=None, name="toy", extra="", rows=60, options=("yes", "no")):
+    """A user's own task: a CSV and a TOML file."""
+    task = make_task(60)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["text", "label"])
+        for i, example in enumerate(task.examples[:rows]):
+            label = (labels or options)[example.label] if labels != "one" else "yes"
+            writer.writerow([f"{example.text} {'red ' * (i % 5)}{i}", label])
+    (folder / f"{name}.toml").write_text(
+        f'options = {json.dumps(options)}\ndata = "{name}.csv"\ntext = "text"\n'
+        f'template = "question : {{text}} ? answer :"\n{extra}',
+        encoding="utf-8",
+    )
+    return str(folder / f"{name}.toml")
+
+
+def arguments(checkpoints, toy, out, **changes):
+    options = {"model": checkpoints["llama"], "task": toy, "train": 30, "calibration": 15}
+    options |= {"test": 15, "out": out} | changes
+    return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+
+
+def call_mera(monkeypatch, *arguments):
+    """Run the command in this process; return its exit code."""
+    from mera_tl.cli import app
+
+    monkeypatch.setattr(sys, "argv", ["mera", *map(str, arguments)])
+    try:
+        app.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def mera(monkeypatch, capsys):
+    """The command in this process: its exit code is checked, what it printed returned."""
+
+    def call(*arguments, code=0):
+        assert call_mera(monkeypatch, *arguments) == code
+        return capsys.readouterr()
+
+    return call
 
 
 def mixed_options(model) -> tuple[str, str]:

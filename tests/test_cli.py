@@ -1,7 +1,6 @@
 """The command line: the main job end to end, and every mistake one sentence."""
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -16,34 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_task
+from conftest import arguments, write_task
 from rich.console import Console
 
 from mera_tl import storage
 from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run, run
 from mera_tl.certificate import Calibration
-from mera_tl.cli import app as cli
 from mera_tl.cli import parsing, terminal
 from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
-
-
-def write_task(folder, *, labels=None, name="toy", extra="", rows=60):
-    """A user's own task: a CSV and a TOML file."""
-    task = make_task(60)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["text", "label"])
-        for i, example in enumerate(task.examples[:rows]):
-            label = (labels or example.options)[example.label] if labels != "one" else "yes"
-            writer.writerow([f"{example.text} {'red ' * (i % 5)}{i}", label])
-    (folder / f"{name}.toml").write_text(
-        f'options = ["yes", "no"]\ndata = "{name}.csv"\ntext = "text"\n'
-        f'template = "question : {{text}} ? answer :"\n{extra}',
-        encoding="utf-8",
-    )
-    return str(folder / f"{name}.toml")
 
 
 @pytest.fixture(scope="module")
@@ -51,33 +32,19 @@ def toy(tmp_path_factory):
     return write_task(tmp_path_factory.mktemp("toy"))
 
 
-def mera(monkeypatch, *arguments):
-    """Run the command in this process; return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["mera", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
-def arguments(checkpoints, toy, out, **changes):
-    options = {"model": checkpoints["llama"], "task": toy, "train": 30, "calibration": 15}
-    options |= {"test": 15, "out": out} | changes
-    return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+def config_of(checkpoints, toy):
+    sizes = {"train": "30", "calibration": "15", "test": "15"}
+    return RunConfig(model=str(checkpoints["llama"]), task=toy, **sizes)
 
 
 def without_times(path):
     return [{k: v for k, v in r.items() if k != "seconds"} for r in storage.read_records(path)]
 
 
-def test_the_main_job_writes_records_certificates_and_a_table(
-    monkeypatch, capsys, checkpoints, toy, tmp_path
-):
+def test_the_main_job_writes_records_certificates_and_a_table(mera, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
     told = arguments(checkpoints, toy, out)
-    assert mera(monkeypatch, "run", *told, "--verbose", "--methods", *METHODS) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(mera("run", *told, "--verbose", "--methods", *METHODS).out.split())
     assert "toy" in printed and "Report: " in printed and (out / "report.html").exists()
     records = storage.read_records(out / "records.jsonl")
     assert [record["method"] for record in records] == list(METHODS)
@@ -98,22 +65,19 @@ def test_the_main_job_writes_records_certificates_and_a_table(
 
     # A second start finds everything; the steps, one by one, give the same records.
     before = (out / "records.jsonl").read_bytes()
-    assert mera(monkeypatch, "run", *told, "--methods", *METHODS) == 0
+    mera("run", *told, "--methods", *METHODS)
     assert (out / "records.jsonl").read_bytes() == before
     steps = arguments(checkpoints, toy, tmp_path / "steps")
     for step in ("collect", "fit", "calibrate", "evaluate"):
-        assert mera(monkeypatch, step, *steps, "--methods", *METHODS) == 0
+        mera(step, *steps, "--methods", *METHODS)
     assert without_times(tmp_path / "steps" / "records.jsonl") == without_times(
         out / "records.jsonl"
     )
-    assert mera(monkeypatch, "table", out, "--format", "markdown") == 0
-    assert "| model | task | method |" in capsys.readouterr().out
+    assert "| model | task | method |" in mera("table", out, "--format", "markdown").out
 
 
 def test_abstaining_equals_the_unsteered_run_bit_for_bit(checkpoints, toy, tmp_path):
-    config = RunConfig(
-        model=str(checkpoints["llama"]), task=toy, train="30", calibration="15", test="15"
-    )
+    config = config_of(checkpoints, toy)
     with open_run(config, tmp_path / "run", progress=False) as run:
         records = list(run.records(["no_steering", "optimal_probe"]))
     assert records[1]["decision"] == "ABSTAIN"  # a random model cannot be certified at n = 15
@@ -137,57 +101,39 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    name, monkeypatch, capsys, checkpoints, toy, tmp_path
-):
+def test_a_mistake_is_one_sentence_and_exit_code_2(mera, name, checkpoints, toy, tmp_path):
     changes, words = MISTAKES[name]
-    code = mera(monkeypatch, "run", *arguments(checkpoints, toy, tmp_path / "run", **changes))
-    error = capsys.readouterr().err
-    assert code == 2
+    error = mera("run", *arguments(checkpoints, toy, tmp_path / "run", **changes), code=2).err
     assert words in error
     assert error.splitlines()[-1].startswith("mera: ")
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "config.json").exists()  # nothing half-written
 
 
-def test_an_unknown_method_costs_nothing_and_names_the_nearest(
-    monkeypatch, capsys, checkpoints, toy, tmp_path
-):
+def test_an_unknown_method_costs_nothing_and_names_the_nearest(mera, checkpoints, toy, tmp_path):
     told = arguments(checkpoints, toy, tmp_path / "run")
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "optimal_prob") == 2
-    assert "optimal_probe" in capsys.readouterr().err
+    said = mera("run", *told, "--methods", "no_steering", "optimal_prob", code=2).err
+    assert "optimal_probe" in said
     assert not (tmp_path / "run" / "activations").exists()
 
 
 DATA_MISTAKES = {
     "label outside the options": ({"labels": ("yes", "maybe")}, "maybe"),
     "one class only": ({"labels": "one"}, "'yes'"),
-    "options that share their token": ({"extra": ""}, "cannot be told apart"),
+    "options that share their token": ({"options": ("no bad", "no good")}, "cannot be told apart"),
     "a missing column": ({"extra": 'label = "answer"\n'}, "answer"),
     "empty data": ({"rows": 0}, "toy.csv"),
 }
 
 
 @pytest.mark.parametrize("name", DATA_MISTAKES)
-def test_bad_data_is_one_sentence(name, monkeypatch, capsys, checkpoints, tmp_path):
+def test_bad_data_is_one_sentence(mera, name, checkpoints, tmp_path):
     changes, words = DATA_MISTAKES[name]
     path = write_task(tmp_path, **changes)
-    if "share" in name:
-        from pathlib import Path
-
-        text = (
-            Path(path).read_text(encoding="utf-8").replace('["yes", "no"]', '["no bad", "no good"]')
-        )
-        Path(path).write_text(text, "utf-8")
-        data = tmp_path / "toy.csv"
-        data.write_text(
-            data.read_text("utf-8").replace(",yes", ",no bad").replace(",no\n", ",no good\n")
-        )
     # Options that begin alike are told apart where they are scored whole, the default.
     readout = {"readout": "last"} if "share" in name else {}
     told = arguments(checkpoints, path, tmp_path / "run", **readout)
-    assert mera(monkeypatch, "run", *told) == 2
-    error = capsys.readouterr().err
+    error = mera("run", *told, code=2).err
     assert words in error
     assert "Traceback" not in error
     # Found before anything was answered but the prompts of the pre-flight.
@@ -195,19 +141,18 @@ def test_bad_data_is_one_sentence(name, monkeypatch, capsys, checkpoints, tmp_pa
 
 
 def test_without_a_method_that_learns_one_class_is_enough_and_blank_rows_are_counted(
-    monkeypatch, capsys, checkpoints, tmp_path
+    mera, checkpoints, tmp_path
 ):
     path = write_task(tmp_path, labels="one")
     with (tmp_path / "toy.csv").open("a", encoding="utf-8") as file:
         file.write(" ,yes\n ,no\n")
     told = arguments(checkpoints, path, tmp_path / "run", methods="no_steering")
-    assert mera(monkeypatch, "run", *told) == 0
-    assert "; 2 rows with a blank text are left out" in " ".join(capsys.readouterr().out.split())
+    assert "; 2 rows with a blank text are left out" in " ".join(mera("run", *told).out.split())
 
 
 @pytest.mark.parametrize("split", ["train", "calibration", "test"])
 def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(
-    split, monkeypatch, capsys, checkpoints, tmp_path
+    mera, split, checkpoints, tmp_path
 ):
     rows = {"train": "0-29", "calibration": "30-44", "test": "45-59"}
     path, data = write_task(tmp_path), tmp_path / "toy.csv"
@@ -215,34 +160,30 @@ def test_a_prompt_that_is_too_long_is_named_before_anything_is_written(
     lines[long + 1] = "red " * 500 + lines[long + 1]
     data.write_text("\n".join(lines), "utf-8")
     told = arguments(checkpoints, path, tmp_path / "run", methods="no_steering", **rows)
-    assert mera(monkeypatch, "run", *told) == 2
-    assert f"toy has 1 prompt (row {long}) of more than the " in capsys.readouterr().err
+    assert f"toy has 1 prompt (row {long}) of more than the " in mera("run", *told, code=2).err
     assert not (tmp_path / "run" / "config.json").exists()
-    assert mera(monkeypatch, "run", *told, "--truncate") == 0
+    mera("run", *told, "--truncate")
 
 
-def test_another_configuration_in_the_folder_is_refused(
-    monkeypatch, capsys, checkpoints, toy, tmp_path
-):
+def test_another_configuration_in_the_folder_is_refused(mera, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
-    assert mera(monkeypatch, "collect", *arguments(checkpoints, toy, out)) == 0
-    assert mera(monkeypatch, "run", *arguments(checkpoints, toy, out, seed=1)) == 2
-    assert "another configuration (seed" in capsys.readouterr().err
+    mera("collect", *arguments(checkpoints, toy, out))
+    said = mera("run", *arguments(checkpoints, toy, out, seed=1), code=2).err
+    assert "another configuration (seed" in said
 
 
 def test_an_interrupted_run_says_so_and_ends_as_an_undisturbed_one(
-    monkeypatch, capsys, checkpoints, toy, tmp_path
+    mera, monkeypatch, checkpoints, toy, tmp_path
 ):
     methods = {"methods": "no_steering,optimal_probe"}
     told, whole = (arguments(checkpoints, toy, tmp_path / name, **methods) for name in ("a", "b"))
     with monkeypatch.context() as patched:
         patched.setattr(run, "collect", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        assert mera(patched, "run", *told) == 130
-    said = capsys.readouterr()
+        said = mera("run", *told, code=130)
     assert said.err.splitlines()[-1] == "mera: stopped; start it again to resume."
     assert "Traceback" not in said.err + said.out and not (tmp_path / "a" / "activations").exists()
     for arguments_ in (told, whole):
-        assert mera(monkeypatch, "run", *arguments_) == 0
+        mera("run", *arguments_)
     first, second = (without_times(tmp_path / name / "records.jsonl") for name in ("a", "b"))
     assert [record.pop("hashes")["data"] for record in first] == [
         record.pop("hashes")["data"] for record in second
@@ -250,45 +191,39 @@ def test_an_interrupted_run_says_so_and_ends_as_an_undisturbed_one(
     assert first == second
 
 
-def test_a_folder_in_use_is_refused(monkeypatch, capsys, checkpoints, toy, tmp_path):
+def test_a_folder_in_use_is_refused(mera, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
     with storage.lock(out):
-        assert mera(monkeypatch, "run", *arguments(checkpoints, toy, out)) == 2
-    assert "in use by another process" in capsys.readouterr().err
+        said = mera("run", *arguments(checkpoints, toy, out), code=2).err
+    assert "in use by another process" in said
 
 
 def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):
-    config = RunConfig(
-        model=str(checkpoints["llama"]), task=toy, train="30", calibration="15", test="15"
-    )
+    config = config_of(checkpoints, toy)
     with open_run(config, tmp_path / "run", progress=False) as run:
         run.model.hooked.blocks[1].mlp.W_out.data[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN or infinity"):
             list(run.records(["optimal_probe"]))
 
 
-def test_an_unknown_command_names_the_nearest_and_the_overview_all(monkeypatch, capsys):
-    assert mera(monkeypatch, "tabel") == 2
-    assert "did you mean `mera table`?" in capsys.readouterr().err
-    assert mera(monkeypatch) == 2  # as with a missing option; but it says what there is
-    printed = capsys.readouterr().out
+def test_an_unknown_command_names_the_nearest_and_the_overview_all(mera):
+    assert "did you mean `mera table`?" in mera("tabel", code=2).err
+    printed = mera(code=2).out  # as with a missing option; but it says what there is
     for command in parsing.COMMANDS:
         assert re.search(rf"^  {command.__name__.lower()} ", printed, re.M)
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_lists_name_what_there_is(monkeypatch, capsys):
-    assert mera(monkeypatch, "methods") == 0
-    assert mera(monkeypatch, "tasks") == 0
-    assert mera(monkeypatch, "models", "--search", "gemma-2-2b") == 0
-    printed = capsys.readouterr().out
+def test_lists_name_what_there_is(mera):
+    lists = (("methods",), ("tasks",), ("models", "--search", "gemma-2-2b"))
+    printed = "".join(mera(*told).out for told in lists)
     for name in (*METHODS, "sms_spam", "mmlu_high_school", "google/gemma-2-2b-it"):
         assert name in printed
 
 
-def test_config_json_is_what_was_asked(monkeypatch, checkpoints, toy, tmp_path):
+def test_config_json_is_what_was_asked(mera, checkpoints, toy, tmp_path):
     out = tmp_path / "run"
-    assert mera(monkeypatch, "collect", *arguments(checkpoints, toy, out, min_gain=0.02)) == 0
+    mera("collect", *arguments(checkpoints, toy, out, min_gain=0.02))
     assert json.loads((out / "config.json").read_text())["min_gain"] == 0.02
 
 
@@ -421,20 +356,16 @@ def test_a_run_ends_in_a_line_per_task_the_report_and_what_to_do_next(organism):
     assert not [line for line in printed.splitlines() if len(line) > 80 and "/" not in line]
 
 
-def test_tables_fit_and_leave_blank_what_is_not_there(monkeypatch, capsys, organism):
+def test_tables_fit_and_leave_blank_what_is_not_there(mera, organism):
     out, _ = organism
-    assert mera(monkeypatch, "table", out) == 0
-    printed = capsys.readouterr().out
+    printed = mera("table", out).out
     assert max(map(len, printed.splitlines())) <= 80
     assert "controlled_contrastive" in printed and "STEER" in printed
     assert "hold together with probability 0.95 or more" in " ".join(printed.split())
     for kind in ("markdown", "csv", "latex"):
-        assert mera(monkeypatch, "table", out, "--format", kind) == 0
-        assert not re.search(r"\b(None|nan)\b", capsys.readouterr().out)
-    assert mera(monkeypatch, "table", out, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == list(RunFolder.open(out).records)
-    assert mera(monkeypatch, "table") == 2
-    assert "give at least one" in capsys.readouterr().err
+        assert not re.search(r"\b(None|nan)\b", mera("table", out, "--format", kind).out)
+    assert json.loads(mera("table", out, "--json").out) == list(RunFolder.open(out).records)
+    assert "give at least one" in mera("table", code=2).err
 
 
 def test_no_word_of_a_table_is_cut():
@@ -449,50 +380,45 @@ def test_no_word_of_a_table_is_cut():
     assert "f" * 36 in printed.getvalue() and "negative" in printed.getvalue()
 
 
-def test_json_is_all_that_a_script_reads(monkeypatch, capsys, organism):
+def test_json_is_all_that_a_script_reads(mera, organism):
     out, _ = organism
     told = ("-m", "organism", "-t", "spam_cue", "--limit", 700, "--layers", 1)
     told += ("--positions", "last", "-o", out, "--methods", "no_steering")
-    assert mera(monkeypatch, "run", *told, "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["method"] == "no_steering"
-    assert mera(monkeypatch, "plan", "--gain", 0.1, "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["gain"] == 0.1
+    assert json.loads(mera("run", *told, "--json").out)[0]["method"] == "no_steering"
+    assert json.loads(mera("plan", "--gain", 0.1, "--json").out)[0]["gain"] == 0.1
 
 
-def test_explain_takes_a_row_or_a_text_of_your_own(monkeypatch, capsys, organism):
+def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
     out, _ = organism
-    assert mera(monkeypatch, "explain", out) == 0  # a recovered example of the run's winner
-    assert "becomes" in capsys.readouterr().out
+    assert "becomes" in mera("explain", out).out  # a recovered example of the run's winner
     example = RunFolder.open(out).test_task().examples[3]
     told = []
     for which in (("--row", example.row), ("--prompt", example.prompt)):
-        assert mera(monkeypatch, "explain", out, *which, "--json") == 0
-        told.append(json.loads(capsys.readouterr().out))
+        told.append(json.loads(mera("explain", out, *which, "--json").out))
     assert told[0]["tokens"] == told[1]["tokens"] and told[0]["probs"] == told[1]["probs"]
     assert (out / "explain" / "controlled_contrastive-prompt.html").exists()
-    assert mera(monkeypatch, "explain", out, "--row", 10**6) == 2
-    assert "is in no split" in capsys.readouterr().err
+    assert "is in no split" in mera("explain", out, "--row", 10**6, code=2).err
 
 
 def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(
-    monkeypatch, capsys, checkpoints, toy, tmp_path
+    mera, checkpoints, toy, tmp_path
 ):
     out = tmp_path / "run"
     told = arguments(checkpoints, toy, out)
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--dry-run") == 0
-    assert "memory in all" in capsys.readouterr().out and not out.exists()
+    said = mera("run", *told, "--methods", "no_steering", "--dry-run").out
+    assert "memory in all" in said and not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", "--overwrite") == 2
-    assert "not the folder of a run" in capsys.readouterr().err and (out / "thesis.tex").exists()
+    said = mera("run", *told, "--methods", "no_steering", "--overwrite", code=2).err
+    assert "not the folder of a run" in said and (out / "thesis.tex").exists()
     (out / "thesis.tex").rename(tmp_path / "thesis.tex")
     other = arguments(checkpoints, toy, out, seed=1)
     for one in (told, other):
-        assert mera(monkeypatch, "run", *one, "--methods", "no_steering", "--overwrite") == 0
+        mera("run", *one, "--methods", "no_steering", "--overwrite")
     assert json.loads((out / "config.json").read_text())["seed"] == 1
 
 
-def test_damaged_files_and_file_systems_are_one_sentence(monkeypatch, capsys, organism, tmp_path):
+def test_damaged_files_and_file_systems_are_one_sentence(mera, monkeypatch, organism, tmp_path):
     (tmp_path / "file").write_text("x")
     shutil.copytree(organism[0], tmp_path / "run")
     for path in (tmp_path / "run").rglob("*.safetensors"):
@@ -502,12 +428,11 @@ def test_damaged_files_and_file_systems_are_one_sentence(monkeypatch, capsys, or
         ("report", tmp_path / "run"),
         ("run", "--config", tmp_path / "nowhere.toml"),
     ):
-        assert mera(monkeypatch, *told) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
+        error = mera(*told, code=2).err.splitlines()[-1]
         assert error.startswith("mera: ") and len(error) > 20
     monkeypatch.setenv("MERA_DEBUG", "1")
     with pytest.raises(ValueError, match="nowhere.toml"):
-        mera(monkeypatch, "run", "--config", tmp_path / "nowhere.toml")
+        mera("run", "--config", tmp_path / "nowhere.toml")
 
 
 def test_a_log_file_has_a_line_per_stage_and_no_control_codes(organism, tmp_path):

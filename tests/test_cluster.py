@@ -7,7 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from test_cli import write_task
+from conftest import write_task
 from test_grid import timeless
 
 from mera_tl.benchmark import GridConfig, RunConfig, cluster, collect_shards, open_run, run_grid

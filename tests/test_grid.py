@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import mera, write_task
+from conftest import write_task
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid, run_name
@@ -142,7 +142,7 @@ def test_another_models_work_is_not_found_in_the_cache(config, tmp_path):
 
 
 def test_a_failing_job_is_a_record_and_the_others_go_on(
-    config, tmp_path, monkeypatch, capsys, undisturbed
+    mera, config, tmp_path, monkeypatch, undisturbed
 ):
     works = METHODS_TABLE["additive_probe"]
 
@@ -154,16 +154,15 @@ def test_a_failing_job_is_a_record_and_the_others_go_on(
     monkeypatch.setitem(METHODS_TABLE, "additive_probe", replace(works, treat=fail))
     options = ["--methods", *METHODS, "--seeds", "0", "1", "--train", "30", "--out", str(tmp_path)]
     told = ["--models", *config.models, "--tasks", *config.tasks, *options]
-    assert mera(monkeypatch, "benchmark", *told, "--calibration", 15, "--test", 15) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    said = mera("benchmark", *told, "--calibration", 15, "--test", 15, code=1).err
+    assert "No space left on device" in said
     records = storage.read_records(tmp_path / "records.jsonl")
     failed = [record for record in records if "failure" in record]
     assert [(r["seed"], r["method"]) for r in failed] == [(1, "additive_probe")] * 2
     assert timeless(r for r in records if "failure" not in r) == [
         r for r in undisturbed if not (r["seed"] == 1 and r["method"] == "additive_probe")
     ]
-    assert mera(monkeypatch, "table", tmp_path, "--format", "csv") == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = mera("table", tmp_path, "--format", "csv").out.splitlines()
     assert len(printed) == 1 + len(records) - len(failed)
     assert all(name in printed[0] for name in ("seed", "SPI low", "p,", "layers", "shift", "f1"))
     monkeypatch.undo()  # the disk has room again

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, make_task, talking_task
-from test_cli import write_task
+from conftest import FAMILIES, make_task, talking_task, write_task
 
 from mera_tl.benchmark import RunConfig, memory
 from mera_tl.inference import ReadSettings, collect, tokenize_task

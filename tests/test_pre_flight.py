@@ -4,8 +4,7 @@ import html
 from dataclasses import replace
 
 import pytest
-from conftest import make_task, organism
-from test_cli import arguments, mera, write_task
+from conftest import arguments, make_task, organism, write_task
 
 from mera_tl.benchmark import Preflight, RunConfig, open_run, preflight, run
 from mera_tl.inference import ReadSettings, evaluate
@@ -75,15 +74,13 @@ def test_the_text_is_shown_and_not_the_question_around_it(models):
     assert Preflight.from_json(flight.to_json()) == flight
 
 
-def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_run_says_what_is_wrong_wherever_it_is_shown(mera, checkpoints, tmp_path, monkeypatch):
     task = write_task(tmp_path)
     told = arguments(checkpoints, task, tmp_path / "run", methods="no_steering,optimal_probe")
-    assert mera(monkeypatch, "run", *told, "--strict") == 2
-    said = capsys.readouterr().err
+    said = mera("run", *told, "--strict", code=2).err
     assert "--strict" in said and not (tmp_path / "run" / "activations").exists()
     monkeypatch.setattr(run, "preflight", None)  # what is kept is not repeated
-    assert mera(monkeypatch, "run", *told) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(mera("run", *told).out.split())
     opened = RunFolder.open(tmp_path / "run")
     for warning in opened.warnings:
         assert warning in said and printed.count(f"WARNING: {warning}") == 1
@@ -93,11 +90,10 @@ def test_a_run_says_what_is_wrong_wherever_it_is_shown(checkpoints, tmp_path, mo
         assert "Read this with care" in page and f"<p>{warning}</p>" in page
         assert all(warning in record["warnings"] for record in opened.records)
         for kind in ("csv", "markdown", "text"):
-            assert mera(monkeypatch, "table", tmp_path / "run", "--format", kind) == 0
-            assert warning in " ".join(capsys.readouterr().out.split())
+            table = mera("table", tmp_path / "run", "--format", kind).out
+            assert warning in " ".join(table.split())
     assert opened.warnings and "estimate: about " in printed and "unsteered" in printed
-    assert mera(monkeypatch, "run", *told, "--quiet") == 0
-    assert opened.warnings[0] in " ".join(capsys.readouterr().err.split())
+    assert opened.warnings[0] in " ".join(mera("run", *told, "--quiet").err.split())
 
 
 def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
@@ -118,12 +114,10 @@ def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
     assert prompts["all"] > 11 * 100 + 50 > 3 * prompts["last"] > 3 * 150
 
 
-def test_every_task_is_checked_before_the_first_one_runs(
-    checkpoints, tmp_path, monkeypatch, capsys
-):
+def test_every_task_is_checked_before_the_first_one_runs(mera, checkpoints, tmp_path):
     good, bad = write_task(tmp_path), write_task(tmp_path, name="one", rows=5)
     told = arguments(checkpoints, f"{good},{bad}", tmp_path / "runs", methods="no_steering")
-    assert mera(monkeypatch, "run", *told) == 2 and "one" in capsys.readouterr().err
+    assert "one" in mera("run", *told, code=2).err
     assert not (tmp_path / "runs").exists()
     told[told.index(f"{good},{bad}")] = f"{good},{good}"
-    assert mera(monkeypatch, "run", *told) == 2 and "each task once" in capsys.readouterr().err
+    assert "each task once" in mera("run", *told, code=2).err

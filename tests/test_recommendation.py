@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 from conftest import run_in
-from test_cli import mera
 from test_trusting import CONFIG
 
 from mera_tl import Calibration, storage
@@ -44,7 +43,7 @@ def test_the_best_certified_gain_wins_then_least_harm_then_the_least_cost():
     assert choose_way([flip, trust]) == flip
 
 
-def test_a_run_comes_to_one_verdict_with_its_evidence(folder, monkeypatch, capsys):
+def test_a_run_comes_to_one_verdict_with_its_evidence(mera, folder):
     found = recommend(folder)
     assert (found.what, found.method) == ("classify", "class_probe")
     assert found.confidence == pytest.approx(0.95)
@@ -53,10 +52,8 @@ def test_a_run_comes_to_one_verdict_with_its_evidence(folder, monkeypatch, capsy
     assert chosen.gain == pytest.approx((chosen.recoveries - chosen.regressions) / 120)
     assert {each.what for each in others} == {"flip", "withhold"}
     assert "list of options" in " ".join(chosen.needs)
-    assert mera(monkeypatch, "recommend", folder) == 0
-    assert "CLASSIFY" in capsys.readouterr().out
-    assert mera(monkeypatch, "recommend", folder, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["method"] == "class_probe"
+    assert "CLASSIFY" in mera("recommend", folder).out
+    assert json.loads(mera("recommend", folder, "--json").out)["method"] == "class_probe"
 
 
 def test_a_doubtful_baseline_is_said_with_the_verdict(folder, tmp_path):

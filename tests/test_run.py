@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_cli import write_task
+from conftest import write_task
 
 from mera_tl.benchmark import Run, RunConfig, open_run
 from mera_tl.report import RunFolder

@@ -4,8 +4,9 @@ import json
 import shutil
 import sys
 
+import conftest
 import pytest
-from test_cli import mera, write_task
+from conftest import call_mera, write_task
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid
@@ -26,30 +27,25 @@ def trained(checkpoints, toy, tmp_path_factory):
         out = tmp_path_factory.mktemp("saes")
         options = ["--layers", "0-1", "--n-steps", 40, "--step-tokens", 64, "--expansion", 2]
         told = ["sae", "train", "--model", checkpoints["llama"], "--task", toy, "--out", out]
-        assert mera(patch, *told, *options) == 0
+        assert call_mera(patch, *told, *options) == 0
     return out
 
 
 def arguments(checkpoints, toy, trained, out, **changes):
-    options = {"model": checkpoints["llama"], "task": toy, "train": 30, "calibration": 15}
-    options |= {"test": 15, "space": "sae", "sae": trained, "out": out} | changes
-    return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+    return conftest.arguments(checkpoints, toy, out, **{"space": "sae", "sae": trained} | changes)
 
 
-def test_training_leaves_saes_that_a_report_reads(monkeypatch, capsys, checkpoints, toy, trained):
+def test_training_leaves_saes_that_a_report_reads(mera, checkpoints, toy, trained):
     assert sorted(path.name for path in trained.iterdir()) == ["layer_0", "layer_1"]
     told = ["--model", checkpoints["llama"], "--task", toy, "--sae", trained]
-    assert mera(monkeypatch, "sae", "report", *told) == 0
-    printed = capsys.readouterr().out
+    printed = mera("sae", "report", *told).out
     for column in ("l0", "dead", "accuracy"):  # longer names wrap
         assert column in printed
 
 
-def test_every_starred_method_runs_in_latents(
-    monkeypatch, capsys, checkpoints, toy, trained, tmp_path
-):
+def test_every_starred_method_runs_in_latents(mera, checkpoints, toy, trained, tmp_path):
     told = arguments(checkpoints, toy, trained, tmp_path / "run")
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering", *STARRED) == 0
+    mera("run", *told, "--methods", "no_steering", *STARRED)
     records = storage.read_records(tmp_path / "run" / "records.jsonl")
     assert [r["method"] for r in records] == [
         "no_steering",
@@ -66,25 +62,20 @@ def test_every_starred_method_runs_in_latents(
     assert not probe["weights"][2].any()
 
 
-def test_saes_of_a_sibling_say_how_well_they_reconstruct(
-    monkeypatch, capsys, checkpoints, toy, trained, tmp_path
-):
+def test_saes_of_a_sibling_say_how_well_they_reconstruct(mera, checkpoints, toy, trained, tmp_path):
     borrowed = shutil.copytree(trained, tmp_path / "saes")
     for path in borrowed.glob("*/cfg.json"):
         config = json.loads(path.read_text())
         config["metadata"] |= {"model_name": "gpt2-it", "model_fingerprint": None}
         path.write_text(json.dumps(config))
     told = arguments(checkpoints, toy, borrowed, tmp_path / "run")
-    assert mera(monkeypatch, "run", *told, "--methods", "no_steering") == 2
-    assert "ask for it with sibling" in capsys.readouterr().err
-    assert mera(monkeypatch, "run", *told, "--sae-sibling", "--methods", "no_steering") == 0
-    printed = capsys.readouterr().out
+    assert "ask for it with sibling" in mera("run", *told, "--methods", "no_steering", code=2).err
+    printed = mera("run", *told, "--sae-sibling", "--methods", "no_steering").out
     assert "SAEs of a sibling of" in printed and "on 30 training prompts" in printed
     for column in ("l0", "dead", "accuracy"):  # longer names wrap
         assert column in printed
     own = arguments(checkpoints, toy, trained, tmp_path / "own")
-    assert mera(monkeypatch, "run", *own, "--methods", "no_steering") == 0
-    assert "SAEs of a sibling" not in capsys.readouterr().out
+    assert "SAEs of a sibling" not in mera("run", *own, "--methods", "no_steering").out
 
 
 @pytest.mark.parametrize(
@@ -96,20 +87,19 @@ def test_saes_of_a_sibling_say_how_well_they_reconstruct(
     ],
 )
 def test_mistakes_are_one_sentence_before_anything_is_run(
-    monkeypatch, capsys, checkpoints, toy, trained, tmp_path, changes, sentence
+    mera, checkpoints, toy, trained, tmp_path, changes, sentence
 ):
     told = arguments(checkpoints, toy, trained, tmp_path / "run", **changes)
-    assert mera(monkeypatch, "run", *told) == 2
-    said = capsys.readouterr().err
+    said = mera("run", *told, code=2).err
     assert sentence in said
     assert len(said.split("mera: ")[1].splitlines()) == 1
     assert not (tmp_path / "run" / "activations").exists()
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys, checkpoints, toy, trained, tmp_path):
+def test_a_missing_extra_is_named(mera, monkeypatch, checkpoints, toy, trained, tmp_path):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
-    assert mera(monkeypatch, "run", *arguments(checkpoints, toy, trained, tmp_path / "run")) == 2
-    assert "pip install mera-tl[sae]" in capsys.readouterr().err
+    said = mera("run", *arguments(checkpoints, toy, trained, tmp_path / "run"), code=2).err
+    assert "pip install mera-tl[sae]" in said
 
 
 def test_a_grid_compares_both_spaces_on_the_same_splits(checkpoints, toy, trained, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import write_task
+from conftest import write_task
 
 from mera_tl.benchmark import RunConfig, collect_shards, deal, open_run
 from mera_tl.benchmark import shards as module

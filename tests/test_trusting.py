@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_in
-from test_cli import mera
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig, open_run
@@ -57,18 +56,15 @@ def test_it_is_found_again_and_its_decision_follows_from_its_counts(folder):
     assert Withholding.from_json(plain).threshold is None  # not by its bounds
 
 
-def test_it_is_said_in_table_report_and_explanation(folder, monkeypatch, capsys):
-    assert mera(monkeypatch, "table", folder) == 0 and "WITHHOLD" in capsys.readouterr().out
-    assert mera(monkeypatch, "report", folder) == 0
+def test_it_is_said_in_table_report_and_explanation(mera, folder):
+    assert "WITHHOLD" in mera("table", folder).out
+    mera("report", folder)
     assert RunFolder.open(folder).trust.split("(")[0] in (folder / "report.html").read_text("utf-8")
     changes = RunFolder.open(folder).changes("withhold")
     silent = changes[changes["prediction_after"].isna()]["row"].iloc[0]
-    capsys.readouterr()
-    assert mera(monkeypatch, "explain", folder, "--method", "withhold", "--row", silent) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(mera("explain", folder, "--method", "withhold", "--row", silent).out.split())
     assert "becomes nothing" in said and "no answer is given" in said
-    assert mera(monkeypatch, "explain", folder, "--method", "flip") == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(mera("explain", folder, "--method", "flip").out.split())
     assert "becomes" in said and "second-best option is answered" in said
 
 
