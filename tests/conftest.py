@@ -196,9 +196,21 @@ def write_task(folder, *, labels=None, name="toy", extra="", rows=60, options=("
     return str(folder / f"{name}.toml")
 
 
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("toy"))
+
+
+SMALL: dict = {"train": "30", "calibration": "15", "test": "15"}
+"""Splits of such a task."""
+
+
+def timeless(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
 def arguments(checkpoints, toy, out, **changes):
-    options = {"model": checkpoints["llama"], "task": toy, "train": 30, "calibration": 15}
-    options |= {"test": 15, "out": out} | changes
+    options = {"model": checkpoints["llama"], "task": toy, "out": out} | SMALL | changes
     return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
 
 

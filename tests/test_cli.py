@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, write_task
+from conftest import SMALL, arguments, timeless, write_task
 from rich.console import Console
 
 from mera_tl import storage
@@ -27,18 +27,12 @@ from mera_tl.report import RunFolder
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("toy"))
-
-
 def config_of(checkpoints, toy):
-    sizes = {"train": "30", "calibration": "15", "test": "15"}
-    return RunConfig(model=str(checkpoints["llama"]), task=toy, **sizes)
+    return RunConfig(model=str(checkpoints["llama"]), task=toy, **SMALL)
 
 
 def without_times(path):
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in storage.read_records(path)]
+    return timeless(storage.read_records(path))
 
 
 def test_the_main_job_writes_records_certificates_and_a_table(mera, checkpoints, toy, tmp_path):

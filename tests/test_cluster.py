@@ -7,8 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from conftest import write_task
-from test_grid import timeless
+from conftest import SMALL, timeless, write_task
 
 from mera_tl.benchmark import GridConfig, RunConfig, cluster, collect_shards, open_run, run_grid
 
@@ -76,9 +75,7 @@ def test_a_node_killed_in_mid_run_costs_nothing(nodes, checkpoints, tmp_path):
         tasks=(write_task(tmp_path),),
         seeds=(0, 1, 2),
         methods=("no_steering", "additive_probe", "optimal_probe"),
-        train="30",
-        calibration="15",
-        test="15",
+        **SMALL,
     )
     plain = run_grid(config, tmp_path / "plain", progress=False)
     folder = tmp_path / "ray"

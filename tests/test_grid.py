@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_task
+from conftest import SMALL, timeless, write_task
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid, run_name
@@ -28,14 +28,8 @@ def config(checkpoints, tmp_path_factory):
         tasks=(write_task(folder, name="first"), write_task(folder, name="second")),
         seeds=(0, 1),
         methods=METHODS,
-        train="30",
-        calibration="15",
-        test="15",
+        **SMALL,
     )
-
-
-def timeless(records):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 @pytest.fixture(scope="module")

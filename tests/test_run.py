@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from conftest import write_task
+from conftest import SMALL, write_task
 
 from mera_tl.benchmark import Run, RunConfig, open_run
 from mera_tl.report import RunFolder
@@ -75,8 +75,7 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
     import shutil
 
     model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
-    sizes = {"train": "30", "calibration": "15", "test": "15"}
-    config = RunConfig(model=str(model), task=write_task(tmp_path), **sizes)
+    config = RunConfig(model=str(model), task=write_task(tmp_path), **SMALL)
     out = tmp_path / "run"
     with open_run(config, out, progress=False) as run:
         first = run.record("no_steering")

@@ -6,18 +6,13 @@ import sys
 
 import conftest
 import pytest
-from conftest import call_mera, write_task
+from conftest import SMALL, call_mera
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid
 from mera_tl.methods import METHODS, find_methods
 
 STARRED = [n for n, m in METHODS.items() if m.in_latents and "steering" not in n]
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    return write_task(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +104,9 @@ def test_a_grid_compares_both_spaces_on_the_same_splits(checkpoints, toy, traine
         methods=("no_steering", "additive_logistic_probe"),
         spaces=("raw", "sae"),
         sae=str(trained),
-        train="30",
-        calibration="15",
-        test="15",
         layers="0-1",
         strength=0.5,
+        **SMALL,
         readout="last",
     )
     records = run_grid(config, tmp_path, progress=False)
