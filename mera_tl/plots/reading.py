@@ -98,23 +98,8 @@ def predicted_error(
     # Bins are closed on the right and end at the threshold: what lands on it has not exceeded it.
     start = (threshold or 0.0) % _BIN - _BIN
     for row, stage in enumerate(("before", "after"), start=1):
-        bins = np.ceil((df[stage].to_numpy() - _LANDED - start) / _BIN).clip(1)
-        for correct, name, colour in _ANSWERS:
-            which, counts = np.unique(
-                bins[df[f"correct_{stage}"].to_numpy(bool) == correct], return_counts=True
-            )
-            figure.add_bar(
-                x=start + _BIN * (which - 0.5),
-                y=counts,
-                width=_BIN,
-                name=name,
-                legendgroup=name,
-                showlegend=row == 1,
-                marker_color=colour,
-                hovertemplate=f"%{{y}} {name}, predicted %{{x:.2f}} ± .01<extra></extra>",
-                row=row,
-                col=1,
-            )
+        right = df[f"correct_{stage}"].to_numpy(bool)
+        _histogram(figure, df[stage].to_numpy(), right, start, row)
     above = ""
     if threshold is not None:
         for row in (1, 2):
@@ -127,6 +112,27 @@ def predicted_error(
     caption = f"{method}, layer {layer}, {len(df):,} test examples{above}{_FIXED if fixed else ''}"
     title = "Predicted error before and after steering"
     return finish(figure, title, caption, barmode="stack", bargap=0, height=520)
+
+
+def _histogram(
+    figure: go.Figure, error: np.ndarray, right: np.ndarray, start: float, row: int
+) -> None:
+    """Draw how often each error was predicted, of right and of wrong answers."""
+    bins = np.ceil((error - _LANDED - start) / _BIN).clip(1)
+    for correct, name, colour in _ANSWERS:
+        which, counts = np.unique(bins[right == correct], return_counts=True)
+        figure.add_bar(
+            x=start + _BIN * (which - 0.5),
+            y=counts,
+            width=_BIN,
+            name=name,
+            legendgroup=name,
+            showlegend=row == 1,
+            marker_color=colour,
+            hovertemplate=f"%{{y}} {name}, predicted %{{x:.2f}} ± .01<extra></extra>",
+            row=row,
+            col=1,
+        )
 
 
 def geometry(
