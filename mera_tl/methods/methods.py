@@ -399,8 +399,8 @@ def _withhold(run: Run) -> Treatment:
     name = "withholding.json"
 
     def make(folder: Path) -> None:
-        told = {"alpha": alpha, "delta": terms.delta, "seed": terms.seed, "settings": run.read}
-        storage.write_json(folder / name, certify(**told).to_json())
+        found = certify(alpha=alpha, terms=terms, settings=run.read)
+        storage.write_json(folder / name, found.to_json())
 
     def load(folder: Path) -> Withholding:
         return Withholding.from_json(storage.read_json(folder / name))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl.certificate.calibration import distinct
+from mera_tl.certificate.terms import Terms
 from mera_tl.certificate.withholding import (
     Withholding,
     certify_withholding,
@@ -50,8 +51,7 @@ def certify_trust(
     learned: Activations,
     *,
     alpha: float,
-    delta: float,
-    seed: int = 0,
+    terms: Terms,
     settings: ReadSettings | None = None,
 ) -> Withholding:
     """Certify up to which predicted error the answers of a calibration split may be given.
@@ -59,12 +59,12 @@ def certify_trust(
     `learned` are activations of the training split, whose predicted errors fix the thresholds. Of
     examples with the same text one is used, by a seeded choice.
     """
-    task = task.subset(distinct([example.key for example in task.examples], seed))
+    task = task.subset(distinct([example.key for example in task.examples], terms.seed))
     probe, (layer,) = steering.probe, steering.layer_numbers
     seen = predicted_error(probe.score(learned.resid("last"))[layer])
     right = learned.correct.numpy()
-    thresholds = withholding_thresholds(seen, len(task), alpha=alpha, delta=delta, correct=right)
+    asked = {"alpha": alpha, "delta": terms.delta}
+    thresholds = withholding_thresholds(seen, len(task), **asked, correct=right)
     read = evaluate(model, task, reading_hooks(steering), settings=settings, title="withhold")
     predicted, correct = predicted_error(read.max_score), read.correct.numpy()
-    options = {"alpha": alpha, "delta": delta, "thresholds": thresholds}
-    return certify_withholding(predicted, correct, **options)
+    return certify_withholding(predicted, correct, **asked, thresholds=thresholds)
