@@ -1,3 +1,3 @@
-"""The command `mera`: `options` says what there is to ask for, `commands` does it."""
+"""The command `mera`: `parsing` makes a command line one of the dataclasses that run."""
 
 from mera_tl.cli.app import main as main

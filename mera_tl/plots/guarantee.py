@@ -16,7 +16,7 @@ from mera_tl.plots.style import (
 def sample_size_curves(df: pd.DataFrame) -> go.Figure:
     """Draw the examples needed against the gain, one line per churn level.
 
-    Takes the rows of `planning.sample_size_table`; gains no number certifies are left out.
+    Takes the rows of `sample_size_table`; gains that no number certifies are left out.
     """
     figure = go.Figure()
     df = df.assign(rank=df.groupby("gain")["churn"].rank(method="first")).dropna(subset="n")

@@ -4,7 +4,7 @@ A source is "organism" (the embedded ones), a folder of `layer_{l}` subfolders a
 writes them, or an official release and the pattern of its ids, separated by a colon:
 `gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical`.
 
-The only module, with `sae_training`, that imports sae-lens, and only when something is loaded.
+The only module, with `training`, that imports sae-lens, and only when something is loaded.
 """
 
 import difflib
@@ -39,7 +39,7 @@ def load_saes(
     """Load the SAEs of some layers, in float32 on the model's device.
 
     `sibling` allows the SAEs of a base model on its instruction-tuned sibling, whose activations
-    they reconstruct less well: look at `latents.reconstruction` first.
+    they reconstruct less well: look at `reconstruction` first.
 
     Raises:
         ValueError: if sae-lens is not installed, the source or a layer of it is not there, or an
