@@ -301,7 +301,8 @@ def check(options: Any) -> None:
             continue
         listed = isinstance(value, tuple)
         for each in value if listed else (value,):
-            _check_one(option.name, each, [k for kind in kinds for k in _parts(kind, listed)])
+            inside = [k for kind in kinds for k in (get_args(kind) if listed else (kind,))]
+            _check_one(option.name, each, [k for k in inside if k is not ...])
         if listed and (not value or len(set(value)) < len(value)) and option.name not in FREE:
             fault = "names one twice" if value else "is empty"
             raise ValueError(f"{option.name}={value!r} {fault}; give at least one, each once.")
@@ -334,11 +335,6 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type alone."""
     is_union = get_origin(kind) is not None and type(None) in get_args(kind)
     return get_args(kind) if is_union else (kind,)
-
-
-def _parts(kind: Any, listed: bool) -> tuple[Any, ...]:
-    """Return what a tuple may hold, or the type itself."""
-    return tuple(k for k in get_args(kind) if k is not ...) if listed else (kind,)
 
 
 def _check_one(name: str, value: Any, kinds: list[Any]) -> None:

@@ -124,7 +124,9 @@ def _way(folder: Path, record: Mapping[str, Any]) -> Way:
         return Way(what, method, record["decision"] == "WITHHOLD", first, needs=needs)
     decision = Calibration.load(folder / "certificates" / method)
     row: Evidence = decision.best
-    per_answer = not decision.abstained and what == "steer" and _reads_the_answer(decision)
+    # In SAE space the steering is not at hand.
+    steering = None if decision.chosen is None else decision.steerings.get(decision.chosen)
+    per_answer = what == "steer" and steering is not None and steering.per_answer
     needs = ["labels to find it"]
     if what != "steer" or per_answer:
         needs.append("a list of options")
@@ -144,12 +146,6 @@ def _way(folder: Path, record: Mapping[str, Any]) -> Way:
         needs=tuple(needs),
         baseline=decision.baseline,
     )
-
-
-def _reads_the_answer(decision: Calibration) -> bool:
-    """Return whether a certified steering depends on the unsteered answer."""
-    steering = decision.steerings.get(decision.chosen) if decision.chosen is not None else None
-    return steering is not None and steering.per_answer  # None in SAE space, without its SAEs
 
 
 def _sentence(way: Way) -> str:

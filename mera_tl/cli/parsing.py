@@ -239,7 +239,8 @@ def _flat(parsed: Any) -> dict[str, Any]:
 
 def _with_file(argv: Sequence[str]) -> list[str]:
     """Put the options of `--config FILE` before those of the command line, which override them."""
-    argv = [part for text in argv for part in _split_config(text)]
+    split = [text.split("=", 1) if text.startswith("--config=") else [text] for text in argv]
+    argv = [part for parts in split for part in parts]
     if "--config" not in argv[:-1]:
         return argv
     path = Path(argv[argv.index("--config") + 1])
@@ -260,7 +261,3 @@ def _with_file(argv: Sequence[str]) -> list[str]:
         listed = value if isinstance(value, list) else [] if value is True else [value]
         told += ["--" + str(name).replace("_", "-"), *map(str, listed)]
     return [*argv[:1], *told, *argv[1:]]
-
-
-def _split_config(text: str) -> list[str]:
-    return text.split("=", 1) if text.startswith("--config=") else [text]

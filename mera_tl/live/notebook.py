@@ -46,7 +46,10 @@ def explore(
             return
         words = _text(f"{told.said}\nunsteered: {said[0]}\nsteered:   {said[1]}")
         figures = filter(None, (told.bars, told.layers, told.tokens))
-        shown.outputs = (words, *map(_figure, figures))
+        # As plotly shows its own figures.
+        data = [figure._repr_mimebundle_() for figure in figures]
+        kind = {"output_type": "display_data", "metadata": {}}
+        shown.outputs = (words, *(kind | {"data": each} for each in data))
 
     for control in controls.values():
         control.observe(show, names="value")
@@ -56,11 +59,6 @@ def explore(
 
 def _text(words: str) -> dict[str, Any]:
     return {"output_type": "stream", "name": "stdout", "text": words + "\n"}
-
-
-def _figure(figure: Any) -> dict[str, Any]:
-    # As plotly shows its own figures.
-    return {"output_type": "display_data", "data": figure._repr_mimebundle_(), "metadata": {}}
 
 
 def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:

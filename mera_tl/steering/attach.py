@@ -325,7 +325,8 @@ class Attachment:
             real = mask[:, n_past : n_past + n_columns].to(resid.device)
             ends = _row_ends(mask[:, : n_past + n_prompt], n_past) if n_prompt else None
         if self._current is None:
-            self._begin_generation(real)
+            prompts = [] if self._log is None else self._rows(real)
+            self._current = Generation.begin(prompts, len(real), real.device)
         if self._per_answer and self._answers is None:
             self._answers = self._ask(real, n_prompt)
         if self._answers is not None and len(self._answers) != n_rows:
@@ -371,10 +372,6 @@ class Attachment:
                 "reply is not known; run the prompt in one pass, or use `generate`."
             )
         return 0
-
-    def _begin_generation(self, real: Bool[Tensor, "batch pos"]) -> None:
-        prompts = [] if self._log is None else self._rows(real)
-        self._current = Generation.begin(prompts, len(real), real.device)
 
     def _rows(self, real: Bool[Tensor, "batch pos"]) -> list[tuple[int, ...]]:
         """Return the tokens of a pass without padding; none where it was given embeddings."""

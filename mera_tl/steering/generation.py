@@ -102,10 +102,17 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, seed)
     hooks, options = hooks_and_options(model, steering)
     tokens = model.tokenize(list(prompts))
-    replies = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
+    rows = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
     return [
-        Reply(prompt, text_of(model, reply, sampling), *_plain(reply), reply.trace(model, hooks))
-        for prompt, reply in zip(prompts, replies, strict=True)
+        Reply(
+            prompt,
+            text_of(model, row, sampling),
+            tuple(row.tokens),
+            tuple(row.log_probs),
+            row.is_ended,
+            row.trace(model, hooks),
+        )
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
@@ -267,10 +274,6 @@ def text_of(model: Model, row: Row, sampling: Sampling) -> str:
     """Return the text of a reply up to where it stops."""
     text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
     return text[: min([text.find(each) for each in sampling.stop if each in text] + [len(text)])]
-
-
-def _plain(row: Row) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
-    return tuple(row.tokens), tuple(row.log_probs), row.is_ended
 
 
 class _Recorder:
