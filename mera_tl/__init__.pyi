@@ -33,5 +33,5 @@ from .steering.spaces import ResidualSpace as ResidualSpace
 from .steering.spaces import SAESpace as SAESpace
 from .steering.steering import Steering as Steering
 from .steering.trace import explain as explain
+from .tasks.loading import load_task as load_task
 from .tasks.task import Task as Task
-from .tasks.task import load_task as load_task

@@ -11,9 +11,8 @@ import datasets
 import pytest
 import yaml
 
-from mera_tl.tasks import Example, Task, load_task
+from mera_tl.tasks import Example, Task, load_task, loading
 from mera_tl.tasks import datasets as catalogue
-from mera_tl.tasks import task as tasks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DATA = SHARED / "data"
@@ -320,7 +319,7 @@ def test_plain_files_of_every_task(name: str, counts: dict[str, int] | None) -> 
 def test_organism_tasks_are_generated_alike_every_time(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "ORGANISM_ROWS", 30)
+    monkeypatch.setattr(loading, "ORGANISM_ROWS", 30)
     task = load_task(name)
     assert len(task) == 30 and task.data_hash == load_task(name).data_hash
     assert all(example.prompt.endswith("Answer:") for example in task.examples)
@@ -630,8 +629,8 @@ def test_unknown_tasks_and_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_described_tasks_are_those_that_load() -> None:
-    described = tasks.describe_tasks()
-    assert [row["name"] for row in described] == tasks.task_names()
+    described = loading.describe_tasks()
+    assert [row["name"] for row in described] == loading.task_names()
     classes = {row["name"]: row["n_classes"] for row in described}
     assert classes["sms_spam"] == 2 and classes["sentiment_analysis"] == 3
     assert classes["mmlu_pro_natural_science"] == 10 and classes["choice_hint"] == 4

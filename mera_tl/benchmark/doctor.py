@@ -103,7 +103,7 @@ def _model() -> list[Check]:
     from mera_tl.inference.answers import ReadSettings
     from mera_tl.inference.evaluation import evaluate
     from mera_tl.models.loading import load_model
-    from mera_tl.tasks.task import load_task
+    from mera_tl.tasks.loading import load_task
 
     model = load_model("organism")
     loaded = Check("model", True, f"the organism loads on {model.device} ({model.fingerprint})")

@@ -15,7 +15,7 @@ from mera_tl.inference.outcomes import (
     spi,
     spi_interval,
 )
-from mera_tl.methods.methods import Treatment
+from mera_tl.methods.treatment import Treatment
 
 MOVE_NOTHING = ("prompt_steering", "flip", "withhold", "class_probe", "retry", "best_of_k")
 MOVE_NOTHING += ("best_of_k_scorer",)

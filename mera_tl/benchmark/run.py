@@ -60,7 +60,8 @@ from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.reach import evaluate_reach
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Steering
-from mera_tl.tasks.task import Splits, Task, load_task
+from mera_tl.tasks.loading import load_task
+from mera_tl.tasks.task import Splits, Task
 
 if TYPE_CHECKING:  # an abstract property may be overridden by a property only
     cached_property = property

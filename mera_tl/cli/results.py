@@ -326,7 +326,7 @@ class Tasks:
     """List the tasks."""
 
     def __call__(self) -> None:
-        from mera_tl.tasks.task import describe_tasks
+        from mera_tl.tasks.loading import describe_tasks
 
         rows = [
             {"task": r["name"], "options": r["options"], "from": r["hub"] or r["plain"]}

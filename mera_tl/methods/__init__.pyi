@@ -16,9 +16,6 @@ from .families import whitened_difference as whitened_difference
 from .foresight import log_odds_gradients as log_odds_gradients
 from .methods import METHODS as METHODS
 from .methods import REMINDERS as REMINDERS
-from .methods import Method as Method
-from .methods import Run as Run
-from .methods import Treatment as Treatment
 from .methods import find_method as find_method
 from .methods import find_methods as find_methods
 from .methods import method as method
@@ -40,3 +37,6 @@ from .second_best import certify_flip as certify_flip
 from .second_best import flipped as flipped
 from .second_best import reading_hooks as reading_hooks
 from .second_best import search_flip as search_flip
+from .treatment import Method as Method
+from .treatment import Run as Run
+from .treatment import Treatment as Treatment

@@ -27,7 +27,8 @@ from mera_tl.steering.directions import fit_direction
 from mera_tl.steering.reach import Reach
 from mera_tl.steering.rules import Adaptive, Additive
 from mera_tl.steering.steering import Steering
-from mera_tl.tasks.task import Task, load_task
+from mera_tl.tasks.loading import load_task
+from mera_tl.tasks.task import Task
 
 MOST_POINTS = 800
 """Examples drawn in a cloud at most; more only cover one another."""

@@ -12,16 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
 
-from mera_tl.organism import prompts as organism
-from mera_tl.storage import file_hash, fingerprint
-from mera_tl.tasks import datasets as catalogue
-from mera_tl.tasks import files as sources
-from mera_tl.tasks import scored
+from mera_tl.storage import fingerprint
 from mera_tl.tasks import splitting as splits
-from mera_tl.tasks.own import read_own
 from mera_tl.tasks.scorers import Scorer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +28,6 @@ Role = Literal["all", "train", "calibration", "test"]
 RoleT = TypeVar("RoleT", bound=Role, covariant=True)
 NewRoleT = TypeVar("NewRoleT", bound=Role)
 
-ORGANISM_ROWS = 4000
-"""How many questions an organism task has."""
 _ANSWER = re.compile(r"answer\s*:", re.IGNORECASE)
 
 
@@ -309,140 +301,3 @@ class Splits(NamedTuple):
 
     def _repr_html_(self) -> str:
         return f"<b>{escape(repr(self))}</b>"
-
-
-def load_task(
-    name: str,
-    *,
-    data_dir: str | Path | None = None,
-    template: str | Path | None = None,
-    trust_task_code: bool = False,
-) -> Task[All]:
-    """Load a task by its name, or a user's own by the path of its TOML or YAML file.
-
-    Without `data_dir` rows come from the Hugging Face hub (a user's task: from beside its file).
-    With it they come from plain files or a `save_to_disk` folder: `data_dir` is the data set's own
-    folder or the one around it. Organism tasks are generated. `template` is a file with another
-    wording: columns in braces, taken byte for byte. A scorer that is a function in a Python file
-    beside the task's is only run with `trust_task_code`.
-
-    Raises:
-        ValueError: if the task is unknown, or its data or template are missing or do not fit.
-    """
-    if name in organism.TASKS or name in scored.GENERATED:
-        if template:
-            raise ValueError(f"{name} is generated with its prompts; leave the template out.")
-        return _organism_task(name) if name in organism.TASKS else _generated_task(name)
-    base = Path(data_dir) if data_dir is not None else None
-    if Path(name).suffix in (".toml", ".yaml", ".yml"):
-        path = Path(name)
-        dataset = read_own(path, trusted=trust_task_code)
-        name, base = path.stem, base or (path.parent if dataset.plain else None)
-    elif name in catalogue.DATASETS:
-        dataset = catalogue.DATASETS[name]
-    else:
-        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}.")
-    table, form = _find(name, dataset, base)
-    if template:
-        form = replace(form, template=sources.read_template(Path(template)))
-    return _ask(name, table, form, dataset)
-
-
-def _ask(
-    name: str, table: sources.Table, form: catalogue.Form, dataset: catalogue.Dataset
-) -> Task[All]:
-    """Ask every row that belongs to the task."""
-    asked, left_out = catalogue.questions(
-        table.rows, table.title, form, dataset.options, dataset.grading
-    )
-    if left_out:
-        logger.info("%s: rows left out: %s", name, left_out)
-    examples = tuple(
-        Example(q.row, q.prompt, dataset.options, q.label, q.text, *q.graded) for q in asked
-    )
-    source = {
-        "from": table.title if not table.files else "files",
-        "files": {path.name: file_hash(path) for path in table.files},
-        "rows": len(examples),
-        "left_out": left_out,
-        "template": fingerprint(form.template),
-    }
-    return Task(name, examples, "all", source)
-
-
-def _find(
-    name: str, dataset: catalogue.Dataset, folder: Path | None
-) -> tuple[sources.Table, catalogue.Form]:
-    """Find the rows: plain files first, then a `save_to_disk` folder; without a folder, the hub."""
-    plain, hub = dataset.plain, dataset.hub
-    if folder is None:
-        assert hub is not None  # only a user's file has none, and its folder is known
-        return sources.read_hub(hub.id, hub.config, hub.split), hub.form
-    if not folder.is_dir():
-        raise ValueError(f"There is no data folder {folder}; check the path.")
-    looked_for: list[str] = []
-    if plain:
-        looked_for.append(f"{plain.folder}/{plain.pattern}")
-        for base in (folder / plain.folder, folder):
-            # A user's path may be absolute, which no glob takes.
-            paths = sorted(base.glob(plain.pattern)) if plain.folder else [base / plain.pattern]
-            if paths:
-                table = sources.read_files(paths, line=plain.line, encoding=plain.encoding)
-                return table, plain.form
-    if hub:
-        names = (name, hub.id.replace("/", "__"))
-        looked_for.append(f"a save_to_disk folder {' or '.join(names)}")
-        for base in (*(folder / each for each in names), folder):
-            if sources.is_saved(base):
-                return sources.read_saved(base, hub.split), hub.form
-    raise ValueError(
-        f"{folder} holds no data for {name}; put {' or '.join(looked_for)} there, "
-        "or point to the folder that has it."
-    )
-
-
-def _organism_task(name: str) -> Task[All]:
-    """Generate the questions of an organism task, always the same ones."""
-    options = organism.TASKS[name].options
-    examples = tuple(
-        Example(row, prompt, options, label)
-        for row, (prompt, label) in enumerate(organism.generate(name, ORGANISM_ROWS, seed=0))
-    )
-    return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
-
-
-def _generated_task(name: str) -> Task[All]:
-    """Generate a scored task, always the same one."""
-    examples = tuple(
-        Example(
-            row,
-            q.prompt,
-            scored.OPTIONS,
-            scored.RIGHT,
-            scorer=q.scorer,
-            reference=q.reference,
-            instruction=q.instruction,
-            kind=q.kind,
-        )
-        for row, q in enumerate(scored.GENERATED[name]())
-    )
-    return Task(name, examples, "all", {"from": "generated", "rows": len(examples)})
-
-
-def task_names() -> list[str]:
-    """List the tasks that `load_task` knows by name."""
-    return [*catalogue.DATASETS, *scored.GENERATED, *organism.TASKS]
-
-
-def describe_tasks() -> list[dict[str, Any]]:
-    """Say of each task its options and where its rows can come from."""
-    rows: list[dict[str, Any]] = []
-    for name, dataset in catalogue.DATASETS.items():
-        plain = f"{dataset.plain.folder}/{dataset.plain.pattern}" if dataset.plain else ""
-        hub = dataset.hub.id if dataset.hub else ""
-        rows.append({"name": name, "options": dataset.options, "plain": plain, "hub": hub})
-    generated = {name: scored.OPTIONS for name in scored.GENERATED}
-    generated |= {name: task.options for name, task in organism.TASKS.items()}
-    for name, options in generated.items():
-        rows.append({"name": name, "options": options, "plain": "generated", "hub": ""})
-    return [row | {"n_classes": len(row["options"])} for row in rows]
