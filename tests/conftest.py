@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import csv
 import json
+import logging
 import sys
 import tempfile
 from functools import cache
@@ -224,6 +225,15 @@ def call_mera(monkeypatch, *arguments):
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+@pytest.fixture(autouse=True)
+def unlogged():
+    """The command sets up logging for its whole process; no other test is to notice."""
+    for name in ("mera_tl", "mera_tl.tasks", "mera_tl.steering.directions"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
