@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from mera_tl.benchmark.config import RunConfig, parse_thresholds
 from mera_tl.inference.progress import seconds_of
 from mera_tl.methods.families import FAMILIES
-from mera_tl.methods.methods import Method
 from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.methods.replying import ReplyChoices, planned_replies
+from mera_tl.methods.treatment import Method
 from mera_tl.models.model import Model
 from mera_tl.tasks.task import Splits
 
