@@ -67,6 +67,8 @@ class Config:
     """Prompts that are evaluated, collected and steered beside their floors."""
     n_memory: int = 3000
     """Prompts that a fresh process collects."""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """In which the larger model collects them."""
     repeats: int = 2
     out: Path = Path("experiments/results/speed.jsonl")
 
@@ -352,8 +354,8 @@ def memory(config: Config, name: str) -> Iterator[Row]:
         return
     given = [config.sms_llama or "", config.smollm2 or "", config.data_dir or ""]
     given += [config.template or ""] if config.template else []
-    for dtype in ("float32", "bfloat16") if name == SMOL else ("float32",):
-        n = min(config.n_memory, 3000)
+    n = min(config.n_memory, 3000)
+    for dtype in config.dtypes if name == SMOL else ("float32",):
         arguments = [name, str(folder_of(config, name)), str(n), dtype, *given]
         done = subprocess.run(
             [sys.executable, "-c", COLLECT, *arguments], capture_output=True, text=True, check=True

@@ -10,13 +10,13 @@ import resource
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
-from mera_tl.inference.answers import OptionTokens, ReadSettings, option_tokens
-from mera_tl.inference.evaluation import evaluate
+from mera_tl.inference.answers import OptionTokens, ReadSettings, by_length, option_tokens
+from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import Model
 from mera_tl.tasks.task import Task
@@ -146,12 +146,15 @@ def preflight(
     """
     settings = ReadSettings.of(task, settings)
     n = min(n, len(task))
-    some = task.subset([i * len(task) // n for i in range(n)])
+    places = [i * len(task) // n for i in range(n)]
+    some, prompts = task.subset(places), tokenize_task(model, task, settings)
     options = option_tokens(model, some, settings)
     evaluate(model, some.subset([0]), settings=settings, title="warm-up")
     start = time.perf_counter()
     outcomes = evaluate(model, some, settings=settings, title="pre-flight")
     seconds = (time.perf_counter() - start) / n
+    # Of few prompts those in a batch differ more in length, and more of it is padding.
+    seconds *= _width(prompts, settings) / _width([prompts[i] for i in places], settings)
     counts = [outcomes.labels.eq(i).sum().item() for i in range(len(task.options))]
     said = outcomes.predictions[outcomes.answered]
     shares = {o: said.eq(i).double().mean().item() for i, o in enumerate(task.options)}
@@ -169,6 +172,12 @@ def preflight(
         seconds_per_prompt=seconds,
         memory=_peak_memory(),
     )
+
+
+def _width(prompts: Sequence[Sequence[int]], settings: ReadSettings) -> float:
+    """Return how many columns a prompt takes in its batch, on average."""
+    batches = by_length(prompts, settings)
+    return sum(len(batch) * len(prompts[batch[0]]) for batch in batches) / len(prompts)
 
 
 def _shown(task: Task[Any], outcomes: Outcomes, place: int) -> dict[str, Any]:
