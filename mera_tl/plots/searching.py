@@ -77,8 +77,8 @@ def foresight(df: pd.DataFrame) -> go.Figure:
     was foreseen came true.
     """
     df = df[df["foreseen"].notna()]
-    x, y, n = (100 * df["foreseen"].astype(float), 100 * df["gain"].astype(float), df["n"])
-    rank = x.rank().corr(y.rank())
+    x, y = (pd.Series(100 * df[name].to_numpy(dtype=float)) for name in ("foreseen", "gain"))
+    rank, n = x.rank().corr(y.rank()), df["n"].to_numpy()
     ends = np.array([x, y], dtype=float)
     low, high = float(ends.min()), float(ends.max())
     figure = go.Figure()
