@@ -86,7 +86,7 @@ def long_task(models, n_words: int, options=("yes", "no")):
 def test_too_long_a_prompt_names_its_row_and_truncation_spares_the_question(models):
     model = models["gpt2"]
     task = long_task(models, 100)
-    with pytest.raises(ValueError, match=r"rows 2\).*--truncate"):
+    with pytest.raises(ValueError, match=r"row 2\).*--truncate"):
         evaluate(model, task, settings=QUIET)
     run = evaluate(model, task, settings=replace(QUIET, truncate=True))
     assert len(run) == 6

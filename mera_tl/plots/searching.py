@@ -46,7 +46,7 @@ def search_table(df: pd.DataFrame) -> go.Figure:
             name=direction,
             mode="markers",
             marker={
-                "color": [_faded(colour, complete[i]) for i in mine],
+                "color": [_faded(colour, seen=bool(complete[i])) for i in mine],
                 "symbol": symbols[mine],
             },
             text=text[mine],
@@ -109,7 +109,7 @@ def foresight(df: pd.DataFrame) -> go.Figure:
     return finish(figure, "What first order foresaw, and what came of it", caption)
 
 
-def _faded(colour: str, seen: bool) -> str:
+def _faded(colour: str, *, seen: bool) -> str:
     """Return a colour, pale where a candidate left the race early."""
     red, green, blue = hex_to_rgb(colour)
     return f"rgba({red},{green},{blue},{0.9 if seen else 0.25})"
