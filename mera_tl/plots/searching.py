@@ -76,7 +76,7 @@ def foresight(df: pd.DataFrame) -> go.Figure:
     that were foreseen over the first quarter; larger marks have seen more. On the dashed line what
     was foreseen came true.
     """
-    df = df[df["foreseen"].notna()]
+    df = df.dropna(subset=["foreseen"])
     x, y = (pd.Series(100 * df[name].to_numpy(dtype=float)) for name in ("foreseen", "gain"))
     rank, n = x.rank().corr(y.rank()), df["n"].to_numpy()
     ends = np.array([x, y], dtype=float)
