@@ -6,10 +6,10 @@ page waits for but the browser: the panel, its figures as JSON, and both replies
 run for the first time (a new prompt's unsteered answer and reply) counts. Expected: at most two
 seconds for a model of 135 million parameters on one thread. A minute.
 
-Found, on SmolLM2-135M-Instruct, prompts of 62 and 68 tokens, one thread, 13 changes after the first
-prompt, in processor time: .75 s in the median and 1.25 at most, 1.54 for the first; 1.04, 1.74 and
-2.30 before what a prompt begins with, both replies and earlier choices were run once only
-(`smollm2-without-reuse`). Seconds on the clock were taken while six other jobs ran on two cores.
+Found, on SmolLM2-135M-Instruct, prompts of 62 and 68 tokens, one thread of a quiet machine, 13
+changes after the first prompt, on the clock: .65 s in the median and 1.06 at most, 1.35 for the
+first. Before what a prompt begins with, both replies and earlier choices were run once only
+(`smollm2-without-reuse`), in processor time: 1.04, 1.74 and 2.30.
 
     python -m experiments.live_changes RUN_FOLDER --name smollm2
 """
