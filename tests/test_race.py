@@ -1,5 +1,6 @@
 """The laws of searching: cheap equals plain, only training data, the simplest of the best."""
 
+import zlib
 from dataclasses import replace
 from functools import cache
 
@@ -11,6 +12,7 @@ from conftest import (
     mixed_options,
     organism,
     random_probe,
+    read_again,
     talking_task,
 )
 
@@ -24,7 +26,6 @@ from mera_tl.inference import (
     evaluate,
     hooked_pass,
     option_tokens,
-    read_again,
     read_batch,
 )
 from mera_tl.methods import (
@@ -34,6 +35,7 @@ from mera_tl.methods import (
     Search,
     SearchData,
     Trial,
+    TrialStore,
     certify_flip,
     choose,
     divide,
@@ -41,6 +43,7 @@ from mera_tl.methods import (
     list_candidates,
     log_odds_gradients,
     reading_hooks,
+    run_race,
     search,
     search_flip,
     tabulate,
@@ -360,7 +363,7 @@ def test_without_errors_nothing_can_be_found():
 
 
 def test_an_ended_search_goes_on_from_what_it_kept(tmp_path, monkeypatch):
-    splits, activations = planted()
+    (splits, activations), undisturbed = planted(), found()
     args = (organism(), splits.train, activations)
     short = replace(SMALL, budget=0.0)
     ended = search(*args, choices=short, settings=WIDE, folder=tmp_path)
@@ -376,13 +379,44 @@ def test_an_ended_search_goes_on_from_what_it_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(SearchData, "gains", counted)
     whole = search(*args, choices=SMALL, settings=WIDE, folder=tmp_path)
     n_first = len(seen)
-    assert whole.chosen == found().chosen
-    assert whole.table.equals(found().table)
+    assert whole.chosen == undisturbed.chosen
+    assert whole.table.equals(undisturbed.table)
     again = search(*args, choices=SMALL, settings=WIDE, folder=tmp_path)
     assert len(seen) == n_first  # nothing is tried twice
     assert again.table.equals(whole.table)
     search(*args, choices=replace(SMALL, seed=1), settings=WIDE, folder=tmp_path)
     assert len(seen) > n_first  # another search does not take over what this one kept
+
+
+def test_a_race_that_goes_on_ranks_by_what_it_had_seen():
+    """More examples than a rung had turn the order round; nothing may be tried for that."""
+
+    class Planted(SearchData):
+        task, asked = range(64), 0
+
+        def promise(self, candidates, _):
+            return dict.fromkeys(candidates, 0.0)
+
+        def gains(self, candidates, places):
+            Planted.asked += len(candidates)
+            rows = []
+            for each in candidates:
+                drawn = torch.Generator().manual_seed(zlib.crc32(str(each).encode()))
+                rows.append(torch.randint(-1, 2, (64,), generator=drawn).double())
+            seen = torch.zeros(64, dtype=torch.bool)
+            seen[places] = True
+            return torch.stack(rows).where(seen, torch.nan)
+
+    data = Planted.__new__(Planted)  # its gains are planted: no model is asked
+    candidates = list_candidates(Choices(), range(4))
+    store = TrialStore(None, "", 64)
+    trials, _, _ = run_race(data, candidates, Choices(), store)
+    asked = Planted.asked
+    again, _, _ = run_race(data, candidates, Choices(), store)
+    assert Planted.asked == asked > 0
+    assert [each.candidate for each in again] == [each.candidate for each in trials]
+    sizes = {len(each.seen) for each in trials if each.candidate.positions == "all"}
+    assert sizes == {8, 16, 32, 64}  # all directions on an eighth, one on everything
 
 
 def test_first_order_gains_rank_candidates_as_real_ones_do():

@@ -338,54 +338,77 @@ def run_race(
     store = store or TrialStore(None, "", len(data.task))
     generator = torch.Generator().manual_seed(choices.seed)
     order = torch.randperm(len(data.task), generator=generator).tolist()
-    promise = data.promise(candidates, order[: -(-len(order) // 4)])
-    started, before = time.monotonic(), store.seconds
+    value = data.promise(candidates, order[: -(-len(order) // 4)])
+    promise, field = value, list(candidates)
     total = planned_trials(len(candidates), len(order), choices)
-    field, seen, everywhere = list(candidates), 0, list[Candidate]()
     with tqdm(total=total, desc="search", disable=not (watch and is_watched())) as bar:
-
-        def spent() -> float:
-            return before + time.monotonic() - started
-
-        def over() -> bool:
-            return choices.budget is not None and spent() > choices.budget and bool(store.gains)
-
-        def advance(some: Sequence[Candidate], until: int) -> None:
-            places = order[:until]
-            lacking = [each for each in some if store.lacks(each, places)]
-            for start in range(0, len(lacking), BLOCK):
-                if over():
-                    return
-                block = lacking[start : start + BLOCK]
-                done = store.n_known(block, places)
-                store.add(block, data.gains(block, places[done:]))
-                store.save(spent())
-                bar.update(len(block) * (until - done))
-
+        race = _Race(data, choices, store, order, bar, time.monotonic() - store.seconds)
         for keep, share in zip(choices.keep, (8, 4, 2, 1), strict=True):
-            until = -(-len(order) // share)
-            if seen:
-                trials = [store.trial(each, order[:seen]) for each in field]
-                value = {each.candidate: each.value(choices.caution) for each in trials}
-            else:
-                value = promise
             field = _leaders(field, value, keep, choices.keep_per_direction)
-            advance(field, until)
-            if over():
+            race.advance(field, share)
+            if race.is_over:
                 break
+            value = race.values(field, share)
             if share == 2:
-                ranked = [store.trial(each, order[:until]) for each in field]
-                everywhere = _best_per_direction(ranked, choices)
+                everywhere = _best_per_direction(value)
                 for part in (8, 4, 2):
-                    advance(everywhere, -(-len(order) // part))
-                    raced = [store.trial(e, order[:until]) for e in everywhere if e in store.gains]
-                    raced.sort(key=lambda each: -each.value(choices.caution))
-                    everywhere = [each.candidate for each in raced[: -(-len(everywhere) // 2)]]
+                    race.advance(everywhere, part)
+                    worth = race.values(everywhere, part)
+                    ranked = sorted(worth, key=lambda each: -worth[each])
+                    everywhere = ranked[: -(-len(everywhere) // 2)]
                 field += everywhere
-            seen = until
-    details = {"budget": choices.budget, "complete": not over(), "seconds": round(spent(), 1)}
+                value |= race.values(everywhere, share)
+    details = {"budget": choices.budget, "complete": not race.is_over}
+    details |= {"seconds": round(race.spent, 1)}
     details |= {"foresight": _foresight(store, promise), "n_candidates": len(promise)}
     return [store.trial(each) for each in store.gains], promise, details
+
+
+@dataclass(frozen=True, eq=False)
+class _Race:
+    """The examples in the order in which they judge, and the time that it takes."""
+
+    data: SearchData
+    choices: Choices
+    store: TrialStore
+    order: Sequence[int]
+    bar: Any
+    started: float
+
+    @property
+    def spent(self) -> float:
+        """Seconds, those of earlier attempts included."""
+        return time.monotonic() - self.started
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent."""
+        budget = self.choices.budget
+        return budget is not None and self.spent > budget and bool(self.store.gains)
+
+    def advance(self, some: Sequence[Candidate], share: int) -> None:
+        """Try candidates on one in `share` of the examples, as far as they have not seen these."""
+        places = self._first(share)
+        lacking = [each for each in some if self.store.lacks(each, places)]
+        for start in range(0, len(lacking), BLOCK):
+            if self.is_over:
+                return
+            block = lacking[start : start + BLOCK]
+            known = self.store.n_known(block, places)
+            self.store.add(block, self.data.gains(block, places[known:]))
+            self.store.save(self.spent)
+            self.bar.update(len(block) * (len(places) - known))
+
+    def values(self, some: Sequence[Candidate], share: int) -> dict[Candidate, float]:
+        """Return what those tried are worth by one in `share` of the examples, and by no others.
+
+        A search that goes on may have seen more, and is to end as one that was never interrupted.
+        """
+        trials = [self.store.trial(e, self._first(share)) for e in some if e in self.store.gains]
+        return {each.candidate: each.value(self.choices.caution) for each in trials}
+
+    def _first(self, share: int) -> Sequence[int]:
+        return self.order[: -(-len(self.order) // share)]
 
 
 def planned_trials(n_candidates: int, n_examples: int, choices: Choices) -> int:
@@ -406,11 +429,10 @@ def _foresight(store: TrialStore, promise: Mapping[Candidate, float]) -> float |
     return round(float(found.statistic), 3)
 
 
-def _best_per_direction(field: Sequence[Trial], choices: Choices) -> list[Candidate]:
+def _best_per_direction(value: Mapping[Candidate, float]) -> list[Candidate]:
     """Return, for the whole prompt, the best candidate by MERA's rule of every direction."""
-    mera = [each for each in field if each.candidate.strength is None]
-    ranked = sorted(mera, key=lambda each: each.value(choices.caution))
-    best = {each.candidate.direction: each.candidate for each in ranked}
+    mera = sorted((each for each in value if each.strength is None), key=value.__getitem__)
+    best = {each.direction: each for each in mera}
     return [replace(each, positions="all") for each in best.values()]
 
 
