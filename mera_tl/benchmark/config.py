@@ -221,6 +221,21 @@ def parse_layers(text: str) -> Any:
     return tuple(layers)
 
 
+def parse_tasks(text: str | None) -> tuple[str, ...]:
+    """Read names of tasks with commas between; none for None.
+
+    Raises:
+        ValueError: if one is empty or there twice.
+    """
+    names = () if text is None else tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"other_tasks={text!r} holds a name twice, or an empty one; give names of tasks with "
+            "commas between, each once."
+        )
+    return names
+
+
 def parse_thresholds(text: str) -> tuple[float, ...]:
     """Turn "default", "paper" or "0.1,0.3" into thresholds.
 
@@ -317,6 +332,7 @@ def check(options: Any) -> None:
         splitting.read_wishes({role: values.get(role) for role in splitting.SHARES})
         if values.get("search_budget") is not None:
             seconds_of(values["search_budget"])
+        parse_tasks(values.get("other_tasks"))
         if values.get("metric") == "error" and values.get("bound") in ("unconditional", "mcnemar"):
             raise ValueError(
                 f"bound={values['bound']!r} counts correct answers and the metric is 'error'; "

@@ -6,7 +6,8 @@ for each of them; one that moves the last token shares its prompt's run, and cos
 
 from collections.abc import Sequence
 
-from mera_tl.benchmark.config import RunConfig, parse_thresholds
+from mera_tl.benchmark.config import RunConfig, parse_tasks, parse_thresholds
+from mera_tl.benchmark.elsewhere import N_PROMPTS
 from mera_tl.inference.progress import seconds_of
 from mera_tl.methods.families import FAMILIES
 from mera_tl.methods.race import Choices, planned_trials
@@ -46,11 +47,12 @@ def method_seconds(
     share = TRIAL_TOKENS / n_tokens
     whole = config.positions == "all"
     thresholds = len(parse_thresholds(config.thresholds)) * (1.0 if whole else share)
-    seconds = {"unsteered": rate * (n_train + n_test)}
+    n_other = N_PROMPTS * len(parse_tasks(config.other_tasks))
+    seconds = {"unsteered": rate * (n_train + n_test + n_other)}
     for each in methods:
         search, fit = _searching(each, splits, model.n_layers, share), 0.0
         tried = 0.0 if each.name in READERS else 1.0 if search else thresholds
-        prompts = n_calibration * (1 + tried) * each.certifies
+        prompts = (n_calibration * (1 + tried) + n_other) * each.certifies
         prompts += n_test * (each.name != "no_steering")
         if each.name == "optimal_probe":
             fit = FIT_SECONDS * model.n_layers * model.d_model**2

@@ -26,6 +26,7 @@ from mera_tl.benchmark.config import (
     RunConfig,
     narrow,
     parse_layers,
+    parse_tasks,
     parse_thresholds,
 )
 from mera_tl.benchmark.duration import method_seconds
@@ -123,7 +124,7 @@ class Run(methods.Run):
         """A few prompts of each other task on which steerings are looked at."""
         config = self.config
         where: Any = {"data_dir": config.data_dir, "trust_task_code": config.trust_task_code}
-        names = [name.strip() for name in (config.other_tasks or "").split(",") if name.strip()]
+        names = parse_tasks(config.other_tasks)
         return {name: some_prompts(load_task(name, **where), config.seed) for name in names}
 
     @cached_property
@@ -205,6 +206,10 @@ class Run(methods.Run):
         option_tokens(self.model, train, self.read)
         for split in self.splits:
             tokenize_task(self.model, split, self.read)  # a prompt that is too long fails here
+        for other in self.others.values():
+            read = ReadSettings.of(other, replace(self.read, readout=self.config.readout))
+            option_tokens(self.model, other, read)
+            tokenize_task(self.model, other, read)
         if isinstance(layers, tuple) and max(layers) >= self.model.n_layers:
             raise ValueError(
                 f"layers={self.config.layers!r} but {self.model.name} has {self.model.n_layers} "
