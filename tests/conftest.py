@@ -288,6 +288,15 @@ def talking_task(model, n: int = 24):
     return make_task(n, options=spoken_options(model, make_task(n)))
 
 
+def read_again(decoding, rows, options, settings, fwd_hooks, *, answers):
+    """Read some rows of prompts that were run, under hooks from the final prompt token on."""
+    from mera_tl.inference import hooked_pass, read_from
+
+    with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
+        fork = decoding.fork(rows, fwd_hooks)
+        return read_from(fork, fork.last_token_again(answers), options, settings)
+
+
 def random_probe(model, *, seed: int = 0, scale: float = 1.0):
     """A probe that knows nothing, with scores of unit scale on both sides of zero."""
     from mera_tl.probes import LinearProbe

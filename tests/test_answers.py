@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, SHARED, make_task, random_probe, talking_task
+from conftest import FAMILIES, SHARED, make_task, random_probe, read_again, talking_task
 from jaxtyping import TypeCheckError
 
 from mera_tl.inference import (
@@ -23,7 +23,6 @@ from mera_tl.inference import (
     is_over,
     multiple_choice,
     option_tokens,
-    read_again,
     tokenize_task,
 )
 from mera_tl.models import Model, load_model, resid_post

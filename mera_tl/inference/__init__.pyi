@@ -6,8 +6,8 @@ from .answers import ReadSettings as ReadSettings
 from .answers import about_to_answer as about_to_answer
 from .answers import by_length as by_length
 from .answers import option_tokens as option_tokens
-from .answers import read_again as read_again
 from .answers import read_batch as read_batch
+from .answers import read_from as read_from
 from .decoding import Decoding as Decoding
 from .decoding import Window as Window
 from .decoding import hooked_pass as hooked_pass

@@ -185,7 +185,7 @@ def _answer(
             settings,
             capture.fwd_hooks,
             prefix=prefix,
-            on_prompt=lambda rows: capture.write("last", rows),
+            on_prompt=lambda decoding: capture.write("last", decoding.rows),
             on_answer=capture.add if whole else lambda rows: capture.write("exact", rows),
         )
         if whole:

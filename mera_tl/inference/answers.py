@@ -173,24 +173,20 @@ def read_batch(
     fwd_hooks: FwdHooks = (),
     *,
     prefix: Prefix | None = None,
-    on_prompt: Observer | None = None,
+    on_prompt: Callable[[Decoding], None] | None = None,
     on_answer: Observer | None = None,
-    on_begun: Callable[[Prefix], None] | None = None,
 ) -> Reading:
     """Run one batch of tokenized prompts under hooks and read its answers.
 
-    With `prefix`, no hook may act on the tokens that all prompts begin with. `on_prompt` is called
-    after the prompt pass, as is `on_begun`, with what a single prompt begins with; `on_answer`
-    whenever answer tokens have been fed back, with the rows they belong to; for hooks that gather
-    activations.
+    With `prefix`, no hook may act on the tokens that all prompts begin with. For hooks that gather
+    activations `on_prompt` is called after the prompt pass, and `on_answer` whenever answer tokens
+    have been fed back, with the rows they belong to.
     """
     with torch.inference_mode(), hooked_pass(model, fwd_hooks):
         decoding = Decoding(model, prompts, fwd_hooks, prefix=prefix)
         logits = decoding.prompt()
         if on_prompt is not None:
-            on_prompt(decoding.rows)
-        if on_begun is not None:
-            on_begun(decoding.beginning())
+            on_prompt(decoding)
         per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
         if per_answer:
             answers = about_to_answer(decoding, logits, options, settings)
@@ -198,26 +194,6 @@ def read_batch(
             again = decoding.prompt_again if everywhere else decoding.last_token_again
             logits = again(answers)
         return read_from(decoding, logits, options, settings, on_answer=on_answer)
-
-
-def read_again(
-    decoding: Decoding,
-    rows: Int[Tensor, " kept"],
-    options: OptionTokens,
-    settings: ReadSettings,
-    fwd_hooks: FwdHooks,
-    *,
-    answers: Int[Tensor, " kept"],
-) -> Reading:
-    """Read some rows of a batch under hooks that act from the final prompt token on.
-
-    `decoding` has run its prompts without hooks, and no further; `answers` are what it was about to
-    answer. Costs one token instead of a prompt, and equals `read_batch` with these hooks.
-    """
-    with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
-        fork = decoding.fork(rows, fwd_hooks)
-        logits = fork.last_token_again(answers)
-        return read_from(fork, logits, options, settings)
 
 
 def about_to_answer(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mera_tl import plots
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
-from mera_tl.inference.decoding import Window
+from mera_tl.inference.decoding import Decoding, Window
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
@@ -257,7 +257,7 @@ class Pass:
             self.reading: Reading = read_batch(
                 *(model, tokens, options, settings, hooks),
                 prefix=self.beginning,
-                on_begun=self._begin,
+                on_prompt=self._begin,
             )
         finally:
             handle.remove()
@@ -269,8 +269,8 @@ class Pass:
             graded["probs"] = torch.stack([1 - score, score])[None]
             self.reading = replace(self.reading, **graded)
 
-    def _begin(self, beginning: Prefix) -> None:
-        self.beginning = beginning
+    def _begin(self, decoding: Decoding) -> None:
+        self.beginning = decoding.beginning()
 
     def _feed(self, module: Any, fed: tuple[Tensor, ...]) -> None:  # noqa: ARG002
         self._fed = fed[0]
