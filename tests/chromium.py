@@ -70,7 +70,6 @@ class Chromium:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         tab.send("Emulation.setEmulatedMedia", features=[scheme])
         tab.resize(width)
-        tab.send("Performance.enable", timeDomain="threadTicks")
         tab.send("Page.navigate", url=url)
         tab.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return tab
@@ -100,11 +99,6 @@ class Tab:
             assert time.perf_counter() - started < seconds, f"never true: {condition}"
             time.sleep(0.03)
         return time.perf_counter() - started
-
-    def cpu_seconds(self) -> float:
-        """Return the processor time of the page's main thread, whatever else the machine does."""
-        told = self.send("Performance.getMetrics")["metrics"]
-        return next(each["value"] for each in told if each["name"] == "TaskDuration")
 
     def click(self, selector: str, *, at: tuple[float, float] | None = None) -> None:
         """Click the middle of an element, or a place in the window, with the mouse."""

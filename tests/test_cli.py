@@ -172,8 +172,10 @@ def test_an_interrupted_run_says_so_and_ends_as_an_undisturbed_one(
     with monkeypatch.context() as patched:
         patched.setattr(run, "collect", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-        said = mera("run", *told, code=130)
-        signal.signal(signal.SIGINT, ours)
+        try:
+            said = mera("run", *told, code=130)
+        finally:
+            signal.signal(signal.SIGINT, ours)
     assert said.err.splitlines()[-1] == "mera: stopped; start it again to resume."
     assert "Traceback" not in said.err + said.out and not (tmp_path / "a" / "activations").exists()
     for arguments_ in (told, whole):

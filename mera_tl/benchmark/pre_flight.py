@@ -124,6 +124,8 @@ class Preflight:
             said = "answers" if one["reply"] is None else f"replies {one['reply']!r}, read as"
             answer = one["answer"] or "no answer"
             lines += [f"asked {one['prompt']!r}", f"    {said} {answer} (true: {one['label']})"]
+            if self.readout == "reply":
+                lines[-1] = f"    replies {one['reply']!r}: {answer}"
         lines.append(
             f"{self.seconds_per_prompt:.3g} s a prompt, {self.seconds(1000) / 60:.2g} minutes "
             f"per 1,000; {self.memory / 2**20:,.0f} MiB of memory so far"

@@ -443,7 +443,7 @@ def _say_preflight(out: Any, opened: Any, methods: Sequence[str], *, strict: boo
     said = ", ".join(f"{name} {terminal.duration(n)}" for name, n in seconds.items() if n)
     whole = f"about {terminal.duration(sum(seconds.values()))} in all"
     out.print(f"estimate: {whole}: {said}", markup=False)
-    if strict and found.warnings:
+    if strict and found.degenerate:
         raise ValueError(
             f"--strict, and the baseline of {found.model} on {found.task} is degenerate: "
             f"{' '.join(found.warnings)}"
