@@ -14,13 +14,14 @@ Published on other models: errors decodable, and linear interventions without ef
 steerability (2606.24952); steerable and not decodable (2604.02608).
 
 A gain of a shift that moves every example may only change how often each option is answered; the
-accuracy of always giving the commonest answer stands beside it (`majority`).
+accuracy of always giving the commonest answer stands beside it (`majority`). Killed, it goes on
+with the direction that it was at.
 
     python -m experiments.reading_against_control --model smollm2 --data-dir data
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,13 @@ from mera_tl import (
 from mera_tl.inference import Outcomes, ReadSettings
 from mera_tl.methods import log_odds_gradients
 from mera_tl.models import Model
+from mera_tl.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 READ = ReadSettings(progress=False)
 SETTINGS = ("seed", "fit", "judge", "test", "longest", "strengths")
+DIRECTIONS = ("reading", "contrast", "control", "random")
+RULES = ("every example", "where error is predicted")
 FOLDERS = {"sms_spam": "sms_spam", "sentiment_analysis": "financial_phrasebank"}
 FOLDERS |= {"yes_no_question": "boolq", "mmlu_high_school": "mmlu"}
 
@@ -78,16 +82,22 @@ def main(config: Config) -> None:
     model = load_model(config.model)
     for task in config.tasks:
         path = RESULTS / f"{model.name}-{task}-{config.seed}.jsonl"
-        if not path.exists():
-            started = time.process_time()
-            rows = list(cell(config, model, task))
+        rows = storage.read_records(path)
+        lacking = [which for which in DIRECTIONS if which not in {r["direction"] for r in rows}]
+        started = time.process_time()
+        for some in cell(config, model, task, lacking):
             seconds = round(time.process_time() - started)
-            storage.write_records(path, [row | {"cpu_seconds": seconds} for row in rows])
-            print(model.name, task, f"{seconds} s", flush=True)
+            rows += [row | {"cpu_seconds": seconds} for row in some]
+            storage.write_records(path, rows)
+            print(model.name, task, some[0]["direction"], f"{seconds} s so far", flush=True)
 
 
-def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
-    """Return one row per layer, direction and rule."""
+def cell(
+    config: Config, model: Model, name: str, wanted: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Return, direction by direction, one row per layer and rule."""
+    if not wanted:
+        return
     folder = None if config.data_dir is None else config.data_dir / FOLDERS[name]
     task = load_task(name, data_dir=folder)
     task = task.subset(range(min(len(task), config.longest)))
@@ -95,8 +105,8 @@ def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
     splits = task.split(config.seed, **sizes)
     fit = collect(model, splits.train, settings=READ)
     judge = collect(model, splits.calibration, settings=READ)
+    test = collect(model, splits.test, settings=READ)
     probe = fit_error_probe(fit, kind="logistic", seed=config.seed)
-    layers = sorted({*range(model.n_layers - 1, -1, -config.every)})
     gradients = log_odds_gradients(model, splits.train, fit.resid(), READ).gradients.mean(1)
     directions = {
         "reading": probe.weights,
@@ -106,49 +116,51 @@ def cell(config: Config, model: Model, name: str) -> Iterator[dict[str, Any]]:
     }
     cosine = torch.cosine_similarity(directions["reading"], directions["control"], dim=-1)
     limits = _limits(probe.score(judge.resid()), judge.outcomes)
-    trials = {
-        (layer, which, rule, strength): _steering(probe, vectors, rule, strength, layer, limits)
-        for which, vectors in directions.items()
-        for layer in layers
-        for rule in ("every example", "where error is predicted")
-        for strength in config.strengths
-    }
-    judged = evaluate_many(
-        model, splits.calibration, list(trials.values()), settings=READ, decide=True
-    )
-    gains = {
-        key: float(run.gain(judge.outcomes, "correct").mean())
-        for key, run in zip(trials, judged, strict=True)
-    }
-    # The strength is chosen where nothing is reported; ties go to the mildest.
-    best: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for key in trials:
-        if key[:3] not in best or gains[key] > gains[best[key[:3]]]:
-            best[key[:3]] = key
-    test = collect(model, splits.test, settings=READ)
-    chosen = [trials[key] for key in best.values()]
-    tested = evaluate_many(model, splits.test, chosen, settings=READ, decide=True)
     auroc = probe.measure(test)["auroc"].tolist()
     shares = np.bincount(test.labels.numpy(), minlength=len(task.options)) / len(splits.test)
-    for (layer, which, rule, strength), run in zip(best.values(), tested, strict=True):
-        gain = run.gain(test.outcomes, "correct").double()
-        yield {
-            "model": model.name,
-            **{key: value for key, value in asdict(config).items() if key in SETTINGS},
-            "task": name,
-            "n_layers": model.n_layers,
-            "layer": layer,
-            "direction": which,
-            "rule": rule,
-            "strength": strength,
-            "auroc": auroc[layer],
-            "cosine": float(cosine[layer]),
-            "base": test.outcomes.accuracy,
-            "majority": float(shares.max()),
-            "gain": float(gain.mean()),
-            "standard_error": float(gain.std() / len(gain) ** 0.5),
-            "n": len(gain),
+    for which in wanted:
+        trials = {
+            (layer, rule, strength): _steering(
+                probe, directions[which], rule, strength, layer, limits
+            )
+            for layer in range(model.n_layers - 1, -1, -config.every)
+            for rule in RULES
+            for strength in config.strengths
         }
+        judged = _gains(model, splits.calibration, trials, judge.outcomes)
+        # The strength is chosen where nothing is reported; ties go to the mildest.
+        ranked = sorted(trials, key=lambda key: (-float(judged[key].mean()), key[2]))
+        best = {key[:2]: trials[key] for key in reversed(ranked)}
+        strength = {key[:2]: key[2] for key in reversed(ranked)}
+        tested = _gains(model, splits.test, best, test.outcomes)
+        yield [
+            {
+                "model": model.name,
+                **{key: value for key, value in asdict(config).items() if key in SETTINGS},
+                "task": name,
+                "n_layers": model.n_layers,
+                "layer": layer,
+                "direction": which,
+                "rule": rule,
+                "strength": strength[layer, rule],
+                "auroc": auroc[layer],
+                "cosine": float(cosine[layer]),
+                "base": test.outcomes.accuracy,
+                "majority": float(shares.max()),
+                "gain": float(gain.mean()),
+                "standard_error": float(gain.std() / len(gain) ** 0.5),
+                "n": len(gain),
+            }
+            for (layer, rule), gain in tested.items()
+        ]
+
+
+def _gains(
+    model: Model, task: Task[Any], steerings: Mapping[Any, Steering], base: Outcomes
+) -> dict[Any, Tensor]:
+    runs = evaluate_many(model, task, list(steerings.values()), settings=READ, decide=True)
+    gains = (run.gain(base, "correct").double() for run in runs)
+    return dict(zip(steerings, gains, strict=True))
 
 
 def _limits(score: Float[Tensor, "layer example"], outcomes: Outcomes) -> list[float]:
