@@ -71,34 +71,43 @@ def main(config: Annotated[Config, tyro.conf.OmitArgPrefixes] = Config()) -> Non
     for name in config.models:
         path = fetch(name, config.into or cache_folder() / "real_models")
         for task in config.tasks:
+            told = list[dict[str, Any]]()
             for seed in config.seeds:
                 rows = run(config, str(path), task, seed)
                 storage.write_records(config.results / f"{name}-{task}-seed{seed}.jsonl", rows)
-                print(summary(rows))
+                told += rows
+            print(summary(told), flush=True)
 
 
 HEADER = """\
-| model, task | n | accuracy (majority) | unanswered | AUROC | decisions (SPI) | CPU s | MiB |
-|---|---|---|---|---|---|---|---|"""
+| model, task | splits | accuracy (majority) | unanswered | AUROC | certified to act (mean SPI) | CPU s | MiB |
+|---|---|---|---|---|---|---|---|"""  # noqa: E501
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Return a line of the table: one model on one task; sizes are train/calibration/test."""
-    row, asked = rows[0], [row for row in rows if row["decision"]]
-    acting = [row for row in asked if row["decision"] != "ABSTAIN"]
-    told = [f"{row['method']} acts ({row['spi']:+.2f})" for row in acting]
-    left = len(asked) - len(acting)
+    """Return a line of the table: one model on one task, means over splits."""
+    splits = [row for row in rows if row["decision"] is None]
+    told = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["decision"]):
+        acting = [r for r in rows if r["method"] == method and r["decision"] != "ABSTAIN"]
+        if acting:
+            told.append(f"{method} {len(acting)} of {len(splits)} ({_mean(acting, 'spi'):+.2f})")
+    cpu = sum(row["cpu_seconds"] for row in rows) / len(splits)
     cells = (
-        f"{row['model']}, {row['task']}",
-        "/".join(str(row[f"n_{role}"]) for role in ("train", "calibration", "test")),
-        f"{row['accuracy_unsteered']:.2f} ({row['majority']:.2f})",
-        f"{row['unanswered']:.0%}",
-        f"{row['auroc']:.2f}",
-        ", ".join(told + [f"{left} abstain"] * bool(left)),
-        f"{row['cpu_seconds_unsteered'] + sum(each['cpu_seconds'] for each in rows):.0f}",
-        f"{row['peak_mib']:,}",
+        f"{rows[0]['model']}, {rows[0]['task']}",
+        str(len(splits)),
+        f"{_mean(splits, 'accuracy_unsteered'):.2f} ({_mean(splits, 'majority'):.2f})",
+        f"{_mean(splits, 'unanswered'):.0%}",
+        f"{_mean(splits, 'auroc'):.2f}",
+        ", ".join(told) or "all abstain",
+        f"{cpu + _mean(splits, 'cpu_seconds_unsteered'):.0f}",
+        f"{max(row['peak_mib'] for row in rows):,}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
 
 
 def run(config: Config, model: str, task: str, seed: int) -> list[dict[str, Any]]:

@@ -12,21 +12,28 @@ NAMES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "gemma-3-270m"}
 def main() -> None:
     rows = results("real_models", "*-*.jsonl")
     rows = rows.assign(where=rows["task"] + ", " + rows["model"].map(NAMES))
-    settings = f"{models_of(rows)}, split 0, readout options;<br>"
+    splits = (
+        f"splits {rows['seed'].min()} to {rows['seed'].max()}" if rows["seed"].any() else "split 0"
+    )
+    settings = f"{models_of(rows)}, {splits}, readout options;<br>"
     settings += "a method is drawn where it is certified to act"
     save(accuracy_by_task(rows), "real_models", settings=settings)
 
 
 def accuracy_by_task(rows: pd.DataFrame) -> go.Figure:
-    """Draw a line per task and model; a method is drawn where its certificate lets it act."""
+    """Draw a line per task and model, a mark per split; a method where it is certified to act.
+
+    A majority is drawn once, as a mean: it differs by a few examples.
+    """
     base = rows[rows["method"] == "no_steering"]
     asked = rows[rows["decision"].notna()]
     acting = pd.DataFrame(asked[asked["decision"] != "ABSTAIN"])
+    majority = base.groupby("where", sort=False)["majority"].mean()
     marks = {"mode": "markers", "orientation": "h"}
     figure = go.Figure()
     figure.add_scatter(
-        x=base["majority"],
-        y=base["where"],
+        x=majority,
+        y=majority.index,
         name="always the most frequent answer",
         marker={"symbol": "line-ns-open", "size": 16, "color": style.INK, "line": {"width": 2}},
         **marks,
@@ -48,7 +55,7 @@ def accuracy_by_task(rows: pd.DataFrame) -> go.Figure:
         f"{len(steered)} steer, {len(acting) - len(steered)} flip answers"
     )
     sizes = f"{base['n_test'].min()} to {base['n_test'].max()}"
-    caption = f"accuracy on {sizes} test examples; a method is drawn where it is certified to act"
+    caption = f"accuracy on {sizes} test examples a split; methods are drawn where certified to act"
     figure.update_xaxes(title="accuracy on test", range=[0, 1.02])
     figure.update_yaxes(autorange="reversed")
     return style.finish(figure, title, caption, height=130 + 34 * base["where"].nunique())
