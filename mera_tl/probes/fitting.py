@@ -171,13 +171,13 @@ def _fit(
 
 
 def _say_unread(unread: Sequence[bool], kinds: str, position: Position) -> None:
-    layers = [str(layer) for layer, is_unread in enumerate(unread) if is_unread]
+    layers = ", ".join(str(layer) for layer, is_unread in enumerate(unread) if is_unread)
     if layers:
         logger.log(
             logging.WARNING if all(unread) else logging.INFO,
-            "Nothing could be read in layers %s (%s, position %r): their weights are zero, and "
-            "they will not be steered.",
-            ", ".join(layers),
+            "Nothing could be read in %s (%s, position %r): weights are zero there, and nothing is "
+            "steered.",
+            "any layer" if all(unread) else f"layers {layers}",
             kinds,
             position,
         )
