@@ -19,22 +19,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Amounts = Float[Tensor, "*tokens"]
+"""One number a token: its score, or how many steps it moves."""
+Vectors = Float[Tensor, "*option d"]
+"""One vector a layer, or one for each unsteered answer."""
+Norms = Float[Tensor, "*#option"]
+
 
 class Rule(ABC):
     """How far to move along a direction, given the probe's score."""
 
     @abstractmethod
-    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    def amount(self, score: Amounts) -> Amounts:
         """Return how many steps each token moves; zero leaves it untouched."""
 
-    @abstractmethod
-    def step(
-        self,
-        weights: Float[Tensor, "*option d"],
-        direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, "*#option"],
-    ) -> Float[Tensor, "*option d"]:
-        """Return the shift of amount one, in a layer with this typical residual norm."""
+    def step(self, weights: Vectors, direction: Vectors, resid_norm: Norms) -> Vectors:  # noqa: ARG002
+        """Return the shift of amount one, in a layer with this typical residual norm.
+
+        `-d` where the direction sets the length, and the probe only whether, or how often.
+        """
+        return -direction
 
 
 @final
@@ -45,16 +49,11 @@ class Adaptive(Rule):
     limit: float = math.inf
     """On the score scale: the logit of `threshold`. Infinity never moves anything."""
 
-    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    def amount(self, score: Amounts) -> Amounts:
         """Return the excess of the score over the limit."""
         return (score - self.limit).clamp(min=0)
 
-    def step(
-        self,
-        weights: Float[Tensor, "*option d"],
-        direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002  how far follows from the score alone
-    ) -> Float[Tensor, "*option d"]:
+    def step(self, weights: Vectors, direction: Vectors, resid_norm: Norms) -> Vectors:  # noqa: ARG002
         """Return `-d / (w.d)`: it lowers the score by one.
 
         Zero where `w.d` is not positive, which includes an all-zero probe or direction: there no
@@ -80,18 +79,9 @@ class Gated(Rule):
     strength: float = 1.0
     """How many directions to move."""
 
-    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    def amount(self, score: Amounts) -> Amounts:
         """Return the strength where the score exceeds the limit."""
         return torch.where(score > self.limit, self.strength, 0.0)
-
-    def step(
-        self,
-        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe only opens the gate
-        direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002
-    ) -> Float[Tensor, "*option d"]:
-        """Return `-d`."""
-        return -direction
 
 
 @final
@@ -102,16 +92,11 @@ class Additive(Rule):
     strength: float
     """Length of the shift, in units of the layer's typical residual norm."""
 
-    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    def amount(self, score: Amounts) -> Amounts:
         """Return the strength for every token."""
         return torch.full_like(score, self.strength)
 
-    def step(
-        self,
-        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe has no say here
-        direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, "*#option"],
-    ) -> Float[Tensor, "*option d"]:
+    def step(self, weights: Vectors, direction: Vectors, resid_norm: Norms) -> Vectors:  # noqa: ARG002
         """Return `-resid_norm * d / ||d||`; zero for a zero direction."""
         norm = direction.norm(dim=-1, keepdim=True)
         unit = direction / norm.clamp(min=torch.finfo(norm.dtype).tiny)
@@ -131,15 +116,6 @@ class Proportional(Rule):
     strength: float = 1.0
     """How many directions to move at a score of one."""
 
-    def amount(self, score: Float[Tensor, "*tokens"]) -> Float[Tensor, "*tokens"]:
+    def amount(self, score: Amounts) -> Amounts:
         """Return the score, times the strength."""
         return self.strength * score
-
-    def step(
-        self,
-        weights: Float[Tensor, "*option d"],  # noqa: ARG002  the probe only says how far
-        direction: Float[Tensor, "*option d"],
-        resid_norm: Float[Tensor, "*#option"],  # noqa: ARG002
-    ) -> Float[Tensor, "*option d"]:
-        """Return `-d`."""
-        return -direction

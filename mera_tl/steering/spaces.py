@@ -27,6 +27,9 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+Resid = Float[Tensor, "*rows d_model"]
+Features = Float[Tensor, "*rows d"]
+
 SURE = 30.0
 """Log-odds of a class are no further from zero than this."""
 MIN_GAIN = 0.1
@@ -47,25 +50,14 @@ class Space(ABC):
         return None
 
     @abstractmethod
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
+    def read(self, resid: Resid, layer: int) -> Features:
         """Return the features of an activation, in float32."""
 
-    def target(
-        self,
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*rows d"]:
+    def target(self, features: Features, shift: Features, layer: int) -> Features:  # noqa: ARG002
         """Return the features that a shift aims at, among those that are possible: the sum."""
         return features + shift
 
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,
-    ) -> Float[Tensor, "*rows d_model"]:
+    def write(self, resid: Resid, features: Features, shift: Features, layer: int) -> Resid:
         """Return the activation whose features have moved by `shift`, in the dtype of `resid`.
 
         Where features are the stream, that is the target, cast once at the end.
@@ -92,7 +84,7 @@ class ResidualSpace(Space):
 
     name = "raw"
 
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
+    def read(self, resid: Resid, layer: int) -> Features:  # noqa: ARG002
         """Return the activation in float32."""
         return resid.float()
 
@@ -112,27 +104,16 @@ class UnitSpace(Space):
     turns: bool = False
     """Whether the length of the activation is kept."""
 
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
+    def read(self, resid: Resid, layer: int) -> Features:  # noqa: ARG002
         """Return the activation over its length; zero for zero."""
         return torch.nn.functional.normalize(resid.float(), dim=-1)
 
-    def target(
-        self,
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,  # noqa: ARG002
-    ) -> Float[Tensor, "*rows d"]:
+    def target(self, features: Features, shift: Features, layer: int) -> Features:  # noqa: ARG002
         """Return the sum, of length one where it turns."""
         moved = features + shift
         return torch.nn.functional.normalize(moved, dim=-1) if self.turns else moved
 
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,
-    ) -> Float[Tensor, "*rows d_model"]:
+    def write(self, resid: Resid, features: Features, shift: Features, layer: int) -> Resid:
         """Return the target at the length that the activation had."""
         length = resid.float().norm(dim=-1, keepdim=True)
         return (length * self.target(features, shift, layer)).to(resid.dtype)
@@ -157,13 +138,11 @@ class TransportSpace(Space):
     ratio: Float[Tensor, "layer d_model"] = field(repr=False)
     """Standard deviation of the second over that of the first."""
 
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:  # noqa: ARG002
+    def read(self, resid: Resid, layer: int) -> Features:  # noqa: ARG002
         """Return the activation in float32."""
         return resid.float()
 
-    def target(
-        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
-    ) -> Float[Tensor, "*rows d"]:
+    def target(self, features: Features, shift: Features, layer: int) -> Features:
         """Return the activation on its way to `T(h)`."""
         start, to, ratio = (x[layer].to(features) for x in (self.start, self.to, self.ratio))
         way = to - start
@@ -188,7 +167,7 @@ class ClassSpace(Space):
     means: Float[Tensor, "layer option d_model"] = field(repr=False)
     """Where the activations of each class lie."""
 
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
+    def read(self, resid: Resid, layer: int) -> Features:
         """Return log P(class) / (1 - P(class)) for every class."""
         weights, bias = self.weights[layer].to(resid.device), self.bias[layer].to(resid.device)
         scores = einsum(resid.float(), weights, "... d, option d -> ... option") + bias
@@ -197,13 +176,7 @@ class ClassSpace(Space):
         rest = scores[..., None, :].masked_fill(others, -torch.inf).logsumexp(-1)
         return (scores - rest).clamp(-SURE, SURE)
 
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,
-    ) -> Float[Tensor, "*rows d_model"]:
+    def write(self, resid: Resid, features: Features, shift: Features, layer: int) -> Resid:
         """Return the activation, moved from the classes of the shift to the predicted one."""
         predicted = torch.nn.functional.one_hot(features.argmax(-1), features.shape[-1])
         moved = shift - shift.sum(-1, keepdim=True) * predicted
@@ -253,32 +226,22 @@ class SAESpace(Space):
         return next(iter(self.saes.values())).cfg.d_sae
 
     @torch.no_grad()
-    def read(self, resid: Float[Tensor, "*rows d_model"], layer: int) -> Float[Tensor, "*rows d"]:
+    def read(self, resid: Resid, layer: int) -> Features:
         """Return the latents."""
         return self.saes[layer].encode(resid.float()).float()
 
     @torch.no_grad()
-    def reconstruct(
-        self, resid: Float[Tensor, "*rows d_model"], layer: int
-    ) -> Float[Tensor, "*rows d_model"]:
+    def reconstruct(self, resid: Resid, layer: int) -> Resid:
         """Return what the SAE makes of an activation."""
         sae = self.saes[layer]
         return sae.decode(sae.encode(resid.float())).to(resid.dtype)
 
-    def target(
-        self, features: Float[Tensor, "*rows d"], shift: Float[Tensor, "*rows d"], layer: int
-    ) -> Float[Tensor, "*rows d"]:
+    def target(self, features: Features, shift: Features, layer: int) -> Features:
         """Return the shifted latents, none below zero; a TopK keeps the latents that are on."""
         moved = (features + shift).clamp(min=0)
         return torch.where(features > 0, moved, features) if self.keeps_support(layer) else moved
 
-    def write(
-        self,
-        resid: Float[Tensor, "*rows d_model"],
-        features: Float[Tensor, "*rows d"],
-        shift: Float[Tensor, "*rows d"],
-        layer: int,
-    ) -> Float[Tensor, "*rows d_model"]:
+    def write(self, resid: Resid, features: Features, shift: Features, layer: int) -> Resid:
         """Return the activation plus the decoded change of its latents."""
         change = self.target(features, shift, layer) - features
         touched = change.flatten(0, -2).any(0).nonzero()[:, 0]
