@@ -7,6 +7,7 @@ function of the user's may be graded. The checkable instructions are of the kind
 (Rajpurkar et al., 2016, arXiv:1606.05250).
 """
 
+import inspect
 import json
 import math
 import re
@@ -42,18 +43,21 @@ class Scorer:
                 f"There is no scorer {self.name!r}; nearest: "
                 f"{', '.join(close) or ', '.join(SCORERS)}."
             )
-        wanted = _ARGUMENTS[self.name]
+        wanted = arguments_of(self.name)
         for name, value in self.arguments.items():
             if name not in wanted:
                 known = ", ".join(wanted) or "none"
                 raise ValueError(
                     f"The scorer {self.name!r} has no argument {name!r}; it takes {known}."
                 )
-            if not isinstance(value, wanted[name]) or isinstance(value, bool):
-                raise ValueError(f"The scorer {self.name!r} has {name} = {value!r}; {_WANTED}.")
-        missing = [name for name in _REQUIRED[self.name] if name not in self.arguments]
-        if missing:
-            raise ValueError(f"The scorer {self.name!r} needs {missing[0]!r}; give it.")
+            if not isinstance(value, wanted[name].annotation) or isinstance(value, bool):
+                raise ValueError(
+                    f"The scorer {self.name!r} has {name} = {value!r}; give a value of another "
+                    "kind."
+                )
+        for name, each in wanted.items():
+            if each.default is each.empty and name not in self.arguments:
+                raise ValueError(f"The scorer {self.name!r} needs {name!r}; give it.")
 
     def __call__(self, reply: str, reference: str = "") -> float:
         """Return the score of a reply, checked.
@@ -114,7 +118,7 @@ def regex(reply: str, reference: str, pattern: str = "") -> bool:
     return re.search(pattern or reference, reply) is not None
 
 
-def numeric(reply: str, reference: str, tolerance: float = 1e-6) -> bool:
+def numeric(reply: str, reference: str, tolerance: int | float = 1e-6) -> bool:
     """Whether the last number of the reply is the reference's, within a relative tolerance."""
     said, wanted = last_number(reply), last_number(reference)
     if wanted is None:
@@ -149,7 +153,7 @@ def ends_with(reply: str, reference: str, text: str = "") -> bool:
     )
 
 
-def json_schema(reply: str, reference: str, schema: Mapping[str, Any] | str = "") -> bool:
+def json_schema(reply: str, reference: str, schema: Mapping | str = "") -> bool:
     """Whether the whole reply is JSON that a schema accepts, in a code fence or bare.
 
     Without a schema any object or list will do. A reference that is JSON itself must be equal in
@@ -226,12 +230,12 @@ def numbered_list(reply: str, reference: str, items: int = 3) -> bool:  # noqa: 
     return numbers == list(range(1, items + 1))
 
 
-def every(reply: str, reference: str, scorers: list[Mapping[str, Any]] | None = None) -> float:
+def every(reply: str, reference: str, scorers: list) -> float:
     """Return the least of several scorers' values: all of them must be content."""
-    return min(make_scorer(each)(reply, reference) for each in scorers or ())
+    return min(make_scorer(each)(reply, reference) for each in scorers)
 
 
-def function(reply: str, reference: str, file: str = "", call: str = "") -> float:
+def function(reply: str, reference: str, file: str, call: str) -> float:
     """Ask a function of the user's, `reply, reference -> float`, in a Python file."""
     return float(_loaded(file, call)(reply, reference))
 
@@ -274,28 +278,12 @@ SCORERS: dict[str, Callable[..., float]] = {
         function,
     )
 }
-_WANTED = "give a value of another kind"
-_TEXT, _COUNT = {"text": str}, {"most": int, "least": int}
-_ARGUMENTS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("exact_match", "one_word", "lower_case", "no_comma"), {}),
-    **dict.fromkeys(("contains", "lacks", "begins_with", "ends_with"), _TEXT),
-    **dict.fromkeys(("words", "sentences"), _COUNT),
-    "regex": {"pattern": str},
-    "numeric": {"tolerance": (int, float)},
-    "json_schema": {"schema": (Mapping, str)},
-    "numbered_list": {"items": int},
-    "every": {"scorers": list},
-    "function": {"file": str, "call": str},
-}
-_REQUIRED: dict[str, tuple[str, ...]] = {name: () for name in SCORERS} | {
-    "every": ("scorers",),
-    "function": ("file", "call"),
-}
 
 
-def arguments_of(name: str) -> tuple[str, ...]:
-    """Name the arguments that a scorer takes."""
-    return tuple(_ARGUMENTS[name])
+@cache
+def arguments_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments that a scorer takes: those of its function after reply and reference."""
+    return dict(list(inspect.signature(SCORERS[name]).parameters.items())[2:])
 
 
 def make_scorer(keys: Mapping[str, Any]) -> Scorer:
