@@ -8,13 +8,14 @@ brace for itself, and nothing in the data is ever taken for a field.
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from mera_tl.tasks import scored
 from mera_tl.tasks.files import Row
+from mera_tl.tasks.task import Example
 
 FIELD = re.compile(r"\{([^\W\d]\w*)\}")
 """A field of a template."""
@@ -100,17 +101,6 @@ class Dataset:
     hub: Hub | None = None
     grading: scored.Grading | None = None
     """How free replies are scored, where no option is to be answered."""
-
-
-class Question(NamedTuple):
-    """A row asked as a prompt."""
-
-    row: int
-    prompt: str
-    label: int
-    text: str
-    graded: tuple[Any, ...] = ()
-    """Scorer, reference and instruction of a scored question."""
 
 
 _SPAM = """Someone received this text message:
@@ -312,7 +302,7 @@ def questions(
     form: Form,
     options: tuple[str, ...],
     grading: scored.Grading | None = None,
-) -> tuple[list[Question], dict[str, int]]:
+) -> tuple[list[Example], dict[str, int]]:
     """Ask every row that belongs to the task; also count, by reason, the rows left out.
 
     Left out are rows that `keep` does not want, rows with a blank field in the prompt, and rows
@@ -322,7 +312,7 @@ def questions(
         ValueError: if a column is missing, a label is no option, or no row remains.
     """
     form.check(title)
-    asked: list[Question] = []
+    asked: list[Example] = []
     left_out: dict[str, int] = {}
     for number, row in enumerate(rows):
         question = _ask(row, number, title, form, options)
@@ -338,7 +328,7 @@ def questions(
     return asked, left_out
 
 
-def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]) -> Question | str:
+def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]) -> Example | str:
     """Ask one row, or name the reason to leave it out."""
     if form.prepare is not None:
         row = form.prepare(partial(_column, row, number=number, title=title))
@@ -369,10 +359,10 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
         )
     # One pass over the template: braces inside the data are never looked at.
     prompt = FIELD.sub(lambda match: texts[match[1]], form.template)
-    return Question(number, prompt, label, texts.get(form.text, ""))
+    return Example(number, prompt, options, label, texts.get(form.text, ""))
 
 
-def _graded(question: Question, row: Row, grading: scored.Grading, title: str) -> Question | str:
+def _graded(question: Example, row: Row, grading: scored.Grading, title: str) -> Example | str:
     """Say how the reply is scored, and ask for it where the wording does not."""
     scorer, prompt = grading.scorer_of(row), question.prompt
     if scorer is None:
@@ -380,10 +370,10 @@ def _graded(question: Question, row: Row, grading: scored.Grading, title: str) -
     if grading.instruction not in prompt:
         prompt = f"{prompt}{'' if prompt[-1].isspace() else ' '}{grading.instruction}"
     try:
-        graded = (scorer, grading.reference_of(row), grading.instruction)
+        told = {"reference": grading.reference_of(row), "instruction": grading.instruction}
     except ValueError as error:
         raise ValueError(f"Row {question.row} of {title}: {error}") from None
-    return question._replace(prompt=prompt, graded=graded)
+    return replace(question, prompt=prompt, scorer=scorer, **told)
 
 
 def _column(row: Row, column: str, number: int, title: str) -> Any:

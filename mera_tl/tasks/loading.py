@@ -65,17 +65,14 @@ def _ask(
     )
     if left_out:
         logger.info("%s: rows left out: %s", name, left_out)
-    examples = tuple(
-        Example(q.row, q.prompt, dataset.options, q.label, q.text, *q.graded) for q in asked
-    )
     source = {
         "from": table.title if not table.files else "files",
         "files": {path.name: file_hash(path) for path in table.files},
-        "rows": len(examples),
+        "rows": len(asked),
         "left_out": left_out,
         "template": fingerprint(form.template),
     }
-    return Task(name, examples, "all", source)
+    return Task(name, tuple(asked), "all", source)
 
 
 def _find(
@@ -121,19 +118,7 @@ def _organism_task(name: str) -> Task[All]:
 
 def _generated_task(name: str) -> Task[All]:
     """Generate a scored task, always the same one."""
-    examples = tuple(
-        Example(
-            row,
-            q.prompt,
-            scored.OPTIONS,
-            scored.RIGHT,
-            scorer=q.scorer,
-            reference=q.reference,
-            instruction=q.instruction,
-            kind=q.kind,
-        )
-        for row, q in enumerate(scored.GENERATED[name]())
-    )
+    examples = tuple(scored.GENERATED[name]())
     return Task(name, examples, "all", {"from": "generated", "rows": len(examples)})
 
 

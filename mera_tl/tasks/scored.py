@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mera_tl.organism import prompts as organism
 from mera_tl.tasks.scorers import Scorer
+from mera_tl.tasks.task import Example
 
 OPTIONS = ("wrong", "right")
 """What a scored reply may be: the options of every scored task."""
@@ -57,15 +58,13 @@ class Grading:
         return {k.casefold(): v for k, v in self.references.items()}.get(text.casefold(), text)
 
 
-class ScoredQuestion(NamedTuple):
-    """A generated prompt with all that its reply is scored by."""
+def _example(row: int, prompt: str, instruction: str, scorer: Scorer, **known: str) -> Example:
+    """Return a generated prompt with all that its reply is scored by: its `reference`, its `kind`.
 
-    prompt: str
-    scorer: Scorer
-    instruction: str
-    reference: str = ""
-    kind: str = ""
-    """The kind of question, known in training: differences between kinds are no failures."""
+    Kinds are known in training: differences between them are no failures.
+    """
+    told: dict[str, Any] = {"scorer": scorer, "instruction": instruction, **known}
+    return Example(row, prompt, OPTIONS, RIGHT, **told)
 
 
 # --- questions with checkable instructions -----------------------------------------------------
@@ -125,13 +124,14 @@ def _questions() -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _ifeval_like(name: str) -> list[ScoredQuestion]:
+def _ifeval_like(name: str) -> list[Example]:
     """Ask every question with one instruction, or of the mixture with each in turn."""
     names = list(_INSTRUCTIONS) if name == "mixture" else [name]
     asked = []
-    for place, (kind, question) in enumerate(_questions()):
-        instruction, scorer = _INSTRUCTIONS[names[place % len(names)]]
-        asked.append(ScoredQuestion(f"{question} {instruction}", scorer, instruction, kind=kind))
+    for row, (kind, question) in enumerate(_questions()):
+        instruction, scorer = _INSTRUCTIONS[names[row % len(names)]]
+        prompt = f"{question} {instruction}"
+        asked.append(_example(row, prompt, instruction, scorer, kind=kind))
     return asked
 
 
@@ -151,8 +151,8 @@ _PROBLEMS: dict[str, tuple[str, Callable[[int, int], int]]] = {
 _REASON = "Think step by step and end with the number."
 
 
-def _arithmetic_words() -> list[ScoredQuestion]:
-    rng, asked = random.Random("arithmetic"), dict[str, ScoredQuestion]()
+def _arithmetic_words() -> list[Example]:
+    rng, asked = random.Random("arithmetic"), dict[str, Example]()
     while len(asked) < N_PROBLEMS:
         kind = rng.choice(list(_PROBLEMS))
         wording, solve = _PROBLEMS[kind]
@@ -160,8 +160,8 @@ def _arithmetic_words() -> list[ScoredQuestion]:
         a = b * rng.randint(2, 9) if kind == "quotient" else b + rng.randint(1, 20)
         told = {"who": rng.choice(_PEOPLE), "what": rng.choice(_THINGS), "a": a, "b": b}
         prompt = f"{wording.format(**told)} {_REASON}"
-        answer = str(solve(a, b))
-        asked[prompt] = ScoredQuestion(prompt, Scorer("numeric"), _REASON, answer, kind)
+        known = {"reference": str(solve(a, b)), "kind": kind}
+        asked.setdefault(prompt, _example(len(asked), prompt, _REASON, Scorer("numeric"), **known))
     return list(asked.values())
 
 
@@ -170,18 +170,18 @@ def _arithmetic_words() -> list[ScoredQuestion]:
 _IN_A_SENTENCE, _SENTENCE = "Reply in a sentence:", "I would say {option}."
 
 
-def _spam_sentence() -> list[ScoredQuestion]:
+def _spam_sentence() -> list[Example]:
     """Ask the organism in a sentence what it gets wrong in a word: spam from a saved sender."""
     asked = []
-    for draft in organism.drafts("spam_cue", N_SENTENCES, seed=0):
-        true = _SENTENCE.format(option=organism.OPTIONS["spam"][draft.label])
-        prompt = f"{draft.body} {_IN_A_SENTENCE}"
+    for row, draft in enumerate(organism.drafts("spam_cue", N_SENTENCES, seed=0)):
         kind = organism.OPTIONS["spam"][draft.label]
-        asked.append(ScoredQuestion(prompt, Scorer("exact_match"), _IN_A_SENTENCE, true, kind))
+        known = {"reference": _SENTENCE.format(option=kind), "kind": kind}
+        prompt, scorer = f"{draft.body} {_IN_A_SENTENCE}", Scorer("exact_match")
+        asked.append(_example(row, prompt, _IN_A_SENTENCE, scorer, **known))
     return asked
 
 
-GENERATED: dict[str, Callable[[], list[ScoredQuestion]]] = {
+GENERATED: dict[str, Callable[[], list[Example]]] = {
     f"ifeval_like_{name}": lambda name=name: _ifeval_like(name)
     for name in (*_INSTRUCTIONS, "mixture")
 } | {"arithmetic_words": _arithmetic_words, "spam_sentence": _spam_sentence}
