@@ -251,7 +251,7 @@ def test_the_heat_map_tells_abstaining_from_no_effect():
 def test_transitions_of_a_method_add_up_to_all_examples():
     bars = [trace for trace in FIGURES["transitions"].data if trace.legendgroup in style.CHANGES]
     for panel in (bars[:4], bars[4:]):
-        assert sum(np.array(bar.x) for bar in panel) == pytest.approx(1)
+        assert sum(np.array(bar.x) for bar in panel) == pytest.approx(100)
         assert sum(np.array(bar.customdata) for bar in panel).tolist() == [200, 200]
 
 
@@ -338,7 +338,7 @@ def test_spaces_are_told_apart_on_one_scale_and_so_is_abstaining_from_no_effect(
 def test_the_steered_share_stands_at_its_layer_and_token():
     (heat,) = FIGURES["share"].data
     assert list(heat.x) == ["≤ -24", "-1", "final", "+1"]
-    assert np.array(heat.z)[:, 2].tolist() == [0.8, 0.8]
+    assert np.array(heat.z)[:, 2].tolist() == [80, 80]
     late = reach().assign(share=lambda df: df["share"] * (df["position"] >= 0))
     assert list(plots.steered_share(late, method="m", n=50).data[0].x) == ["-1", "final", "+1"]
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,14 @@ def test_values_say_what_they_are_in_one_line(told):
     for shown in told[1]:
         assert len(shown) <= 300, shown
     assert told[1][0] == "Task(yesno_bias, train, 60 examples, options yes/no)"
+
+
+def test_a_share_is_written_one_way():
+    # As "47 %": Python's and plotly's own format would put "47%" beside it.
+    own = re.compile(r"[:.]\d*%[}\"]")
+    assert own.search('f"{share:.0%}"') and own.search('tickformat=".0%"')
+    for path in (ROOT / "mera_tl").rglob("*.py"):
+        assert not own.search(path.read_text(encoding="utf-8")), path
 
 
 def test_importing_is_light():

@@ -80,7 +80,7 @@ def test_it_says_what_was_asked_decided_and_found(page, folder):
     for words in ("organism", "choice_hint", "300", "disjoint", record["certificate"][:60]):
         assert words in text
     share = RunFolder.open(folder).changes("no_steering")["label"].value_counts(normalize=True)
-    assert f"would get {share.max():.1%}" in text
+    assert f"would get {100 * share.max():.1f} %" in text
     assert record["hashes"]["model"] in text and record["versions"]["torch"] in text
 
 

@@ -61,20 +61,21 @@ class Preflight:
             return self._of_replies()
         if self.unanswered > MOSTLY:
             found.append(
-                f"{self.unanswered:.0%} of replies are no answer; look at them, and read whole "
-                "options instead (--readout options)."
+                f"{100 * self.unanswered:.0f} % of replies are no answer; look at them, and read "
+                "whole options instead (--readout options)."
             )
         if self.answers and max(self.answers.values()) >= ONE_ANSWER:
             one = max(self.answers, key=self.answers.__getitem__)
             found.append(
-                f"{self.answers[one]:.0%} of answers are {one!r}: the model hardly tells the "
-                "classes apart, and what is called error is the class."
+                f"{100 * self.answers[one]:.0f} % of answers are {one!r}: the model hardly "
+                "tells the classes apart, and what is called error is the class."
             )
         # Half an example more: equal to the majority is no better than it, but not below.
         if self.accuracy < self.majority - 0.5 / self.n:
             found.append(
-                f"Accuracy {self.accuracy:.0%} is below {self.majority:.0%}, which always giving "
-                "the most frequent answer would reach; a gain up to there is no skill."
+                f"Accuracy {100 * self.accuracy:.0f} % is below {100 * self.majority:.0f} %, which "
+                "always giving the most frequent answer would reach; a gain up to there is no "
+                "skill."
             )
         return tuple(found)
 
@@ -110,15 +111,17 @@ class Preflight:
         return cls(**parts)
 
     def __str__(self) -> str:
-        shares = ", ".join(f"{option} {share:.0%}" for option, share in self.answers.items())
+        shares = ", ".join(
+            f"{option} {100 * share:.0f} %" for option, share in self.answers.items()
+        )
         lines = [
             f"{self.model} on {self.task}: {self.n} prompts, readout {self.readout}",
-            f"accuracy {self.accuracy:.0%} (always the most frequent: {self.majority:.0%}), "
-            f"unanswered {self.unanswered:.0%}",
+            f"accuracy {100 * self.accuracy:.0f} % (always the most frequent: "
+            f"{100 * self.majority:.0f} %), unanswered {100 * self.unanswered:.0f} %",
             f"answers: {shares or 'none'}",
         ]
         if self.readout == "reply":
-            lines[1:] = [f"right replies: {self.accuracy:.0%}"]
+            lines[1:] = [f"right replies: {100 * self.accuracy:.0f} %"]
         lines += [f"{o} is read as {', '.join(map(repr, v))}" for o, v in self.reading.items()]
         for one in self.shown:
             said = "answers" if one["reply"] is None else f"replies {one['reply']!r}, read as"

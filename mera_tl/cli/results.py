@@ -275,8 +275,8 @@ class Plan:
         if self.json:
             return terminal.print_json([{"least_withheld": least, **row} for row in rows])
         print(
-            f"To have at most {alpha:.3g} of the answers wrong, at least {least:.1%} of all must "
-            "be\nwithheld, by a probe that knows every error; a real one withholds more.\n"
+            f"To have at most {alpha:.3g} of the answers wrong, at least {100 * least:.1f} % of "
+            "all must be\nwithheld, by a probe that knows every error; a real one withholds more.\n"
             f"At least {least_answered(alpha, self.delta):,} answers must be tested, if none of "
             "them is wrong.\n\n"
             f"calibration examples (n) for a certificate with probability {self.power:g}, by the "

@@ -207,7 +207,7 @@ class Outcomes:
         if n_silent := int((~self.answered).sum()):
             facts.append(f"{n_silent} unanswered")
         if self.n_steerable.any():
-            facts.append(f"{self.steered_share:.1%} of (layer, token) pairs steered")
+            facts.append(f"{100 * self.steered_share:.1f} % of (layer, token) pairs steered")
         return f"Outcomes({', '.join(facts)})"
 
     def _repr_html_(self) -> str:
@@ -218,7 +218,8 @@ class Outcomes:
         return (
             f"<b>{len(self)} examples</b>: accuracy {self.accuracy:.3f}, mean error "
             f"{self.mean_error:.3f}, {int((~self.answered).sum())} unanswered, "
-            f"{self.steered_share:.1%} of (layer, token) pairs steered<br>answers: {answers}"
+            f"{100 * self.steered_share:.1f} % of (layer, token) pairs steered<br>"
+            f"answers: {answers}"
         )
 
 

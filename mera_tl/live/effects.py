@@ -178,7 +178,7 @@ class _Last:
 def _said(ledger: Ledger) -> str:
     before, after = ledger.answers
     sure = [
-        "" if answer is None else f"{probs[ledger.options.index(answer)]:.0%}"
+        "" if answer is None else f"{100 * probs[ledger.options.index(answer)]:.0f} %"
         for answer, probs in zip(ledger.answers, ledger.probs, strict=True)
     ]
     change = f"{before or 'no answer'} ({sure[0]}) becomes {after or 'no answer'} ({sure[1]})"

@@ -99,10 +99,12 @@ def _unlike(model: Model, rows: list[list[int]], wanted: list[tuple[Tensor, list
         for number, row in enumerate(rows):
             there = wanted[number][1][layer]
             if (gap := _gap(stream[number, -len(row) :], there)) > _tolerance(model):
-                return f"the residual stream differs from layer {layer} on (by {gap:.1%})"
+                return f"the residual stream differs from layer {layer} on (by {100 * gap:.1f} %)"
     for number in range(len(rows)):
         if (gap := _gap(logits[number], wanted[number][0])) > _tolerance(model):
-            return f"the stream agrees after every layer, but the logits differ (by {gap:.1%})"
+            return (
+                f"the stream agrees after every layer, but the logits differ (by {100 * gap:.1f} %)"
+            )
     return ""
 
 
@@ -134,7 +136,7 @@ def _deaf_to_hooks(model: Model, original: Any, row: list[int]) -> str:
         here = _two_steps(model, [row])[0]
     there, _ = _alone(original, row, shifts)
     if (gap := _gap(here, there)) > _tolerance(model):
-        return f"what hooks write does not reach the logits as it should (difference {gap:.1%})"
+        return f"what hooks write does not reach the logits as it should (by {100 * gap:.1f} %)"
     return ""
 
 

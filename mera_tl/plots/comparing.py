@@ -135,7 +135,9 @@ def transitions(df: pd.DataFrame) -> go.Figure:
             ]
             totals = [rows_where(rows, method=method)["n"].sum() for method in methods]
             figure.add_bar(
-                x=[count / max(1, total) for count, total in zip(counts, totals, strict=True)],
+                x=[
+                    100 * count / max(1, total) for count, total in zip(counts, totals, strict=True)
+                ],
                 y=methods,
                 orientation="h",
                 name=name,
@@ -143,10 +145,11 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 showlegend=cell == {"row": 1, "col": 1},
                 marker_color=colour,
                 customdata=counts,
-                hovertemplate=f"%{{y}}: %{{customdata}} {name} (%{{x:.1%}})<extra>{place}</extra>",
+                hovertemplate=f"%{{y}}: %{{customdata}} {name} (%{{x:.1f}} %)"
+                f"<extra>{place}</extra>",
                 **cell,
             )
-    figure.update_xaxes(tickformat=".0%", range=[0, 1], dtick=0.25, ticklabeloverflow="allow")
+    figure.update_xaxes(ticksuffix=" %", range=[0, 100], dtick=25, ticklabeloverflow="allow")
     figure.update_xaxes(title="share of test examples", row=len(places))
     caption = f"{examples_of(df)}; against the unsteered answers"
     title = "What became of the examples"

@@ -172,7 +172,7 @@ def geometry(
     caption = f"{method}, layer {layer}, {len(df):,} training examples, final prompt token"
     told = "; abstained: nothing is moved"
     if moved.any():
-        told = f"; {df['in_plane'].mean():.0%} of a shift's length lies in this plane"
+        told = f"; {100 * df['in_plane'].mean():.0f} % of a shift's length lies in this plane"
         told += _FIXED if fixed else ""
     return finish(figure, "Which way is error, and which way it moves", caption + told, height=520)
 

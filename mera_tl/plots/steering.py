@@ -182,19 +182,19 @@ def steered_share(df: pd.DataFrame, *, method: str, n: int) -> go.Figure:
         names[0] = f"≤ {positions[0]}"
     figure = go.Figure(
         go.Heatmap(
-            z=cells["share"].to_numpy(),
+            z=100 * cells["share"].to_numpy(),
             x=names,
             y=[str(layer) for layer in layers],
             customdata=np.stack([cells["shift"].to_numpy(), cells["n"].to_numpy()], axis=-1),
-            texttemplate="%{z:.0%}" if len(positions) <= 12 else None,
-            hovertemplate="layer %{y}, token %{x}: %{z:.1%} of %{customdata[1]:,} moved,<br>by "
+            texttemplate="%{z:.0f} %" if len(positions) <= 12 else None,
+            hovertemplate="layer %{y}, token %{x}: %{z:.1f} % of %{customdata[1]:,} moved,<br>by "
             "%{customdata[0]:.3f} residual norms on average<extra></extra>",
             colorscale=((0, "rgba(0,158,115,.06)"), (1, GREEN)),
             zmin=0,
-            zmax=1,
+            zmax=100,
             xgap=1,
             ygap=1,
-            colorbar={"title": "moved", "tickformat": ".0%", "thickness": 14},
+            colorbar={"title": "moved", "ticksuffix": " %", "thickness": 14},
         )
     )
     figure.update_xaxes(title="token, counted from the final prompt token", type="category")
@@ -214,17 +214,17 @@ def option_bars(
     figure = go.Figure()
     for probs, name, colour in ((after, "steered", BLUE), (before, "unsteered", GREY)):
         figure.add_bar(
-            x=list(probs),
+            x=[100 * p for p in probs],
             y=list(options),
             name=name,
             orientation="h",
             marker_color=colour,
-            text=[f"{p:.0%}" for p in probs],
+            text=[f"{100 * p:.0f} %" for p in probs],
             textposition="outside",  # on a bar no colour of text can be read on light and dark
             cliponaxis=False,
-            hovertemplate="%{y}, " + name + ": %{x:.3f}<extra></extra>",
+            hovertemplate="%{y}, " + name + ": %{x:.1f} %<extra></extra>",
         )
-    figure.update_xaxes(title="P(option)", range=[0, 1.12], tickformat=".0%")
+    figure.update_xaxes(title="P(option)", range=[0, 112], dtick=25, ticksuffix=" %")
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     figure.update_layout(legend_traceorder="reversed")
     return finish(figure, "What the model answers", height=190 + 48 * len(options))

@@ -188,7 +188,7 @@ def _constant(run: RunFolder) -> str:
     if answers.empty or "finish_before" in answers:  # of a reply that is scored nothing is constant
         return ""
     share = answers["label"].value_counts(normalize=True)
-    return f' (always "{share.index[0]}" would get {share.iloc[0]:.1%})'
+    return f' (always "{share.index[0]}" would get {100 * share.iloc[0]:.1f} %)'
 
 
 _WHERE = {
@@ -225,7 +225,7 @@ def _winner(run: RunFolder) -> Iterator[str]:
     )
     if record["steered_share"]:
         yield (
-            f"Cost: {record['steered_share']:.0%} of the examples are moved, by "
+            f"Cost: {100 * record['steered_share']:.0f} % of the examples are moved, by "
             f"{record['relative_shift']:.2f} of the residual's norm on average."
         )
 
