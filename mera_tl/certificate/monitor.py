@@ -102,14 +102,15 @@ class Monitor:
         return math.exp(min(700.0, _log_mean(self.log_restarted)))
 
     def __str__(self) -> str:
-        seen = f"{self.n} audited pairs ({self.recoveries} better, {self.regressions} worse)"
+        s, do = ("", "does") if self.n == 1 else ("s", "do")
+        seen = f"{self.n} audited pair{s} ({self.recoveries} better, {self.regressions} worse)"
         what = "harms" if self.floor == 0 else f"gains less than {100 * self.floor:+.1f} points"
         evidence = (
             f"Evidence {self.e_value:.3g} of {1 / self.false_alarm:.4g}, restarted "
             f"{self.restarted_e_value:.3g} of {self.patience:.4g}."
         )
         if not self.withdraw:
-            return f"The guarantee stands: {seen} do not show that steering {what}.\n{evidence}"
+            return f"The guarantee stands: {seen} {do} not show that steering {what}.\n{evidence}"
         alarms = [
             f"at pair {at} ({what})"
             for at, what in (
@@ -137,14 +138,20 @@ class Monitor:
         Raises:
             ValueError: if this is not the state of a monitor.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(state, dict) or set(state) != names or len(state["log_wealth"]) != N_BETS:
-            raise ValueError(
-                "This is not the state of a monitor, or of another version; start a new one."
-            )
-        restarted = tuple(-math.inf if v is None else v for v in state["log_restarted"])
-        logs = {"log_wealth": tuple(state["log_wealth"]), "log_restarted": restarted}
-        return cls(**state | logs)
+        damaged = ValueError(
+            "This is not the state of a monitor, or of another version; start a new one."
+        )
+        try:
+            restarted = tuple(-math.inf if v is None else v for v in state["log_restarted"])
+            logs = {"log_wealth": tuple(state["log_wealth"]), "log_restarted": restarted}
+            monitor = cls(**state | logs)
+            monitor.update(0.0)  # which only numbers allow
+        except (KeyError, TypeError):
+            raise damaged from None
+        lengths = {len(monitor.log_wealth), len(monitor.log_restarted)}
+        if set(state) != {field.name for field in fields(cls)} or lengths != {N_BETS}:
+            raise damaged
+        return monitor
 
     def save(self, path: str | Path) -> None:
         """Write the state as JSON, whole or not at all."""
@@ -152,8 +159,16 @@ class Monitor:
 
     @classmethod
     def load(cls, path: str | Path) -> "Monitor":
-        """Read a state written by `save`."""
-        return cls.from_json(storage.read_json(path))
+        """Read a state written by `save`.
+
+        Raises:
+            ValueError: naming the file, if there is none or it is not one.
+        """
+        state = storage.read_json(path)
+        try:
+            return cls.from_json(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def resume(path: str | Path, **options: float | None) -> Monitor:
@@ -193,11 +208,20 @@ def read_gains(lines: Iterable[str], log: Iterable[str] | None = None) -> Iterat
     was served several times meets its lines of the log in order.
 
     Raises:
-        ValueError: naming the line that is neither, or whose prompt is not in the log.
+        ValueError: naming the line that is neither, or whose prompt is not in the log, or the line
+            of the log that is none.
     """
     fired: dict[str, deque[bool]] = defaultdict(deque)
-    for served in map(json.loads, filter(str.strip, log or ())):
-        fired[served["prompt"]].append(served["fired"])
+    for number, line in enumerate(log or (), 1):
+        try:
+            served = json.loads(line) if line.strip() else None
+            if served is not None:
+                fired[served["prompt"]].append(served["fired"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"Line {number} of the log, {line.strip()[:80]!r}, is none that "
+                "steering.attach(model, log=...) wrote; pass that file."
+            ) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -313,8 +313,8 @@ class Monitor:
         if not self.pairs.is_file():
             raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
         log = None if self.log is None else terminal.read_lines(self.log)
-        with open(self.pairs, encoding="utf-8") as lines:
-            watch = watch.update_all(islice(read_gains(lines, log), watch.n, None))
+        pairs = terminal.read_lines(self.pairs)
+        watch = watch.update_all(islice(read_gains(pairs, log), watch.n, None))
         watch.save(self.state)
         print(watch)
         if watch.withdraw:

@@ -53,7 +53,8 @@ def read_lines(path: Path) -> list[str]:
         ValueError: if it is not text.
     """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        # At line feeds only: a text may hold other characters that Python counts as line ends.
+        return path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start}); save it as such."
