@@ -156,14 +156,6 @@ class Reading:
     shift: Float[Tensor, " batch"]
     max_score: Float[Tensor, " batch"]
 
-    def with_rows(self, rows: Int[Tensor, " kept"], other: "Reading") -> "Reading":
-        """Return these answers with some rows taken from another reading."""
-        changed = {}
-        for name in ("predictions", "probs", "tokens", *COUNTS):
-            changed[name] = getattr(self, name).clone()
-            changed[name][rows] = getattr(other, name)
-        return Reading(**changed)
-
 
 def read_batch(
     model: Model,
@@ -299,6 +291,10 @@ def _decode(
 
 _Found = tuple[Int[Tensor, " batch"], Float[Tensor, "batch option"]]
 """Predictions and probabilities."""
+_Rows = Int[Tensor, " row"]
+_Logits = Float[Tensor, "row d_vocab"]
+_HitAndOver = tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]
+"""Where a token is the answer's, and where the reply is over."""
 
 
 class _Whole:
@@ -308,12 +304,7 @@ class _Whole:
         self._ends = torch.tensor(options.ends, dtype=torch.long, device=device)
         self._nothing = torch.zeros(n, len(options.options), device=device)
 
-    def add(
-        self,
-        rows: Int[Tensor, " row"],  # noqa: ARG002
-        emitted: Int[Tensor, " row"],
-        logits: Float[Tensor, "row d_vocab"],  # noqa: ARG002
-    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+    def add(self, rows: _Rows, emitted: _Rows, logits: _Logits) -> _HitAndOver:  # noqa: ARG002
         """Take a token of every row: each is the reply's, but the one that ends it."""
         hit = ~torch.isin(emitted, self._ends)
         return hit, torch.zeros_like(hit)
@@ -331,12 +322,7 @@ class _Anywhere:
         self._predictions = torch.full((n,), -1, device=device)
         self._probs = torch.zeros(n, len(options.options), device=device)
 
-    def add(
-        self,
-        rows: Int[Tensor, " row"],
-        emitted: Int[Tensor, " row"],
-        logits: Float[Tensor, "row d_vocab"],
-    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+    def add(self, rows: _Rows, emitted: _Rows, logits: _Logits) -> _HitAndOver:
         """Take a token of every row; return where it is the answer's, and where replies end."""
         answer = self._options.option_of(emitted)
         hit = answer >= 0
@@ -363,12 +349,7 @@ class _Beginning:
         self._classes = torch.full((n, len(options.options)), -torch.inf, device=device)
         """The options' logits beside it."""
 
-    def add(
-        self,
-        rows: Int[Tensor, " row"],
-        emitted: Int[Tensor, " row"],
-        logits: Float[Tensor, "row d_vocab"],
-    ) -> tuple[Bool[Tensor, " row"], Bool[Tensor, " row"]]:
+    def add(self, rows: _Rows, emitted: _Rows, logits: _Logits) -> _HitAndOver:
         """Take a token of every row; return where it begins a word, and where replies end."""
         places = rows.tolist()
         for row, token in zip(places, emitted.tolist(), strict=True):

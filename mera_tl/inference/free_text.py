@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from mera_tl.inference.answers import ReadSettings, by_length
+from mera_tl.inference.answers import ReadSettings, by_length, option_tokens, read_from
 from mera_tl.inference.decoding import Decoding, hooked_pass, left_pad
 from mera_tl.inference.evaluation import tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -49,12 +47,15 @@ def free_text(
         ValueError: as `evaluate`; prompt and continuation must fit the context.
     """
     settings = settings or ReadSettings()
-    prompts = tokenize_task(model, task, ReadSettings("exact", max_new_tokens=n_new))
+    freely = ReadSettings("reply", reply_tokens=n_new)
+    prompts, options = tokenize_task(model, task, freely), option_tokens(model, task, freely)
     texts: list[list[int]] = []
     logs: list[float] = []
     for batch in by_length(prompts, settings):
         starts = [prompts[i] for i in batch]
-        tokens = _continue(model, starts, fwd_hooks, n_new)
+        with torch.inference_mode(), hooked_pass(model, fwd_hooks):
+            decoding = Decoding(model, starts, fwd_hooks)
+            tokens = read_from(decoding, decoding.prompt(), options, freely).tokens
         for start, row in zip(starts, tokens.tolist(), strict=True):
             text = row[: row.index(-1)] if -1 in row else row
             texts.append(text)
@@ -92,25 +93,6 @@ def reply_text(
 def _measured(texts: Sequence[Sequence[int]], logs: Sequence[float]) -> FreeText:
     perplexity = float(torch.tensor(logs).double().mean().neg().exp())
     return FreeText(len(logs), perplexity, _distinct(texts, 1), _distinct(texts, 2))
-
-
-def _continue(
-    model: Model, prompts: Sequence[Sequence[int]], fwd_hooks: FwdHooks, n_new: int
-) -> Int[Tensor, "batch new"]:
-    """Decode greedily; -1 where a row has ended."""
-    out = torch.full((len(prompts), n_new), -1)
-    with torch.inference_mode(), hooked_pass(model, fwd_hooks):
-        decoding = Decoding(model, prompts, fwd_hooks)
-        logits = decoding.prompt()
-        for step in range(n_new):
-            emitted = logits.argmax(-1)
-            out[decoding.rows.cpu(), step] = emitted.cpu()
-            going = ~decoding.is_end(emitted)
-            if step + 1 == n_new or not going.any():
-                break
-            decoding.keep(going)
-            logits = decoding.next(emitted[going])
-    return out
 
 
 def _log_probs(model: Model, start: Sequence[int], text: Sequence[int]) -> list[float]:

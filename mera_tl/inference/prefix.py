@@ -6,7 +6,7 @@ tokens, which steering of the whole prompt does, and no sliding window cuts them
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -43,16 +43,8 @@ class Prefix:
 
     def for_rows(self, n_rows: int) -> KeyValueCache:
         """Return the cache of that many prompts; nothing is copied."""
-        entries = [
-            replace(
-                entry,
-                past_keys=entry.past_keys.expand(n_rows, -1, -1, -1),
-                past_values=entry.past_values.expand(n_rows, -1, -1, -1),
-            )
-            for entry in self.cache.entries
-        ]
         mask = self.cache.previous_attention_mask.expand(n_rows, -1)
-        return replace(self.cache, entries=entries, previous_attention_mask=mask)
+        return self.cache.each(lambda past: past.expand(n_rows, -1, -1, -1), mask)
 
 
 def moves_none_before_the_last(fwd_hooks: FwdHooks) -> bool:

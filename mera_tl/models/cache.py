@@ -62,14 +62,19 @@ class KeyValueCache:
         self.previous_attention_mask = torch.cat([self.previous_attention_mask, mask], dim=-1)
         return self.previous_attention_mask
 
-    def drop_last(self, n: int = 1) -> "KeyValueCache":
-        """Return a cache that has not seen the last `n` tokens."""
+    def each(
+        self, change: Callable[[Tensor], Tensor], mask: Int[Tensor, "batch pos"]
+    ) -> "KeyValueCache":
+        """Return a cache with another mask, whose keys and values have been changed alike."""
         entries = [
-            replace(entry, past_keys=entry.past_keys[:, :-n], past_values=entry.past_values[:, :-n])
+            replace(entry, past_keys=change(entry.past_keys), past_values=change(entry.past_values))
             for entry in self.entries
         ]
-        mask = self.previous_attention_mask[:, :-n]
         return replace(self, entries=entries, previous_attention_mask=mask)
+
+    def drop_last(self, n: int = 1) -> "KeyValueCache":
+        """Return a cache that has not seen the last `n` tokens."""
+        return self.each(lambda past: past[:, :-n], self.previous_attention_mask[:, :-n])
 
 
 def rotate_once(attention: Any) -> None:

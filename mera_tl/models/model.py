@@ -5,7 +5,7 @@ rules out double BOS tokens and padding on the wrong side.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Literal
 
@@ -234,10 +234,8 @@ class Model:
 
     def stand_in_cache(self, mask: Int[Tensor, "batch pos"]) -> KeyValueCache:
         """Return a cache of that shape which holds nothing, for attention that brings its own."""
-        cache = self.new_cache(0)
-        entries = []
-        for entry in cache.entries:
-            shape = (*mask.shape, *entry.past_keys.shape[2:])
-            nothing = entry.past_keys.new_zeros(1, 1, 1, 1).expand(shape)
-            entries.append(replace(entry, past_keys=nothing, past_values=nothing))
-        return KeyValueCache(entries, mask)
+
+        def nothing(past: Tensor) -> Tensor:
+            return past.new_zeros(1, 1, 1, 1).expand(*mask.shape, *past.shape[2:])
+
+        return self.new_cache(0).each(nothing, mask)

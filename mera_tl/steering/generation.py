@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.model import Model
 from mera_tl.steering.attach import settings_of
 from mera_tl.steering.hook import SteerHook, relative_shift
+from mera_tl.steering.reach import around
 from mera_tl.steering.steering import Steering
 
 
@@ -209,7 +209,7 @@ def reply_to(
 
     def run(batch: list[int]) -> list[Row]:
         rows = [Row(prompts[i], numbers[i], sampling) for i in batch]
-        traced = [(n, _Recorder(h, rows)) for n, h in hooks] if is_traced else hooks
+        traced = _recording(hooks, rows) if is_traced else hooks
         with torch.inference_mode(), hooked_pass(model, traced):
             _decode(model, rows, traced, sampling, options, prefix)
         return rows
@@ -231,7 +231,7 @@ def _decode(
     prompts, labels = [row.prompt for row in rows], torch.arange(len(rows))
     decoding = Decoding(model, prompts, hooks, labels, prefix)
     logits = decoding.prompt()
-    if any(hook.per_answer for _, hook in hooks):
+    if any(getattr(hook, "per_answer", False) for _, hook in hooks):
         assert options is not None  # the caller has looked
         answers = about_to_answer(decoding, logits, options, settings_of(options))
         logits = decoding.prompt_again(answers)
@@ -276,24 +276,18 @@ def text_of(model: Model, row: Row, sampling: Sampling) -> str:
     return text[: min([text.find(each) for each in sampling.stop if each in text] + [len(text)])]
 
 
-class _Recorder:
-    """A steering hook that keeps what it read and moved, row by row."""
+def _recording(hooks: FwdHooks, rows: Sequence[Row]) -> FwdHooks:
+    """Return steering hooks with a look at each that keeps what it read and moved, row by row."""
 
-    def __init__(self, hook: SteerHook, rows: Sequence[Row]) -> None:
-        self._hook, self._rows = hook, rows
-        self.per_answer, self.layer = hook.per_answer, hook.layer
-
-    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        """Return the steered activation."""
-        window: Window = hook.ctx["window"]
-        steered = self._hook(resid, hook)
-        if self.per_answer and window.answers is None:
-            return steered  # the pass that finds out the answers; the same columns come again
+    def keep(reader: SteerHook, into: Tensor, out: Tensor, window: Window) -> None:
+        if reader.per_answer and window.answers is None:
+            return  # the pass that finds out the answers; the same columns come again
         assert window.labels is not None
-        error = self._hook.read(resid, window)[1].sigmoid()
-        shift = relative_shift(steered, resid)
+        error = reader.read(into, window)[1].sigmoid()
+        shift = relative_shift(out, into)
         for i, label in enumerate(window.labels.tolist()):
-            row, real = self._rows[label], window.real[i].to(error.device)
-            row.scores.setdefault(self.layer, []).append(error[i, real])
-            row.shifts.setdefault(self.layer, []).append(shift[i, real])
-        return steered
+            row, real = rows[label], window.real[i].to(error.device)
+            row.scores.setdefault(reader.layer, []).append(error[i, real])
+            row.shifts.setdefault(reader.layer, []).append(shift[i, real])
+
+    return around([hook for _, hook in hooks], hooks, keep)

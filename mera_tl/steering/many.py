@@ -35,7 +35,7 @@ from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
-from mera_tl.steering.hook import Positions, SteerHook, first_column, last_column
+from mera_tl.steering.hook import Positions, SteerHook, first_column, last_column, relative_shift
 from mera_tl.steering.rules import Rule
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
@@ -259,9 +259,7 @@ class RowHook:
         )
         steered = resid.clone()
         steered[here[row], column] = after
-        size = before.float().norm(dim=-1).clamp(min=1e-12)
-        relative = (after - before).float().norm(dim=-1) / size
-        hook.ctx["shift"].index_add_(0, here[row], relative)
+        hook.ctx["shift"].index_add_(0, here[row], relative_shift(after, before))
         return steered
 
     @staticmethod
