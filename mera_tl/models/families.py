@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mera_tl.models.cache import KeyValueCache, LayerCache, rotate_once
+from mera_tl.models.hugging_face import shape_of
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -30,6 +31,8 @@ _CONVERTERS = {
 }
 """Architectures, and TransformerLens's modules that rename their weights."""
 FAMILIES = tuple(_CONVERTERS)
+_SIZES = ("n_layers", "d_model", "d_vocab", "n_ctx", "n_heads", "d_head", "d_mlp", "dtype")
+"""What both engines call alike."""
 
 
 def why_not(architecture: str) -> str:
@@ -128,8 +131,14 @@ def _hooked_config(original: Any, architecture: str, n_devices: int) -> Any:
     from transformer_lens import HookedTransformerConfig
 
     hf = original.config
-    of = {"GPT2LMHeadModel": _gpt2_fields, "HookedTransformer": _embedded_fields}
-    fields = of.get(architecture, _rotary_fields)(hf)
+    shape = shape_of(original, hf.num_hidden_layers)
+    fields = {name: getattr(shape, name) for name in _SIZES} | {"normalization_type": "RMS"}
+    if architecture == "GPT2LMHeadModel":
+        fields |= _gpt2_fields(hf)
+    elif architecture == "HookedTransformer":
+        fields |= {"eps": hf.eps, "act_fn": "relu", "positional_embedding_type": "standard"}
+    else:
+        fields |= _rotary_fields(hf, shape.d_head)
     if architecture == "Gemma2ForCausalLM":
         fields |= _gemma2_fields(hf)
     if architecture == "Qwen3ForCausalLM":
@@ -137,44 +146,19 @@ def _hooked_config(original: Any, architecture: str, n_devices: int) -> Any:
     return HookedTransformerConfig.from_dict(
         fields
         | {
-            "d_vocab": hf.vocab_size,
             "original_architecture": architecture,
             "model_name": architecture,
             "init_weights": False,
             "default_prepend_bos": False,
-            "dtype": original.dtype,
             "device": str(original.device),
             "n_devices": n_devices,
         }
     )
 
 
-def _common_fields(hf: Any) -> dict[str, Any]:
-    """Fields of models with RMS norms, whose configs name their sizes alike."""
-    return {
-        "d_model": hf.hidden_size,
-        "n_layers": hf.num_hidden_layers,
-        "n_heads": hf.num_attention_heads,
-        "d_head": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        "d_mlp": hf.intermediate_size,
-        "n_ctx": hf.max_position_embeddings,
-        "normalization_type": "RMS",
-    }
-
-
-def _embedded_fields(hf: Any) -> dict[str, Any]:
-    own = {"eps": hf.eps, "act_fn": "relu", "positional_embedding_type": "standard"}
-    return _common_fields(hf) | own
-
-
 def _gpt2_fields(hf: Any) -> dict[str, Any]:
     return {
-        "d_model": hf.n_embd,
-        "n_layers": hf.n_layer,
-        "n_heads": hf.n_head,
-        "d_head": hf.n_embd // hf.n_head,
         "d_mlp": hf.n_inner or 4 * hf.n_embd,
-        "n_ctx": hf.n_positions,
         "eps": hf.layer_norm_epsilon,
         "act_fn": hf.activation_function,
         "normalization_type": "LN",
@@ -183,7 +167,7 @@ def _gpt2_fields(hf: Any) -> dict[str, Any]:
     }
 
 
-def _rotary_fields(hf: Any) -> dict[str, Any]:
+def _rotary_fields(hf: Any, d_head: int) -> dict[str, Any]:
     """Fields of the RMS-norm, rotary, gated-MLP families: Llama, Mistral, Qwen2, Qwen3, Gemma2."""
     rope = dict(getattr(hf, "rope_parameters", None) or {})
     rope_type = rope.get("rope_type", "default")
@@ -192,8 +176,7 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
             f"This checkpoint scales its rotary positions by {rope_type!r}; only 'default' and "
             "'llama3' give TransformerLens logits equal to Hugging Face, so it is not loaded."
         )
-    fields = _common_fields(hf)
-    fields |= {
+    fields: dict[str, Any] = {
         # Grouped also where every head has its own keys: converters for one kind are enough.
         "n_key_value_heads": hf.num_key_value_heads,
         "eps": hf.rms_norm_eps,
@@ -202,7 +185,7 @@ def _rotary_fields(hf: Any) -> dict[str, Any]:
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": False,
-        "rotary_dim": fields["d_head"],
+        "rotary_dim": d_head,
         "rotary_base": rope.get("rope_theta", getattr(hf, "rope_theta", 10000.0)),
     }
     if getattr(hf, "sliding_window", None):

@@ -48,7 +48,7 @@ class HookedCausalLM:
         self.original = original
         self.layers = decoder_layers(original)
         self.embed = original.get_input_embeddings()
-        self.cfg = _shape_of(original, len(self.layers))
+        self.cfg = shape_of(original, len(self.layers))
         self.hook_dict = {
             name: HookPoint(name) for name in map(resid_post, range(self.cfg.n_layers))
         }
@@ -215,7 +215,7 @@ def _pass_through(point: HookPoint, module: Any, args: Any, output: Any) -> Any:
     return point(output)
 
 
-def _shape_of(original: Any, n_layers: int) -> Shape:
+def shape_of(original: Any, n_layers: int) -> Shape:
     """Read the sizes that a config has, and take the usual for what it leaves out."""
     text = original.config.get_text_config()
     rows, width = original.get_input_embeddings().weight.shape
