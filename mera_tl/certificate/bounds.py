@@ -296,6 +296,18 @@ def upper_share(count: int, n: int, level: float) -> float:
     return float(special.betaincinv(count + 1, n - count, 1 - level)) if count < n else 1.0
 
 
+def check_probability(name: str, value: float | None, *, one: bool = False) -> None:
+    """Refuse what is no probability strictly between 0 and 1; `one` allows 1.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if value is None or not (0 < value < 1 or (one and value == 1)):
+        raise ValueError(
+            f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
+        )
+
+
 def _check_counts(recoveries: int, regressions: int, n: int, level: float) -> None:
     if n < 1 or min(recoveries, regressions) < 0 or recoveries + regressions > n:
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mera_tl.certificate.bounds import BOUNDS
+from mera_tl.certificate.bounds import BOUNDS, check_probability
 
 
 def _even_in_logit(first: float, last: float, count: int) -> tuple[float, ...]:
@@ -51,16 +51,11 @@ class Terms:
     promised and no lower bound beyond it."""
 
     def __post_init__(self) -> None:
-        for name in ("delta", "run_delta", "max_regressions"):
-            value = getattr(self, name)
-            if value is None and name != "delta":
-                continue
-            if name == "delta" and value == 0 and self.run_delta is not None:
-                continue
-            if value is None or not 0 < value < 1:
-                raise ValueError(
-                    f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
-                )
+        if self.delta != 0 or self.run_delta is None:  # a share of a run's may be nothing
+            check_probability("delta", self.delta)
+        for name in ("run_delta", "max_regressions"):
+            if (value := getattr(self, name)) is not None:
+                check_probability(name, value)
         if self.metric not in ("correct", "error") or self.test not in BOUNDS:
             raise ValueError(
                 f"There is no metric {self.metric!r} with bound {self.bound!r}; pass 'correct' or "

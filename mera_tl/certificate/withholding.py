@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import special
 
-from mera_tl.certificate.bounds import upper_share
+from mera_tl.certificate.bounds import check_probability, upper_share
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def certify_withholding(
     Raises:
         ValueError: if shapes or probabilities do not fit, or thresholds do not rise.
     """
-    _check_probability("alpha", alpha)
-    _check_probability("delta", delta)
+    check_probability("alpha", alpha)
+    check_probability("delta", delta)
     if len(predicted_error) != len(correct) or not len(correct):
         raise ValueError(
             f"{len(predicted_error)} predicted errors came with {len(correct)} outcomes; pass one "
@@ -182,14 +182,14 @@ def least_withheld(base: float, alpha: float) -> float:
     """
     if not 0 <= base <= 1:
         raise ValueError(f"`base={base:g}` is not a share between 0 and 1; pass one, as 0.2.")
-    _check_probability("alpha", alpha)
+    check_probability("alpha", alpha)
     return max(0.0, (base - alpha) / (1 - alpha))
 
 
 def least_answered(alpha: float, delta: float = 0.05) -> int:
     """Return the fewest answers that can certify `alpha`, if none of them is wrong."""
-    _check_probability("alpha", alpha)
-    _check_probability("delta", delta)
+    check_probability("alpha", alpha)
+    check_probability("delta", delta)
     return math.ceil(math.log(delta) / math.log1p(-alpha))
 
 
@@ -202,7 +202,7 @@ def withholding_size(
     not below alpha, or more than a million answers would be needed.
     """
     for name, value in (("share", share), ("alpha", alpha), ("delta", delta), ("target", target)):
-        _check_probability(name, value, one=name == "share")
+        check_probability(name, value, one=name == "share")
     if not 0 <= risk < alpha:
         return None
 
@@ -236,10 +236,3 @@ def withholding_table(
         n = withholding_size(share, min(risk, base), alpha, delta=delta, target=target)
         rows.append({"risk": risk, "answered": share, "n": n})
     return rows
-
-
-def _check_probability(name: str, value: float, *, one: bool = False) -> None:
-    if not (0 < value < 1 or (one and value == 1)):
-        raise ValueError(
-            f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
-        )
