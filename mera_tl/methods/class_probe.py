@@ -81,22 +81,15 @@ class ClassProbe:
         return cls(**storage.load_tensors(Path(folder) / "class_probe.safetensors"), **plain)
 
 
-def fit_class_probe(
-    task: Task[Train], activations: Activations, *, seed: int = 0, layers: tuple[int, ...] = ()
-) -> ClassProbe:
+def fit_class_probe(task: Task[Train], activations: Activations, *, seed: int = 0) -> ClassProbe:
     """Fit the classifier in the layer and with the penalty of best cross-validated accuracy.
 
-    Texts that occur more than once are in one fold. Ties go to the lower log loss.
-
-    Args:
-        task: the training split, whose labels are learned.
-        activations: of the same examples, unsteered.
-        seed: of the folds.
-        layers: those to choose from; by default up to twelve, evenly spaced.
+    `activations` are those of the training split, unsteered; `seed` is that of the folds, where
+    texts that occur more than once are in one. Ties go to the lower log loss.
     """
     labels, resid = activations.labels.numpy(), activations.resid("last")
     every = range(len(resid))
-    layers = layers or tuple(every[:: -(-len(every) // MOST_LAYERS)])
+    layers = tuple(every[:: -(-len(every) // MOST_LAYERS)])
     folds = _folds(task, seed)
     found: dict[tuple[int, float], tuple[float, float]] = {}
     for layer in layers:

@@ -90,7 +90,6 @@ def draw_replies(
     n_draws: int,
     *,
     settings: ReadSettings,
-    seed: int = 0,
 ) -> Draws:
     """Reply to every prompt greedily and then by samples, and predict the error of each reply.
 
@@ -103,7 +102,7 @@ def draw_replies(
     outcomes, scores = [first.outcomes], [probe.score(first.resid("generated"))]
     prompts = tokenize_task(model, task, ReadSettings.of(task, settings))
     for number in range(1, n_draws):
-        sampling = Sampling(settings.reply_tokens, TEMPERATURE, seed + 1000 * number)
+        sampling = Sampling(settings.reply_tokens, TEMPERATURE, seed=1000 * number)
         rows = reply_to(model, prompts, (), sampling, settings=settings, is_traced=False)
         texts = tuple(text_of(model, row, sampling) for row in rows)
         n_generated = torch.tensor([len(row.tokens) + row.is_ended for row in rows])

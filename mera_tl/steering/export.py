@@ -6,7 +6,6 @@ probe; the first layer, which llama.cpp cannot steer, is refused.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -53,7 +52,6 @@ def control_vectors(steering: Steering) -> dict[int, Float[np.ndarray, " d_model
         ValueError: if the shift depends on the token, or the first layer is steered.
     """
     rule = steering.rule
-    reason = None
     if not isinstance(rule, Additive):
         reason = (
             f"{type(rule).__name__} moves each token as far as its score asks, and a control "
@@ -65,14 +63,10 @@ def control_vectors(steering: Steering) -> dict[int, Float[np.ndarray, " d_model
         reason = f"llama.cpp adds a control vector to every token, not only {steering.positions!r}"
     elif steering.first_k is not None:
         reason = "llama.cpp cannot stop a control vector after so many generated tokens"
-    elif any(hook.per_answer for hook in _hooks(steering)):
+    elif steering.per_answer:
         reason = "its direction depends on the answer that the model is about to give"
     elif 0 in steering.layer_numbers:
         reason = "llama.cpp cannot steer layer 0; leave it out of `layers`"
-    if reason is not None or not isinstance(rule, Additive):
-        raise ValueError(f"This steering is no control vector: {reason}.")
-    return {hook.layer: (rule.strength * hook.step).numpy() for hook in _hooks(steering)}
-
-
-def _hooks(steering: Steering) -> list[Any]:
-    return [hook for _, hook in steering.fwd_hooks()]
+    else:
+        return {h.layer: (rule.strength * h.step).numpy() for _, h in steering.fwd_hooks()}
+    raise ValueError(f"This steering is no control vector: {reason}.")

@@ -52,7 +52,6 @@ def evaluate_many(
     steerings: Sequence[Steering],
     *,
     settings: ReadSettings | None = None,
-    title: str = "steerings",
     decide: bool = False,
 ) -> list[Outcomes]:
     """Answer every example of a task under every steering; as `evaluate` with each one's hooks.
@@ -81,7 +80,7 @@ def evaluate_many(
 
         # Passes of one token: more prompts at once, as long as their cache stays near the cores.
         wide = settings if stack.everywhere else settings.wider(2)
-        results = run_batches(prompts, run, wide, title)
+        results = run_batches(prompts, run, wide, "steerings")
         order = [i for batch, _ in results for i in batch]
         columns = {
             each.name: torch.cat([readings[each.name] for _, readings in results], dim=1)
