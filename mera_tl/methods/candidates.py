@@ -6,7 +6,7 @@ its limit.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -237,9 +237,13 @@ class SearchData:
     metric: Metric
     settings: ReadSettings
     space: Space = RAW
+    known: Mapping[Candidate, Steering] = field(default_factory=dict)
+    """Steerings of candidates that are made of no probe set."""
 
     def steering(self, candidate: Candidate) -> Steering:
         """Return a candidate's steering."""
+        if candidate in self.known:
+            return self.known[candidate]
         probes = self.probe_sets[candidate.penalty]
         direction = probes.directions[candidate.direction].vectors
         own = probes.generated if candidate.positions == "generated" else None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
-from mera_tl.methods.candidates import Candidate, Trial, choose, tabulate
+from mera_tl.methods.candidates import Candidate, SearchData, Trial, choose, tabulate
 from mera_tl.methods.class_probe import fit_classes
 from mera_tl.methods.race import Choices, Search, divide, require_training
 from mera_tl.models.model import Model
@@ -240,16 +240,11 @@ def search_family(
     learned = activations.subset(torch.tensor(fit))
     lesson = Lesson(model, task.subset(fit), learned, choices, settings, layers)
     steerings = dict(family(lesson))
-    base, held_out = activations.outcomes.subset(torch.tensor(judge)), task.subset(judge)
+    part = (task.subset(judge), activations.subset(torch.tensor(judge)))
+    data = SearchData(model, *part, {}, choices.metric, settings, known=steerings)
 
     def trials(some: Sequence[Candidate], places: Sequence[int]) -> list[Trial]:
-        chosen = [steerings[each] for each in some]
-        some_task, counts = held_out.subset(places), choices.metric == "correct"
-        runs = evaluate_many(model, some_task, chosen, settings=settings, decide=counts)
-        seen = base.subset(torch.tensor(places))
-        gains = torch.full((len(some), len(judge)), torch.nan, dtype=torch.double)
-        gains[:, places] = torch.stack([run.gain(seen, choices.metric) for run in runs])
-        return [Trial(each, row) for each, row in zip(some, gains, strict=True)]
+        return [Trial(*each) for each in zip(some, data.gains(some, places), strict=True)]
 
     order = torch.randperm(len(judge), generator=torch.Generator().manual_seed(choices.seed))
     first = trials(list(steerings), order[: -(-len(judge) // 4)].tolist())

@@ -225,6 +225,7 @@ def fit_reply_directions(
     """
     found: dict[str, Direction] = {}
     given = activations.resid("last")
+    probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
     instructed = all(example.instruction for example in task.examples)
     toward: Direction | None = None
     if instructed and {"instruction", "prompt_controlled"} & set(choices.directions):
@@ -233,15 +234,12 @@ def fit_reply_directions(
     if toward is not None and "instruction" in choices.directions:
         found["instruction"] = toward
     if "contrastive" in choices.directions:
-        probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
         found["contrastive"] = fit_direction(activations, probe, "contrastive")
     kinds = [example.kind for example in task.examples]
     if "kind_controlled" in choices.directions and all(kinds):
-        found["kind_controlled"] = _within_kinds(activations, kinds, choices.seed)
+        found["kind_controlled"] = _within_kinds(activations, kinds, probe)
     if "prompt_controlled" in choices.directions:
-        found["prompt_controlled"] = _controlled(
-            model, task, activations, toward, choices, settings
-        )
+        found["prompt_controlled"] = _controlled(model, task, probe, toward, choices, settings)
     usable = {kind: each for kind, each in found.items() if bool((each.vectors != 0).any())}
     if not usable:
         notes = "; ".join(note for each in found.values() for note in each.notes)
@@ -253,7 +251,7 @@ def fit_reply_directions(
     return usable
 
 
-def _within_kinds(activations: Activations, kinds: Sequence[str], seed: int) -> Direction:
+def _within_kinds(activations: Activations, kinds: Sequence[str], probe: LinearProbe) -> Direction:
     """Compare wrong with right replies to questions of the same kind, as within a true class."""
     names = tuple(dict.fromkeys(kinds))
     place = torch.tensor([names.index(kind) for kind in kinds])
@@ -261,7 +259,6 @@ def _within_kinds(activations: Activations, kinds: Sequence[str], seed: int) -> 
     by_kind = {"options": names, "labels": place, "predictions": said}
     probs = torch.zeros(len(kinds), len(names))
     outcomes = replace(activations.outcomes, probs=probs, **by_kind)
-    probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=seed)
     found = fit_direction(replace(activations, outcomes=outcomes), probe, "controlled_contrastive")
     return replace(found, kind="kind_controlled")
 
@@ -269,7 +266,7 @@ def _within_kinds(activations: Activations, kinds: Sequence[str], seed: int) -> 
 def _controlled(
     model: Model,
     task: Task[Any],
-    activations: Activations,
+    probe: LinearProbe,
     toward: Direction | None,
     choices: ReplyChoices,
     settings: ReadSettings,
@@ -279,7 +276,6 @@ def _controlled(
     resid, prompt, wrong = _draws(model, task, hooks, choices, settings)
     notes, n_mixed = [], _n_mixed(prompt, wrong)
     if n_mixed < choices.min_mixed and toward is not None:
-        probe = fit_error_probe(activations, kind="ridge", penalty=PENALTY, seed=choices.seed)
         rule, middle = Gated(limit=-torch.inf), model.n_layers // 3
         steering = Steering(probe, toward.vectors, rule, layers=(middle,), positions="last")
         more = _draws(model, task, steering.fwd_hooks(), choices, settings)
