@@ -210,45 +210,37 @@ def _searched(run: Run) -> Treatment:
     """Search freely on training data, certify once."""
     if run.splits.train.scored:
         return _replying("searched", DIRECTIONS, run)
-    found = _search(run, "searched", partial(_look, run), run.space)
+
+    def look(folder: Path) -> Search:
+        given = run.config.search_budget
+        choices = replace(_choices(run), budget=None if given is None else seconds_of(given))
+        told: dict[str, Any] = {"choices": choices, "settings": run.read, "space": run.space}
+        return search(run.model, run.splits.train, run.activations, folder=folder, **told)
+
+    found = _search(run, "searched", look, run.space)
     decision = run.calibrate("searched", found.steering.at(found.chosen.threshold))
     return _certified(decision, found.steering.probe, _details(found))
 
 
-def _look(run: Run, folder: Path) -> Search:
-    given = run.config.search_budget
-    budget = None if given is None else seconds_of(given)
-    choices = Choices(metric=run.config.metric, seed=run.config.seed, budget=budget)
-    return search(
-        run.model,
-        run.splits.train,
-        run.activations,
-        choices=choices,
-        settings=run.read,
-        space=run.space,
-        folder=folder,
-    )
-
-
 def _flip(run: Run) -> Treatment:
     """Answer the second-best option where the predicted error is too high."""
-    choices = Choices(metric=run.config.metric, seed=run.config.seed)
-    train, learned = run.splits.train, run.activations
+    train, learned, choices = run.splits.train, run.activations, _choices(run)
     found = _search(run, "flip", lambda _: search_flip(train, learned, choices=choices))
-    options = {"terms": run.terms("flip"), "min_gain": run.config.min_gain, "settings": run.read}
-    certify = partial(certify_flip, run.model, run.splits.calibration, found, **options)
+    certify = partial(
+        certify_flip, run.model, run.splits.calibration, found, **_terms_of(run, "flip")
+    )
     decision = run.decide("flip", certify)
-    details, probe, threshold = _details(found), found.steering.probe, decision.threshold
+    idle = Treatment(calibration=decision, details=_details(found), probe=found.steering.probe)
+    threshold = decision.threshold
     if threshold is None:
-        return Treatment(calibration=decision, details=details, probe=probe)
+        return idle
 
     def answer(outcomes: Outcomes) -> Outcomes:
         return flipped(outcomes, outcomes.max_score, threshold)
 
-    hooks = reading_hooks(found.steering)
     instead = f"above {threshold:.3g} the second-best option is answered"
-    told: dict[str, Any] = {"details": details, "probe": probe, "instead": instead}
-    return Treatment(hooks, calibration=decision, answer=answer, **told)
+    hooks = reading_hooks(found.steering)
+    return replace(idle, fwd_hooks=hooks, answer=answer, instead=instead)
 
 
 def _class_probe(run: Run) -> Treatment:
@@ -260,26 +252,23 @@ def _class_probe(run: Run) -> Treatment:
         fit_class_probe(train, learned, seed=seed).save(folder)
 
     found = run.kept("probes/class", "class_probe.json", make, ClassProbe.load)
-    options = {"terms": run.terms("class_probe"), "min_gain": run.config.min_gain}
-    certify = partial(certify_class_probe, run.model, run.splits.calibration, found, **options)
-    decision = run.decide("class_probe", partial(certify, settings=run.read))
+    terms = _terms_of(run, "class_probe")
+    certify = partial(certify_class_probe, run.model, run.splits.calibration, found, **terms)
+    decision = run.decide("class_probe", certify)
     held_out = max(found.accuracy)
     details = {"layers": [found.layer], "penalty": found.penalty, "held_out_accuracy": held_out}
-    told: dict[str, Any] = {"calibration": decision, "details": details}
-    return Treatment(**told, classifier=None if decision.abstained else found)
+    classifier = None if decision.abstained else found
+    return Treatment(calibration=decision, details=details, classifier=classifier)
 
 
 def _family(name: str, run: Run) -> Treatment:
     """Choose among a family's candidates on training data, certify one."""
-    choices = Choices(metric=run.config.metric, seed=run.config.seed)
 
     def certify() -> Calibration:
-        train, told = run.splits.train, {"choices": choices, "settings": run.read}
+        train, told = run.splits.train, {"choices": _choices(run), "settings": run.read}
         train.require_classes()
         found = search_family(FAMILIES[name], run.model, train, run.activations, **told)
-        terms = {"terms": run.terms(name), "min_gain": run.config.min_gain}
-        calibration = run.splits.calibration
-        return calibrate(run.model, calibration, found.steering, **terms, settings=run.read)
+        return calibrate(run.model, run.splits.calibration, found.steering, **_terms_of(run, name))
 
     decision = run.decide(name, certify)
     chosen = decision.best.steering
@@ -296,8 +285,7 @@ def _withhold(run: Run) -> Treatment:
     details = {**_of(steering.probe), "max_risk": alpha}
     if terms.delta == 0:
         return Treatment(details=details, probe=steering.probe)  # another method is primary
-    calibration = run.splits.calibration
-    certify = partial(certify_trust, run.model, calibration, steering, run.activations)
+    certify = partial(certify_trust, run.model, run.splits.calibration, steering, run.activations)
     name = "withholding.json"
 
     def make(folder: Path) -> None:
@@ -310,12 +298,12 @@ def _withhold(run: Run) -> Treatment:
     found = run.kept("withholding", name, make, load)
     threshold, row = found.threshold, found.chosen or found.rows[0]
     details |= {"answered": row.answered / found.n, "wrong_at_most": row.wrong_at_most}
-    told: dict[str, Any] = {"details": details, "probe": steering.probe, "withholding": found}
+    idle = Treatment(details=details, probe=steering.probe, withholding=found)
     if threshold is None:
-        return Treatment(**told)
+        return idle
     instead = f"above {threshold:.3g} no answer is given"
     answer = partial(withheld, threshold=threshold)
-    return Treatment(reading_hooks(steering), answer=answer, instead=instead, **told)
+    return replace(idle, fwd_hooks=reading_hooks(steering), answer=answer, instead=instead)
 
 
 def _replying(name: str, directions: tuple[str, ...], run: Run) -> Treatment:
@@ -350,11 +338,11 @@ def _prompted(run: Run) -> Treatment:
     def make(folder: Path) -> None:
         _, judge = divide(train, ReplyChoices().search_share, run.config.seed)
         part = train.subset(judge)
-        tried = [
-            evaluate(run.model, part.with_instruction(each), settings=run.read).accuracy
+        tried = {
+            each: evaluate(run.model, part.with_instruction(each), settings=run.read).accuracy
             for each in REMINDERS
-        ]
-        storage.write_json(folder / "reminders.json", dict(zip(REMINDERS, tried, strict=True)))
+        }
+        storage.write_json(folder / "reminders.json", tried)
 
     def load(folder: Path) -> dict[str, float]:
         return storage.read_json(folder / "reminders.json")
@@ -394,6 +382,15 @@ def _search(run: Run, name: str, look: Callable[[Path], Search], space: Space = 
         look(folder).save(folder)
 
     return run.kept(f"searches/{name}", "search.json", make, partial(Search.load, space=space))
+
+
+def _choices(run: Run) -> Choices:
+    return Choices(metric=run.config.metric, seed=run.config.seed)
+
+
+def _terms_of(run: Run, name: str) -> dict[str, Any]:
+    """Return the terms on which a method of a run is certified, and how answers are read."""
+    return {"terms": run.terms(name), "min_gain": run.config.min_gain, "settings": run.read}
 
 
 def _details(found: Search) -> dict[str, Any]:
