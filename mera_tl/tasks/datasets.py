@@ -156,6 +156,14 @@ def _mmlu(subjects: str) -> Dataset:
     )
 
 
+def _sms(options: tuple[str, ...], form: Form, grading: scored.Grading | None = None) -> Dataset:
+    """Describe the SMS spam collection, asked in some way."""
+    line = r"(?P<label>[^\t]*)\t(?P<text>.*)"
+    plain = Plain("sms_spam", "SMSSpamCollection", form, line=line)
+    hub = Hub("ucirvine/sms_spam", "train", replace(form, columns={"text": "sms"}))
+    return Dataset(options, plain, hub, grading)
+
+
 def _sujet(template: str, task_type: str, options: tuple[str, ...]) -> Hub:
     """Describe a part of Sujet-Finance: rows of one type whose answer is one of the options."""
     keep = {"task_type": task_type, "answer": "|".join(options)}
@@ -193,16 +201,7 @@ def _truthful_hub(column: Callable[[str], Any]) -> Row:
 
 _SENTIMENTS = ("positive", "neutral", "negative")
 DATASETS: dict[str, Dataset] = {
-    "sms_spam": Dataset(
-        ("ham", "spam"),
-        Plain(
-            "sms_spam",
-            "SMSSpamCollection",
-            Form(_SPAM, text="text"),
-            line=r"(?P<label>[^\t]*)\t(?P<text>.*)",
-        ),
-        Hub("ucirvine/sms_spam", "train", Form(_SPAM, text="text", columns={"text": "sms"})),
-    ),
+    "sms_spam": _sms(("ham", "spam"), Form(_SPAM, text="text")),
     "sentiment_analysis": Dataset(
         _SENTIMENTS,
         Plain(
@@ -263,17 +262,7 @@ DATASETS: dict[str, Dataset] = {
             ),
         ),
     ),
-    "sms_json": Dataset(
-        scored.OPTIONS,
-        Plain(
-            "sms_spam",
-            "SMSSpamCollection",
-            Form(_MESSAGE, "", text="text"),
-            line=r"(?P<label>[^\t]*)\t(?P<text>.*)",
-        ),
-        Hub("ucirvine/sms_spam", "train", Form(_MESSAGE, "", "text", columns={"text": "sms"})),
-        scored.SMS_JSON,
-    ),
+    "sms_json": _sms(scored.OPTIONS, Form(_MESSAGE, "", "text"), scored.SMS_JSON),
     "boolq_reason": Dataset(
         scored.OPTIONS,
         Plain("boolq", "dev.jsonl", Form(_WHY, "", "passage")),

@@ -40,7 +40,7 @@ def load_task(
     if name in organism.TASKS or name in scored.GENERATED:
         if template:
             raise ValueError(f"{name} is generated with its prompts; leave the template out.")
-        return _organism_task(name) if name in organism.TASKS else _generated_task(name)
+        return _generated_task(name)
     base = Path(data_dir) if data_dir is not None else None
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)
@@ -106,20 +106,14 @@ def _find(
     )
 
 
-def _organism_task(name: str) -> Task[All]:
-    """Generate the questions of an organism task, always the same ones."""
-    options = organism.TASKS[name].options
-    examples = tuple(
-        Example(row, prompt, options, label)
-        for row, (prompt, label) in enumerate(organism.generate(name, ORGANISM_ROWS, seed=0))
-    )
-    return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
-
-
 def _generated_task(name: str) -> Task[All]:
-    """Generate a scored task, always the same one."""
-    examples = tuple(scored.GENERATED[name]())
-    return Task(name, examples, "all", {"from": "generated", "rows": len(examples)})
+    """Generate the questions of a scored task or of the organism's, always the same ones."""
+    if name in scored.GENERATED:
+        examples = tuple(scored.GENERATED[name]())
+        return Task(name, examples, "all", {"from": "generated", "rows": len(examples)})
+    options, asked = organism.TASKS[name].options, organism.generate(name, ORGANISM_ROWS, seed=0)
+    examples = tuple(Example(row, text, options, label) for row, (text, label) in enumerate(asked))
+    return Task(name, examples, "all", {"from": "organism", "rows": ORGANISM_ROWS, "seed": 0})
 
 
 def task_names() -> list[str]:
