@@ -45,7 +45,7 @@ examples (`Statistics`), which add up batch by batch and never build S.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -53,16 +53,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal[
-    "euclidean",
-    "pattern",
-    "contrastive",
-    "controlled_pattern",
-    "controlled_contrastive",
-    "answer_controlled",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 MIN_EXAMPLES = 3
 """A mean over fewer examples than this is not compared with another."""
@@ -257,6 +247,7 @@ _FORMULAS = {
     "controlled_contrastive": controlled_contrastive,
     "answer_controlled": answer_controlled,
 }
+KINDS = tuple(_FORMULAS)
 
 _Sums = tuple[Tensor, Tensor]
 """Sums of h and counts, by true class."""

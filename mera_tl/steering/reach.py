@@ -92,8 +92,7 @@ class Reach:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        names = ("layers", "before", "after", "tokens", "moved", "length")
-        storage.save_tensors(path, {name: getattr(self, name) for name in names})
+        storage.save_tensors(path, vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Reach":
