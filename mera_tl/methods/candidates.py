@@ -129,31 +129,16 @@ def steering_of(
     direction: Tensor | None,
     space: Space = RAW,
 ) -> Steering:
-    """Return a candidate's steering, at its threshold."""
+    """Return a candidate's steering, at its threshold; at 0, one that asks no probe."""
+    where = (candidate.layers, candidate.positions, candidate.first_k)
     if candidate.threshold == 0:
-        return _always(candidate, probe, direction, space)
-    steering = Steering(
-        probe,
-        direction,
-        rule=Adaptive() if candidate.strength is None else Gated(strength=candidate.strength),
-        space=space,
-        layers=candidate.layers,
-        positions=candidate.positions,
-        first_k=candidate.first_k,
-    )
-    return steering.at(candidate.threshold)
-
-
-def _always(
-    candidate: Candidate, probe: LinearProbe, direction: Tensor | None, space: Space
-) -> Steering:
-    """Return a candidate's steering that asks no probe whether to move."""
-    assert direction is not None and candidate.strength is not None
-    (layer,) = candidate.layers  # a length in residual norms is one layer's
-    length = direction[layer].norm() / probe.resid_norm[layer].clamp(min=1e-12)
-    rule = Additive(candidate.strength * float(length))
-    where: dict[str, Any] = {"layers": candidate.layers, "positions": candidate.positions}
-    return Steering(probe, direction, rule=rule, space=space, first_k=candidate.first_k, **where)
+        assert direction is not None and candidate.strength is not None
+        (layer,) = candidate.layers  # a length in residual norms is one layer's
+        length = direction[layer].norm() / probe.resid_norm[layer].clamp(min=1e-12)
+        rule = Additive(candidate.strength * float(length))
+        return Steering(probe, direction, rule, space, *where)
+    rule = Adaptive() if candidate.strength is None else Gated(strength=candidate.strength)
+    return Steering(probe, direction, rule, space, *where).at(candidate.threshold)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from mera_tl.steering.directions import (
     instruction,
     prompt_controlled,
 )
-from mera_tl.steering.generation import Row, Sampling, reply_to, text_of
+from mera_tl.steering.generation import Sampling, reply_to, text_of
 from mera_tl.steering.rules import Gated
 from mera_tl.steering.steering import Positions, Steering
 from mera_tl.tasks.task import Task, Train
@@ -296,39 +296,19 @@ def _draws(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample replies to every prompt: activations unsteered, the prompt's number, if it is wrong.
 
-    Only prompts with both outcomes are read: the others weigh nothing.
+    A draw has the same random numbers under any hooks, so what differs is due to these. Only
+    prompts with both outcomes are read: the others weigh nothing.
     """
     prompts = tokenize_task(model, task, settings)
     sampling = Sampling(settings.reply_tokens, choices.temperature, choices.seed)
-    rows, wrong = sample_replies(model, task, prompts, choices.n_draws, sampling, hooks, settings)
     number = torch.arange(len(task)).repeat_interleave(choices.n_draws)
+    copies = [prompts[place] for place in number.tolist()]
+    rows = reply_to(model, copies, hooks, sampling, settings=settings, is_traced=False)
+    drawn = zip(number.tolist(), rows, strict=True)
+    scores = [task.examples[place].score(text_of(model, row, sampling)) for place, row in drawn]
+    wrong = torch.tensor(scores) < 1
     mixed = set(number[wrong].tolist()) & set(number[~wrong].tolist())
     kept = [i for i, place in enumerate(number.tolist()) if place in mixed]
-    resid = reply_activations(
-        model,
-        [prompts[int(number[i])] for i in kept],
-        [rows[i].tokens for i in kept],
-        settings=settings,
-    )
+    replies = [rows[i].tokens for i in kept]
+    resid = reply_activations(model, [copies[i] for i in kept], replies, settings=settings)
     return resid, number[kept], wrong[kept]
-
-
-def sample_replies(
-    model: Model,
-    task: Task[Any],
-    prompts: Sequence[Sequence[int]],
-    n_draws: int,
-    sampling: Sampling,
-    hooks: FwdHooks,
-    settings: ReadSettings,
-) -> tuple[list[Row], Tensor]:
-    """Sample several replies to each prompt; also tell which are wrong.
-
-    A draw has the same random numbers under any hooks, so what differs is due to these.
-    """
-    copies = [prompt for prompt in prompts for _ in range(n_draws)]
-    rows = reply_to(model, copies, hooks, sampling, settings=settings, is_traced=False)
-    examples = [example for example in task.examples for _ in range(n_draws)]
-    texts = [text_of(model, row, sampling) for row in rows]
-    scores = [e.score(text) for e, text in zip(examples, texts, strict=True)]
-    return rows, torch.tensor(scores) < 1
