@@ -79,19 +79,15 @@ def check_call(model: Any, task: Any, fwd_hooks: Any = ()) -> None:
         raise ValueError(
             f"{_kind(task)} is no task; pass {advice} of mera_tl.load_task(...).split()."
         )
+    complaint = ""
     if hasattr(fwd_hooks, "fwd_hooks"):
-        raise ValueError(
-            f"{_kind(fwd_hooks)} is no list of hooks; pass its hooks, as steering.fwd_hooks()."
-        )
-    if callable(fwd_hooks):
-        raise ValueError(
-            f"{_kind(fwd_hooks)} was not called; pass the hooks that it returns, as "
-            "steering.fwd_hooks()."
-        )
-    if not isinstance(fwd_hooks, Sequence):
-        raise ValueError(
-            f"{_kind(fwd_hooks)} is no list of hooks; pass pairs of a hook name and a function."
-        )
+        complaint = "is no list of hooks; pass its hooks, as steering.fwd_hooks()."
+    elif callable(fwd_hooks):
+        complaint = "was not called; pass the hooks that it returns, as steering.fwd_hooks()."
+    elif not isinstance(fwd_hooks, Sequence):
+        complaint = "is no list of hooks; pass pairs of a hook name and a function."
+    if complaint:
+        raise ValueError(f"{_kind(fwd_hooks)} {complaint}")
 
 
 def _kind(value: Any) -> str:
@@ -135,12 +131,8 @@ def run_batches(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )
+    said = any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 def gather(

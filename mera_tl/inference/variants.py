@@ -66,7 +66,8 @@ def whole_options(
     Raises:
         ValueError: if an option is not in the vocabulary, or has no variant of its own.
     """
-    encoded = {o: _after(model.tokenizer, cue, _spaced(_whole_forms(o))) for o in options}
+    forms = {o: _forms(o) if len(o) > 1 else [o] for o in options}
+    encoded = {o: _after(model.tokenizer, cue, _spaced(forms[o])) for o in options}
     own = {o: _after(model.tokenizer, cue, _spaced([o])) for o in options}
     for option in options:
         _require_known(model, option, encoded[option])
@@ -112,10 +113,6 @@ def common_ending(task: Task[Any]) -> str:
 
 def _forms(option: str) -> list[str]:
     return list(dict.fromkeys((option, option.lower(), option.upper(), option.capitalize())))
-
-
-def _whole_forms(option: str) -> list[str]:
-    return _forms(option) if len(option) > 1 else [option]
 
 
 def _spaced(forms: Sequence[str]) -> list[str]:

@@ -6,8 +6,8 @@ transformers runs it. Logits and the residual stream after every layer must agre
 every layer must reach the logits as a hand-written hook's does, and hooks must leave.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -68,20 +68,12 @@ def _alone(
         streams.append(stream)
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
-    with _on_layers(original, look):
+    with ExitStack() as hooks:
+        for layer in decoder_layers(original):
+            hooks.enter_context(layer.register_forward_hook(look))
         ids = torch.tensor([list(row)], device=original.device)
         logits = original(input_ids=ids, use_cache=False, logits_to_keep=2).logits
     return logits[0, -2:], [stream[0] for stream in streams]
-
-
-@contextmanager
-def _on_layers(original: Any, look: Callable[..., Any]) -> Iterator[None]:
-    handles = [layer.register_forward_hook(look) for layer in decoder_layers(original)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _unlike(model: Model, rows: list[list[int]], wanted: list[tuple[Tensor, list[Tensor]]]) -> str:

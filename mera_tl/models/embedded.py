@@ -17,6 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mera_tl import storage
 
+_Stream = Float[Tensor, "batch pos d_model"]
+_Sees = Bool[Tensor, "batch 1 pos all"]
 _WANTED = {"act_fn": "relu", "normalization_type": "RMS", "positional_embedding_type": "standard"}
 _NAMES = {
     "hidden_size": "d_model",
@@ -74,13 +76,7 @@ class _Attention(nn.Module):
             self.register_parameter(f"b_{name}", nn.Parameter(torch.empty(n, h)))
         self.W_O, self.b_O = nn.Parameter(torch.empty(n, h, d)), nn.Parameter(torch.empty(d))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch pos d_model"],
-        sees: Bool[Tensor, "batch 1 pos all"],
-        past: Any,
-        layer: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: _Stream, sees: _Sees, past: Any, layer: int) -> _Stream:
         q, k, v = (
             einsum(x, getattr(self, f"W_{name}"), "b pos d, n d h -> b n pos h")
             + getattr(self, f"b_{name}")[:, None]
@@ -108,13 +104,7 @@ class _Block(nn.Module):
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = _Norm(cfg), _Attention(cfg), _Norm(cfg), _Mlp(cfg)
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch pos d_model"],
-        sees: Bool[Tensor, "batch 1 pos all"],
-        past: Any,
-        layer: int,
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: _Stream, sees: _Sees, past: Any, layer: int) -> _Stream:
         x = x + self.attn(self.ln1(x), sees, past, layer)
         return x + self.mlp(self.ln2(x))
 
