@@ -294,7 +294,7 @@ def read_again(decoding, rows, options, settings, fwd_hooks, *, answers):
 
     with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
         fork = decoding.fork(rows, fwd_hooks)
-        return read_from(fork, fork.last_token_again(answers), options, settings)
+        return read_from(fork, fork.prompt_again(answers, whole=False), options, settings)
 
 
 def random_probe(model, *, seed: int = 0, scale: float = 1.0):

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,7 @@ class Monitor:
 
     def update_all(self, gains: Iterable[float]) -> "Monitor":
         """Take in pairs in the order in which they were served."""
-        monitor = self
-        for gain in gains:
-            monitor = monitor.update(gain)
-        return monitor
+        return reduce(Monitor.update, gains, self)
 
     @property
     def withdraw(self) -> bool:

@@ -63,13 +63,11 @@ class Withholding:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Withholding":
         """Rebuild what `to_json` returned, deriving every bound again from its counts."""
-        rows = tuple(
-            Answered(t, n, wrong, upper_share(wrong, n, value["delta"]))
-            for t, n, wrong in (
-                (row["threshold"], row["answered"], row["wrong"]) for row in value["rows"]
-            )
-        )
-        return cls(**{**value, "rows": rows})
+        rows = []
+        for row in value["rows"]:
+            bound = upper_share(row["wrong"], row["answered"], value["delta"])
+            rows.append(Answered(row["threshold"], row["answered"], row["wrong"], bound))
+        return cls(**{**value, "rows": tuple(rows)})
 
     def __str__(self) -> str:
         row = self.chosen

@@ -183,8 +183,7 @@ def read_batch(
         if per_answer:
             answers = about_to_answer(decoding, logits, options, settings)
             everywhere = any(hook.positions == "all" for hook in per_answer)
-            again = decoding.prompt_again if everywhere else decoding.last_token_again
-            logits = again(answers)
+            logits = decoding.prompt_again(answers, whole=everywhere)
         return read_from(decoding, logits, options, settings, on_answer=on_answer)
 
 

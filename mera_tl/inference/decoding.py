@@ -128,15 +128,12 @@ class Decoding:
         """
         return Prefix(tuple(self._tokens[0, :-2].tolist()), self._cache.drop_last(2))
 
-    def last_token_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
-        """Run the final prompt token once more on the same cache, the unsteered answers known."""
+    def prompt_again(
+        self, answers: Int[Tensor, " batch"], *, whole: bool = True
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Run the prompts, or their final token alone, once more, the unsteered answers known."""
         self._answers = answers
-        return self._again(1)
-
-    def prompt_again(self, answers: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
-        """Run the prompts once more from their start, the unsteered answers known."""
-        self._answers = answers
-        return self._again(self._tokens.shape[1])
+        return self._again(self._tokens.shape[1] if whole else 1)
 
     def _again(self, n_columns: int, part: Part | None = None) -> Float[Tensor, "batch some"]:
         """Run the last columns of the prompts once more, on the cache of what comes before."""

@@ -263,9 +263,7 @@ class Attachment:
 
     def warn_if_idle(self) -> None:
         """Say so where hooks were on and nothing was steered: it looks like success otherwise."""
-        if not self.n_passes:
-            return
-        if self.n_steered:
+        if self.n_steered or not self.n_passes:
             return
         error = torch.tensor(self.max_score).sigmoid().item()
         reason = "no steered layer was run"
