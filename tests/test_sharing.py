@@ -5,8 +5,9 @@ from functools import cache
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from mera_tl.certificate import Terms, certify, share_delta, step_down, unconditional
+from mera_tl.certificate import Terms, certify, mcnemar, share_delta, step_down, unconditional
 
 METHODS = [f"method {i}" for i in range(11)]
 
@@ -73,6 +74,33 @@ def test_stepping_down_hands_shares_on_and_promises_no_bound_beyond_min_gain():
     assert "0.95 for all certificates of the run" in str(before["good"])
     with pytest.raises(ValueError, match="not those of one run"):
         step_down(decisions(rows, dict.fromkeys(rows, Terms())))
+
+
+def test_candidates_that_are_not_certified_hand_nothing_on():
+    """The worst case, exactly: one candidate helps, 19 beside it and another method's 20 are coins.
+
+    Helping a little it is certified, but a coin that falls well looks better, and is deployed.
+    """
+    n, k, delta = 2000, 20, 0.05
+    coin, good = np.repeat([1.0, -1.0], n // 2), np.repeat([1.0, 0.0], (60, n - 60))
+    terms = Terms(delta / 2, run_delta=delta, bound="mcnemar")
+    rows = {"one helps": [good, *[coin] * (k - 1)], "none does": [coin] * k}
+    before = {name: certify(np.stack(gains), terms=terms) for name, gains in rows.items()}
+    assert [row.level for row in before["one helps"].evidence] == pytest.approx([0.00125] * k)
+    handed = step_down(before)["none does"].terms.delta
+    assert handed == pytest.approx(delta / 2 + delta / 2 / k)
+
+    def certified_coin(level):
+        p_values = (mcnemar(up, n - up, n, level)(0.0) for up in range(n // 2, n))
+        least = next(up for up, p in enumerate(p_values, n // 2) if p <= level)
+        return stats.binom.sf(least - 1, n, 0.5)
+
+    def wrong(handed):
+        ways = certified_coin(delta / 2 / k), certified_coin(handed / k)
+        return 1 - (1 - ways[0]) ** (k - 1) * (1 - ways[1]) ** k
+
+    assert wrong(handed) <= delta
+    assert wrong(delta) > 1.2 * delta  # control: all of a certified method's share handed on
 
 
 def test_a_primary_method_has_all_of_delta_and_the_others_what_it_hands_on():

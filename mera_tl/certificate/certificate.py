@@ -79,7 +79,7 @@ class Calibration:
         Choosing is free of charge: the bounds hold for all candidates at once. Ties go to the
         mildest: fewest examples changed, then the highest threshold, then the least strength.
         """
-        certified = [i for i, row in enumerate(self.evidence) if self._is_certified(row)]
+        certified = [i for i, row in enumerate(self.evidence) if self.certifies(row)]
 
         def merit(i: int) -> tuple[float, ...]:
             row = self.evidence[i]
@@ -88,7 +88,8 @@ class Calibration:
 
         return max(certified, key=merit, default=None)
 
-    def _is_certified(self, row: Evidence) -> bool:
+    def certifies(self, row: Evidence) -> bool:
+        """Return whether the terms are met by what the examples say about a candidate."""
         harmless = row.regressed_at_most is None or row.regressed_at_most <= (
             self.terms.max_regressions or 0.0
         )
@@ -247,7 +248,7 @@ class Calibration:
         return pd.DataFrame(rows).assign(
             threshold=[row.steering.get(knob, i) for i, row in enumerate(self.evidence)],
             chosen=[i == self.chosen for i in range(len(rows))],
-            certified=[self._is_certified(row) for row in self.evidence],
+            certified=[self.certifies(row) for row in self.evidence],
             method=method,
             knob=knob,
             n=self.n,

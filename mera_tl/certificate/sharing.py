@@ -2,10 +2,11 @@
 
 Each certificate of a run is wrong with probability at most its share; shares sum to the run's
 delta, so that all hold at once with probability 1 - delta (Bonferroni over methods). Where a run
-promises `min_gain` only, and no lower bounds, what a certified method no longer needs goes to the
-others (Holm 1979): `step_down`.
+promises `min_gain` only, and no lower bounds, what certified candidates no longer need goes to the
+other methods (Holm 1979; Bretz et al. 2009): `step_down`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from mera_tl.certificate.certificate import Calibration
@@ -40,10 +41,11 @@ def share_delta(
 
 
 def step_down(decisions: Mapping[str, Calibration]) -> dict[str, Calibration]:
-    """Hand the shares of certified methods to the others, until nothing more is certified.
+    """Hand what certified candidates had to the other methods, until nothing more is certified.
 
     To be announced before outcomes are seen. With probability 1 - `run_delta` no certified method
-    gains less than `min_gain`; lower bounds beyond it are no longer promised.
+    gains less than `min_gain`; lower bounds beyond it are no longer promised. The other candidates
+    of a certified method keep what they have: one of them may be what that method deploys.
 
     Raises:
         ValueError: if the certificates do not share one `run_delta`.
@@ -60,9 +62,10 @@ def step_down(decisions: Mapping[str, Calibration]) -> dict[str, Calibration]:
     while True:
         waiting = [name for name in decisions if name not in certified]
         left = sum(shares[name] for name in waiting)
+        free = total - sum(map(_kept_back, certified.values()))
         again = {
             name: decisions[name].with_delta(
-                total * (shares[name] / left if left else 1 / len(waiting))
+                free * (shares[name] / left if left else 1 / len(waiting))
             )
             for name in waiting
         }
@@ -70,3 +73,8 @@ def step_down(decisions: Mapping[str, Calibration]) -> dict[str, Calibration]:
         if not found:
             return {name: certified.get(name) or again[name] for name in decisions}
         certified |= found
+
+
+def _kept_back(decision: Calibration) -> float:
+    """Return what the candidates that are not certified may spend."""
+    return math.fsum(row.level for row in decision.evidence if not decision.certifies(row))
