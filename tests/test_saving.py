@@ -68,6 +68,9 @@ def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_p
     chatty = dataclasses.replace(decided[0], chat=True)
     with pytest.raises(ValueError, match="template"):
         load_steering(folder, model=chatty)
+    briefed = dataclasses.replace(decided[0], system="Answer at random.")
+    with pytest.raises(ValueError, match="with system prompt None, but .* has Answer at random"):
+        load_steering(folder, model=briefed)
     load_steering(folder).check(decided[0])  # control
 
 

@@ -37,6 +37,7 @@ _IDENTITY = {
     "dtype": "dtype",
     "chat": "chat template in use:",
     "tokenizer": "tokenizer or chat template",
+    "system": "system prompt",
 }
 """What must not differ, in the words of an error."""
 
@@ -160,7 +161,7 @@ class Calibration:
         return [] if self.steering is None else list(self.steering.fwd_hooks())
 
     def check(self, model: Any) -> None:
-        """Refuse a model, tokenizer or chat template other than the one certified for.
+        """Refuse a model, tokenizer, chat template or system prompt other than those certified for.
 
         A model of transformers, or a bare `HookedTransformer`, has the tokenizer that its user
         gives it: of such, weights, sizes and dtype are looked at.
@@ -172,12 +173,11 @@ class Calibration:
 
         got = identity_of(model)
         for key, words in _IDENTITY.items():
-            wanted = self.setup.get(key)
-            if None not in (wanted, got.get(key)) and wanted != got[key]:
+            if key in self.setup and key in got and self.setup[key] != got[key]:
                 raise ValueError(
                     f"This steering was certified on {self.setup.get('model')} with {words} "
-                    f"{wanted}, but {got['model']} has {got[key]}; use that model, or load it with "
-                    "anyway=True, without its certificate."
+                    f"{self.setup[key]}, but {got['model']} has {got[key]}; use that model, or "
+                    "load it with anyway=True, without its certificate."
                 )
 
     @property
