@@ -112,6 +112,8 @@ def test_copies_of_a_text_are_no_evidence(n_candidates, control):
     assert np.mean(naive) > control
     with pytest.raises(ValueError, match="text of example 'text 0' is there more than once"):
         certify(copied, texts=texts)
+    cased = [text.upper() if i % 2 else text for i, text in enumerate(texts)]
+    assert distinct(cased, seed=1) == distinct(texts, seed=1)
 
 
 def test_gain_and_limited_harm_are_promised_together():
@@ -292,6 +294,7 @@ def test_bad_gains_are_refused(sentence):
         ({"examples": [*range(249), 7]}, "Example 7 is there more than once"),
         ({"examples": range(9)}, "9 values came with 250 examples"),
         ({"texts": ["a", *map(str, range(248)), "a"]}, "text of example 'a' is there more than"),
+        ({"texts": ["A b", *map(str, range(248)), "a\u00a0 B"]}, "'a b' is there more than"),
         ({"candidates": PAPER_THRESHOLDS[:9]}, "9 candidates were named but the gains have 10"),
         ({"candidates": [0.1] * 10}, "there more than once"),
         ({"terms": Terms(weights=(0.5, 0.5))}, "2 weights came with 10 candidates"),

@@ -29,6 +29,7 @@ from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
+from mera_tl.tasks.splitting import key_of
 from mera_tl.tasks.task import Calibration as CalibrationRole
 from mera_tl.tasks.task import Task
 
@@ -107,6 +108,7 @@ def certify_outcomes(
         min_gain=min_gain,
         candidates=candidates,
         examples=[example.row for example in task.examples],
+        texts=[example.key for example in task.examples],
     )
     unsteered = base.accuracy if terms.metric == "correct" else base.mean_error
     return replace(decision, base=unsteered, setup=setup)
@@ -124,7 +126,7 @@ def certify(
     """Decide from paired gains, steered minus unsteered, whether to steer and by which candidate.
 
     `candidates` says what the rows are: names, thresholds, or descriptions; `examples` holds the
-    identities of the columns, `texts` what was asked.
+    identities of the columns, `texts` what was asked; case and white space make no other text.
 
     Raises:
         ValueError: if the gains are not what the terms announced, or an example or a text is there
@@ -142,7 +144,8 @@ def certify(
             "an array of shape (candidate, example) and one name for each row."
         )
     ids = _distinct_values(examples, gains.shape[1], "Example")
-    _distinct_values(texts, gains.shape[1], "The text of example")
+    keys = None if texts is None else map(key_of, texts)
+    _distinct_values(keys, gains.shape[1], "The text of example")
     levels = terms.levels(len(gains))
     rows = (
         Evidence.of(row, level, terms, min_gain, candidate=name, steering=about)
@@ -156,7 +159,7 @@ def certify(
 def distinct(texts: Sequence[str], seed: int) -> list[int]:
     """Return the places of one example per text, by a seeded choice that sees nothing else."""
     order = np.random.default_rng(seed).permutation(len(texts)).tolist()
-    first = {texts[place]: place for place in reversed(order)}
+    first = {key_of(texts[place]): place for place in reversed(order)}
     return sorted(first.values())
 
 

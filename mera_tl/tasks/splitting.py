@@ -90,6 +90,11 @@ def _read_wish(role: str, value: int | str) -> int | Ranges:
     return ranges
 
 
+def key_of(text: str) -> str:
+    """Return what copies of a text share: it without case and without the width of white space."""
+    return " ".join(text.casefold().split())
+
+
 def distinct(keys: Iterable[str], seed: int) -> list[int]:
     """Return the places of one example per key, in their order, by a seeded choice.
 

@@ -54,11 +54,8 @@ class Example:
 
     @property
     def key(self) -> str:
-        """What duplicates share: the prompt without case and without the width of white space.
-
-        A question with another instruction is the same text.
-        """
-        return " ".join(self.without_instruction().prompt.casefold().split())
+        """What duplicates share: that of the prompt; another instruction is the same text."""
+        return splits.key_of(self.without_instruction().prompt)
 
     def without_instruction(self) -> "Example":
         """Take the instruction off the prompt; without one nothing changes."""
