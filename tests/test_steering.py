@@ -260,6 +260,12 @@ def test_one_direction_per_answer_runs_the_last_token_twice(model):
     assert (change[says_second] > 1e-4).all()
     assert (change[~says_second] < 1e-5).all()  # the second run of the token equals the first
     assert torch.equal(moved.n_steered > 0, says_second)
+    tokens = torch.tensor([[1, 5, 9]])
+    with (
+        model.hooked.hooks(fwd_hooks=steering.fwd_hooks()),
+        pytest.raises(ValueError, match="called from outside cannot know"),
+    ):
+        model.hooked(tokens)
 
 
 def test_steering_refuses_what_cannot_fit():

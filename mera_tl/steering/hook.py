@@ -130,6 +130,12 @@ class SteerHook:
 
     def _columns(self, n_columns: int, window: Window | None) -> slice:
         """Return the columns of a pass that hold everything in scope."""
+        if self.per_answer and window is None:
+            raise ValueError(
+                "This steering depends on the option that the model is about to answer, which a "
+                "hook that is called from outside cannot know; use evaluate, generate or "
+                "steering.attach(model)."
+            )
         n_prompt = (n_columns if n_columns > 1 else 0) if window is None else window.n_prompt
         ends = None if window is None else window.ends
         first_end = n_prompt if ends is None else int(ends.min())
