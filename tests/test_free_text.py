@@ -1,11 +1,13 @@
 """Free text under steering: agrees with Hugging Face, and notices a broken model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import make_task, random_probe
+from conftest import make_task, mixed_options, random_probe
 
-from mera_tl.inference import ReadSettings, free_text
-from mera_tl.steering import Additive, Steering
+from mera_tl.inference import ReadSettings, evaluate, free_text
+from mera_tl.steering import Additive, Gated, Steering
 
 QUIET = ReadSettings(progress=False)
 
@@ -52,3 +54,24 @@ def test_inert_hooks_change_nothing(models):
     assert free_text.free_text(model, task, inert, settings=QUIET) == free_text.free_text(
         model, task, settings=QUIET
     )
+
+
+def test_a_steering_by_the_answer_is_that_of_the_answer(models):
+    """As the direction of what each prompt is about to answer; it once went on unsteered."""
+    model = models["llama"]
+    task = make_task(12, options=mixed_options(model))
+    directions = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    steering = Steering(random_probe(model), directions, Gated(-torch.inf, 5.0), positions="last")
+    answers = evaluate(model, task, settings=QUIET).predictions.tolist()
+    assert set(answers) == {0, 1}
+    for place, answer in enumerate(answers):
+        one = task.subset([place])
+        given, own, none = (
+            free_text.free_text(model, one, hooks, n_new=6, settings=QUIET)
+            for hooks in (
+                steering.fwd_hooks(),
+                replace(steering, direction=directions[answer]).fwd_hooks(),
+                (),
+            )
+        )
+        assert given == own != none

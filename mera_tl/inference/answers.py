@@ -179,12 +179,27 @@ def read_batch(
         logits = decoding.prompt()
         if on_prompt is not None:
             on_prompt(decoding)
-        per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
-        if per_answer:
-            answers = about_to_answer(decoding, logits, options, settings)
-            everywhere = any(hook.positions == "all" for hook in per_answer)
-            logits = decoding.prompt_again(answers, whole=everywhere)
+        logits = answer_known(decoding, logits, options, settings, fwd_hooks)
         return read_from(decoding, logits, options, settings, on_answer=on_answer)
+
+
+def answer_known(
+    decoding: Decoding,
+    logits: Float[Tensor, "batch d_vocab"],
+    options: OptionTokens,
+    settings: ReadSettings,
+    fwd_hooks: FwdHooks,
+) -> Float[Tensor, "batch d_vocab"]:
+    """Run what hooks move by the unsteered answer once more, that answer known, if there are any.
+
+    `logits` are those of prompts that have just been run; the new ones are returned.
+    """
+    per_answer = [hook for _, hook in fwd_hooks if getattr(hook, "per_answer", False)]
+    if not per_answer:
+        return logits
+    everywhere = any(hook.positions == "all" for hook in per_answer)
+    answers = about_to_answer(decoding, logits, options, settings)
+    return decoding.prompt_again(answers, whole=everywhere)
 
 
 def about_to_answer(

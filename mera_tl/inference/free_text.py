@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from mera_tl.inference.answers import ReadSettings, by_length, option_tokens, read_from
+from mera_tl.inference.answers import (
+    ReadSettings,
+    answer_known,
+    by_length,
+    option_tokens,
+    read_from,
+)
 from mera_tl.inference.decoding import Decoding, hooked_pass, left_pad
 from mera_tl.inference.evaluation import tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -46,16 +52,18 @@ def free_text(
     Raises:
         ValueError: as `evaluate`; prompt and continuation must fit the context.
     """
-    settings = settings or ReadSettings()
+    settings = ReadSettings.of(task, settings)
     freely = ReadSettings("reply", reply_tokens=n_new)
     prompts, options = tokenize_task(model, task, freely), option_tokens(model, task, freely)
+    asked = option_tokens(model, task, settings)
     texts: list[list[int]] = []
     logs: list[float] = []
     for batch in by_length(prompts, settings):
         starts = [prompts[i] for i in batch]
         with torch.inference_mode(), hooked_pass(model, fwd_hooks):
             decoding = Decoding(model, starts, fwd_hooks)
-            tokens = read_from(decoding, decoding.prompt(), options, freely).tokens
+            logits = answer_known(decoding, decoding.prompt(), asked, settings, fwd_hooks)
+            tokens = read_from(decoding, logits, options, freely).tokens
         for start, row in zip(starts, tokens.tolist(), strict=True):
             text = row[: row.index(-1)] if -1 in row else row
             texts.append(text)
