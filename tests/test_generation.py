@@ -10,7 +10,7 @@ from conftest import make_task, random_probe
 
 import mera_tl
 from mera_tl import Additive, Steering, calibrate, generate
-from mera_tl.cli import main
+from mera_tl.cli import carried, main
 from mera_tl.inference import ReadSettings
 
 PROMPTS = [example.prompt for example in make_task(6).examples]
@@ -117,7 +117,20 @@ def test_the_command_line_replies_side_by_side(
     monkeypatch.setattr("sys.argv", command)
     main()
     out = capsys.readouterr().out
-    assert "unsteered" in out and "Moved 1 tokens of the prompt" in out and "STEER" in out
+    assert "unsteered" in out and "Moved 1 token of the prompt" in out and "STEER" in out
+
+
+def test_a_reply_is_shown_whole_with_its_spaces(models, steering, capsys):
+    (reply,) = generate(models["llama"], PROMPTS[:1], steering, max_new_tokens=20)
+    text = models["llama"].tokenizer.decode(reply.tokens)
+    said = reply.trace.tokens[reply.trace.n_prompt :]
+    assert "".join(said).strip() == text and text.count(" ") > 5
+    words = [word.strip() for word in said]  # a text without spaces is one long word
+    shown = (*reply.trace.tokens[: reply.trace.n_prompt], *words)
+    solid = replace(reply, trace=replace(reply.trace, tokens=shown))
+    carried._print_replies([solid], [solid])
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert len(lines) > 1 and "".join(line[1].strip() for line in lines) == "".join(words)
 
 
 def test_prompts_come_from_standard_input_or_a_file(

@@ -18,7 +18,7 @@ class Carried:
     """A saved steering and the model that it is for."""
 
     steering: str
-    """Folder that a run or `decision.save` wrote, or the name of one on the hub."""
+    """Folder that `decision.save` wrote, or one in a run's certificates/, or a name on the hub."""
     model: str
     """The model that it was certified on."""
     chat: bool | None = None
@@ -157,7 +157,7 @@ class Export:
     """
 
     steering: str
-    """Folder that a run or `decision.save` wrote, or the name of one on the hub."""
+    """Folder that `decision.save` wrote, or one in a run's certificates/, or a name on the hub."""
     out: Path
     """The file to write."""
     architecture: str = "llama"
@@ -197,10 +197,12 @@ def _plain(reply: Any) -> dict[str, Any]:
 
 
 def _print_replies(unsteered: Sequence[Any], steered: Sequence[Any]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     for before, after in zip(unsteered, steered, strict=True):
-        table = Table("unsteered", "steered", title=None, expand=True)
+        # Folded: a long word, or a text without spaces, would be cut off.
+        sides = (Column(name, overflow="fold", ratio=1) for name in ("unsteered", "steered"))
+        table = Table(*sides, expand=True)
         table.add_row(_coloured(before), _coloured(after))
         console().print(before.prompt, markup=False)
         console().print(table)
@@ -234,9 +236,10 @@ def _where(trace: Any) -> str:
         return "Nothing was moved."
     layers = [layer for layer, row in zip(trace.layers, moved, strict=True) if row.any()]
     in_prompt = int(moved[:, : trace.n_prompt].any(0).sum())
+    s = "s" * (in_prompt != 1)
     several = f"{len(layers)} layers ({layers[0]} to {layers[-1]})"
     return (
-        f"Moved {in_prompt} tokens of the prompt and {int(moved.any(0).sum()) - in_prompt} of the "
-        f"reply, in {several if len(layers) > 1 else f'layer {layers[0]}'}, by up to "
+        f"Moved {in_prompt} token{s} of the prompt and {int(moved.any(0).sum()) - in_prompt} of "
+        f"the reply, in {several if len(layers) > 1 else f'layer {layers[0]}'}, by up to "
         f"{float(trace.shift[moved].max()):.2f} of the activation's length."
     )

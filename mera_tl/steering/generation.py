@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class ReplyTrace:
     """What hooks read and did, token by token; NaN for the last token, which is never fed back."""
 
     tokens: tuple[str, ...]
-    """Of the prompt, then of the reply."""
+    """Of the prompt, then of the reply, with the spaces between them; "" within a character."""
     n_prompt: int
     """How many of them are the prompt's."""
     layers: tuple[int, ...]
@@ -169,7 +170,7 @@ class Row:
             return torch.cat([rows.cpu().float(), missing], 1).double().numpy()
 
         return ReplyTrace(
-            tuple(model.tokenizer.decode([token]) for token in ids),
+            _in_place(model.tokenizer, ids),
             len(self.prompt),
             tuple(hook.layer for _, hook in hooks),
             grid(self.scores),
@@ -274,6 +275,20 @@ def text_of(model: Model, row: Row, sampling: Sampling) -> str:
     """Return the text of a reply up to where it stops."""
     text = model.tokenizer.decode(row.tokens, skip_special_tokens=True)
     return text[: min([text.find(each) for each in sampling.stop if each in text] + [len(text)])]
+
+
+def _in_place(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return each token's text as it follows those before it: alone, many lose their space.
+
+    A character of several tokens is the last one's.
+    """
+    texts, start, told = [], 0, 0  # from `start` on a few tokens are decoded; `told` are in `texts`
+    for stop in range(1, len(ids) + 1):
+        old, new = (tokenizer.decode(list(ids[start:end])) for end in (told, stop))
+        whole = len(new) > len(old) and (not new.endswith("\ufffd") or stop == len(ids))
+        texts.append(new[len(old) :] if whole else "")
+        start, told = (told, stop) if whole else (start, told)
+    return tuple(texts)
 
 
 def _recording(hooks: FwdHooks, rows: Sequence[Row]) -> FwdHooks:
