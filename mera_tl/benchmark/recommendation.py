@@ -84,9 +84,7 @@ def recommend(folder: str | Path) -> Recommendation:
         ValueError: if the folder holds no run, or a certificate is damaged.
     """
     folder = Path(folder)
-    records = {r["method"]: r for r in storage.read_records(folder / "records.jsonl")}
-    if not records:
-        raise ValueError(f"{folder} holds no records.jsonl; pass the folder of a `mera run`.")
+    records = {record["method"]: record for record in read_run(folder)}
     ways = [_way(folder, record) for record in records.values() if record["certificate"]]
     chosen = choose_way(ways)
     best = {what: choose_way(ways, what) for what in ("flip", "classify", "steer", "withhold")}
@@ -98,6 +96,19 @@ def recommend(folder: str | Path) -> Recommendation:
         return Recommendation("leave alone", None, said, 1 - risk, (way, *others))
     told = chosen.what, chosen.method, _sentence(chosen), 1 - risk, (chosen, *others)
     return Recommendation(*told)
+
+
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run.
+
+    Raises:
+        ValueError: if the folder holds none, naming the runs in it if there are any.
+    """
+    if records := storage.read_records(folder / "records.jsonl"):
+        return records
+    runs = sorted(str(path.parent) for path in folder.glob("*/records.jsonl"))
+    wanted = f"one of the runs in it: {', '.join(runs)}" if runs else "the folder of a `mera run`"
+    raise ValueError(f"{folder} holds no records.jsonl; pass {wanted}.")
 
 
 def choose_way(ways: list[Way], what: str | None = None) -> Way | None:

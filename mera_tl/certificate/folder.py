@@ -62,6 +62,12 @@ def read_folder(folder: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, of another format or was changed.
     """
     path = folder / "steering.json"
+    inside = sorted(found.parent for found in folder.glob("certificates/*/steering.json"))
+    if inside and not path.exists():
+        raise ValueError(
+            f"{folder} is the folder of a run; pass one of its certificates: "
+            f"{', '.join(map(str, inside))}."
+        )
     content = storage.read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(

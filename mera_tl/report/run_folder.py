@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
-from mera_tl.benchmark.recommendation import Recommendation, recommend
+from mera_tl.benchmark.recommendation import Recommendation, read_run, recommend
 from mera_tl.benchmark.run import FORMAT
 from mera_tl.certificate.certificate import Calibration, promised_points
 from mera_tl.inference.activations import Activations
@@ -69,9 +69,7 @@ class RunFolder:
             ValueError: if there is none, or its records have another format.
         """
         path = Path(path)
-        records = storage.read_records(path / "records.jsonl")
-        if not records:
-            raise ValueError(f"{path} holds no records.jsonl; pass the folder of a `mera run`.")
+        records = read_run(path)
         formats = {record.get("format", 0) for record in records}
         if formats != {FORMAT}:
             raise ValueError(
