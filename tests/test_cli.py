@@ -394,6 +394,10 @@ def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
     assert told[0]["tokens"] == told[1]["tokens"] and told[0]["probs"] == told[1]["probs"]
     assert (out / "explain" / "controlled_contrastive-prompt.html").exists()
     assert "is in no split" in mera("explain", out, "--row", 10**6, code=2).err
+    # Another method would be calibrated here, outside the delta that the run shares.
+    said = mera("explain", out, "--method", "withhold", code=2).err
+    assert "no method of this run, which has no_steering, controlled" in " ".join(said.split())
+    assert not (out / "withholding").exists()
 
 
 def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(

@@ -275,6 +275,7 @@ _TEXT = (lambda text: bool(str(text).strip()), "a name or a path, not blank")
 _POSITIVE = (_between(0.0, math.inf), "a finite number above 0")
 RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("model", "task", "data_dir", "template", "sae", "primary", "system"), _TEXT),
+    "prompt": (lambda text: bool(text.strip()), "a text, not blank"),
     **dict.fromkeys(("delta", "power", "max_regressions", "max_risk"), _SHARE),
     **dict.fromkeys(("min_gain", "floor"), (_between(-1.0, 1.0), "a gain between -1 and 1")),
     "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1"),

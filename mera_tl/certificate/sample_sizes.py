@@ -87,10 +87,15 @@ class Effect:
 
     @classmethod
     def of_pilot(cls, recoveries: int, regressions: int, n: int) -> "Effect":
-        """Expect what a pilot run showed."""
-        if n < 1:
+        """Expect what a pilot run showed.
+
+        Raises:
+            ValueError: if that many examples cannot have changed so.
+        """
+        if n < 1 or min(recoveries, regressions) < 0 or recoveries + regressions > n:
             raise ValueError(
-                f"A pilot of n={n} examples shows nothing; pass counts of at least one."
+                f"A pilot of n={n} examples cannot show {recoveries} recoveries and {regressions} "
+                "regressions; pass counts of 0 or more, of at least one example."
             )
         return cls(recoveries / n, regressions / n)
 

@@ -76,6 +76,7 @@ class Report:
 
         if not self.runs:
             raise ValueError("There is no run to report on; pass the folder of a `mera run`.")
+        terminal.require_page(self.out)
         page = write_report(self.runs, self.out, images=self.images)
         print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
         if self.open:
@@ -156,8 +157,17 @@ class Explain:
         from mera_tl.report.run_folder import RunFolder
         from mera_tl.steering import trace as ledger
 
+        terminal.require_page(self.out)
+        if self.row is not None and self.prompt is not None:
+            raise ValueError("--row and --prompt are two prompts; pass one of them.")
         folder = RunFolder.open(self.run)
         name = self.method or folder.main_method or "optimal_probe"
+        find_method(name)  # names the nearest
+        if name not in (measured := [record["method"] for record in folder.records]):
+            raise ValueError(
+                f"{name} is no method of this run, which has {', '.join(measured)}; choose among "
+                "them, or give `mera run` the same options with that method."
+            )
         opened = Run(folder.config, self.run, progress=False)
         example = _example(self, folder, opened, name)
         treatment = find_method(name).treat(opened)
@@ -221,8 +231,14 @@ class Plan:
     def __call__(self) -> None:
         from mera_tl.certificate.sample_sizes import Effect, likely_effects, sample_size_table
 
+        terminal.require_page(self.figure)
         if self.max_risk is not None or self.base_risk is not None:
             return self._withholding()
+        asked = self.gain is not None or self.pilot is not None
+        if asked and self.figure is not None:
+            raise ValueError("--figure draws a table of gains; leave out --gain and --pilot.")
+        if self.pilot is not None and (self.gain, self.base) != (None, None):
+            raise ValueError("--pilot is what is expected; leave out --gain and --base.")
         if self.pilot is not None:
             effects = [Effect.of_pilot(*self.pilot)]
         elif self.gain is not None:
@@ -240,9 +256,9 @@ class Plan:
             return terminal.print_json(rows)
         print(f"calibration examples (n) for a certificate with probability {self.power:g}:\n")
         console().print(terminal.rich_table(rows))
+        if any(row["n"] is None for row in rows):
+            print("\nWithout n: no number of examples that is practical certifies such a gain.")
         if self.figure is not None:
-            if self.pilot is not None or self.gain is not None:
-                raise ValueError("--figure draws a table of gains; leave out --gain and --pilot.")
             import pandas as pd
 
             from mera_tl.plots import sample_size_curves
@@ -264,11 +280,17 @@ class Plan:
         )
 
         alpha, base = self.max_risk, self.base_risk
-        others = (self.gain, self.pilot, self.base, self.figure)
-        if alpha is None or base is None or any(other is not None for other in others):
+        others = ("gain", "churn", "pilot", "base", "min_gain", "n_thresholds", "figure")
+        own = [name for name in others if getattr(self, name) != getattr(Plan, name)]
+        if alpha is None or base is None or own:
+            without = "".join(f", without --{name.replace('_', '-')}" for name in own)
             raise ValueError(
-                "Withholding is planned for by --max-risk and --base-risk together, without "
-                "--gain, --pilot, --base and --figure."
+                f"Withholding is planned for by --max-risk and --base-risk together{without}."
+            )
+        if base <= alpha:
+            raise ValueError(
+                f"Nothing need be withheld: {base:.3g} of the answers are wrong as it is, and "
+                f"{alpha:.3g} may be; pass a --max-risk below --base-risk."
             )
         least = least_withheld(base, alpha)
         rows = withholding_table(base, alpha, delta=self.delta, target=self.power)

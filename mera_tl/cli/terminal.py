@@ -61,6 +61,16 @@ def read_lines(path: Path) -> list[str]:
         ) from None
 
 
+def require_page(path: Path | None) -> None:
+    """Refuse to write a page over what is none, such as the records of a run.
+
+    Raises:
+        ValueError: if the name does not end in .html.
+    """
+    if path is not None and path.suffix not in (".html", ".htm"):
+        raise ValueError(f"{path} is no name of a page; let it end in .html.")
+
+
 def print_json(value: Any) -> None:
     """Print JSON for scripts; what is not a number there becomes null."""
     print(json.dumps(_finite(value), indent=2, ensure_ascii=False, default=str))
