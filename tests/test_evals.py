@@ -11,7 +11,7 @@ from mera_tl import Adaptive, Steering, calibrate
 from mera_tl.cli import main
 from mera_tl.evals import Continuation, SteeredLM, compare_on_tasks, log_likelihoods
 from mera_tl.inference import ReadSettings, option_tokens, read_batch
-from mera_tl.steering import Sampling, reply_to
+from mera_tl.steering import Additive, Sampling, reply_to
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -49,6 +49,9 @@ def test_log_likelihoods_do_not_depend_on_the_batch(models, positions):
         assert [greedy for _, greedy in other] == [greedy for _, greedy in values[0]]
     plain = SteeredLM(model).loglikelihood(requests("loglikelihood", arguments), disable_tqdm=True)
     assert max(abs(a[0] - b[0]) for a, b in zip(plain, values[0], strict=True)) > 0.01
+    endless = replace(steering_of(model, positions), rule=Additive(torch.inf))
+    with pytest.raises(ValueError, match="log-likelihoods that are not finite"):
+        SteeredLM(model, endless).loglikelihood(requests("loglikelihood", arguments))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mera_tl.inference.decoding import Window, hooked_pass, left_pad
 from mera_tl.inference.evaluation import run_batches
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
-from mera_tl.models.model import Model
+from mera_tl.models.model import Model, is_finite
 from mera_tl.steering.attach import unsteered_answers
 
 
@@ -83,10 +83,14 @@ def _score(
         for name, _ in hooks:
             model.hooked.hook_dict[name].ctx["window"] = window
         logits = model.hooked(tokens, attention_mask=mask)
-    return [
-        _of_row(row[width - n :], continuation)
-        for row, n, (_, continuation) in zip(logits, lengths, rows, strict=True)
-    ]
+        parts = [row[width - n :] for row, n in zip(logits, lengths, strict=True)]
+        if not all(map(is_finite, parts)):
+            raise ValueError(
+                f"{model.name} gives log-likelihoods that are not finite: check its weights, or a "
+                "steering that is too strong."
+            )
+    pairs = zip(parts, rows, strict=True)
+    return [_of_row(part, continuation) for part, (_, continuation) in pairs]
 
 
 def _of_row(

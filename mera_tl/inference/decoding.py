@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.inference.prefix import Prefix
-from mera_tl.models.model import FwdHooks, Model, resid_post
+from mera_tl.models.model import FwdHooks, Model, is_finite, resid_post
 from mera_tl.models.partial import Part
 from mera_tl.models.shared_prompt import KeysAndValues, Seats, SharedKeys, sharing
 
@@ -171,7 +171,11 @@ class Decoding:
         else:
             resid = self._below_the_prompt(layer, resid)
         self._count(mask)
-        return self.model.unembed(resid[:, -1], tokens).to(self.rows.device)
+        logits = self.model.unembed(resid[:, -1], tokens).to(self.rows.device)
+        if not is_finite(logits):  # a pass of all layers refuses that, and says where it begins
+            logits = self._again(n_columns)
+            return logits if tokens is None else logits[:, list(tokens)]
+        return logits
 
     def _beside_the_prompt(self, layer: int, run: Callable[[], Tensor]) -> Tensor:
         """Run the layers above `layer` with attention to one copy of each prompt's cache."""

@@ -126,8 +126,7 @@ class Model:
             ValueError: if a logit is not finite, naming the layer where that begins.
         """
         logits = self._last_logits(tokens, mask, cache, part)
-        # A NaN or an infinity anywhere makes the sum of the absolute values NaN or infinite.
-        if not logits.is_meta and not torch.isfinite(logits.abs().sum(dtype=torch.float32)):
+        if not is_finite(logits):
             raise ValueError(self._where_not_finite(tokens, mask, cache))
         return logits.to(tokens.device)  # of several devices, the last has unembedded
 
@@ -239,3 +238,9 @@ class Model:
             return past.new_zeros(1, 1, 1, 1).expand(*mask.shape, *past.shape[2:])
 
         return self.new_cache(0).each(nothing, mask)
+
+
+def is_finite(logits: Float[Tensor, "*any"]) -> bool:
+    """Return whether there is neither a NaN nor an infinity."""
+    # One anywhere makes the sum of the absolute values NaN or infinite.
+    return logits.is_meta or bool(torch.isfinite(logits.abs().sum(dtype=torch.float32)))

@@ -63,11 +63,15 @@ class SharedKeys:
     own: KeysAndValues | None = None
     """"row column kv_head d_head" of the columns that each row has run by itself."""
 
-    def append(self, new_keys: Tensor, new_values: Tensor) -> KeysAndValues:
-        """Add a column of every row; return all of the rows' own."""
+    def append(self, new_keys: Tensor, new_values: Tensor, n_own: int) -> KeysAndValues:
+        """Add a column of every row as number `n_own`; return all of the rows' own.
+
+        A column that is run again, to see where it went wrong, takes its own place.
+        """
         new = (new_keys, new_values)
         if self.own is not None:
-            new = tuple(torch.cat(pair, dim=1) for pair in zip(self.own, new, strict=True))
+            pairs = zip(self.own, new, strict=True)
+            new = tuple(torch.cat([old[:, : n_own - 1], column], dim=1) for old, column in pairs)
         self.own = (new[0], new[1])
         return self.own
 
@@ -100,7 +104,7 @@ def _attend(
     if cfg.positional_embedding_type == "rotary":
         before = attention_mask.shape[1] - 1
         q, k = (attention.apply_rotary(x, before, attention_mask) for x in (q, k))
-    keys, values = entry.append(k, v)
+    keys, values = entry.append(k, v, attention_mask.shape[1] - n_past)
     q = rearrange(q, "row 1 (kv group) d -> row kv group d", kv=k.shape[2])
     # Rows take their seats for what they share, and stand alone for what they do not.
     grid = q.new_zeros(len(seats.mask), seats.n_seats, *q.shape[1:])
