@@ -42,15 +42,17 @@ class Turn:
         """Return the ids of each message in its turn, the assistant's turn begun with `prefix`."""
         after = self.after + prefix
         messages = [message.strip() if self.strips else message for message in messages]
-        controls = tokenizer.all_special_tokens
-        is_safe = [not any(token in message for token in controls) for message in messages]
         # In one piece where that is safe, so that the ids are those of `apply_chat_template`.
-        texts = [self.before + message + after for message in messages]
-        ids = _encode(tokenizer, texts)
-        for row in (row for row, safe in enumerate(is_safe) if not safe):
-            (text,) = _encode(tokenizer, [messages[row]], split_special_tokens=True)
-            head, tail = _encode(tokenizer, [self.before, after])
-            ids[row] = [*head, *text, *tail]
+        ids = _encode(tokenizer, [self.before + message + after for message in messages])
+        head, tail = _encode(tokenizer, [self.before, after])
+        # Of its control tokens a tokenizer names few by their use, but marks all.
+        marked = tokenizer.added_tokens_decoder.items()
+        controls = {number for number, token in marked if token.special}
+        own = sum(number in controls for number in (*head, *tail))
+        for row, message in enumerate(messages):
+            if sum(number in controls for number in ids[row]) > own:
+                (text,) = _encode(tokenizer, [message], split_special_tokens=True)
+                ids[row] = [*head, *text, *tail]
         return ids
 
 
