@@ -5,7 +5,7 @@ import torch
 from conftest import random_probe, talking_task
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from mera_tl import calibrate, load_model, load_steering
+from mera_tl import calibrate, collect, fit_error_probe, load_model, load_steering
 from mera_tl.inference import ReadSettings
 from mera_tl.models import manifest_of
 from mera_tl.steering import Steering
@@ -68,6 +68,54 @@ def test_weights_that_change_while_they_are_known_are_known_no_longer(folder, ch
         model.model.layers[1].mlp.down_proj.weight[7, 3] += 1e-3  # one number of one neuron
     with pytest.raises(ValueError, match="other than those in"):
         load_steering(folder).attach(model)
+
+
+def test_weights_that_are_written_past_torch_are_noticed(folder, checkpoints):
+    model = loaded(checkpoints["llama"])
+    load_steering(folder).attach(model)
+    model.model.layers[1].mlp.down_proj.weight.data[:, 3] = 0  # an ablated neuron
+    with pytest.raises(ValueError, match="other than those in"):
+        load_steering(folder).attach(model)
+
+
+def test_an_adapter_between_the_layers_is_another_model(folder, checkpoints):
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base
+
+        def forward(self, x):
+            return 1.1 * self.base_layer(x)
+
+    model = loaded(checkpoints["llama"])
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = Adapted(mlp.down_proj)
+    with pytest.raises(ValueError, match="other than those in"):
+        load_steering(folder).attach(model)
+
+
+def test_a_loaded_model_that_was_changed_is_another_one(checkpoints):
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    task = talking_task(model).subset(range(12), role="calibration")
+    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
+    read = ReadSettings(progress=False)
+    before = calibrate(model, task, steering, min_gain=-0.99, settings=read)
+    before.check(model)  # the control
+    weight = model.hooked.blocks[1].mlp.W_out
+    kept = weight.data.clone()
+    weight.data[3] = 0
+    with pytest.raises(ValueError, match="changed since it was loaded"):
+        before.steering.check(model)
+    # What is collected, fitted and certified on the changed model is good for that one.
+    probe = fit_error_probe(collect(model, task, settings=read))
+    after = calibrate(model, task, Steering(probe).at(0.3), min_gain=-0.99, settings=read)
+    after.check(model)
+    probe.check(model)
+    weight.data.copy_(kept)
+    before.check(model)
+    for stale in (after, probe):
+        with pytest.raises(ValueError, match="changed since it was loaded"):
+            stale.check(model)
 
 
 def test_a_probe_that_names_no_model_goes_on_any(models, checkpoints):

@@ -30,6 +30,7 @@ from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
+from mera_tl.models.identity import manifest_of
 from mera_tl.models.model import Model, resid_post
 from mera_tl.tasks.task import Task
 
@@ -202,7 +203,7 @@ def _answer(
 
 def _manifest(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:
     return {
-        **model.manifest,
+        **manifest_of(model),
         "task": task.name,
         "role": task.role,
         "options": list(task.options),

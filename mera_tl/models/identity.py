@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mera_tl import storage
-from mera_tl.models.checkpoint import locate, read_config
+from mera_tl.models.checkpoint import locate, outline, read_config
 from mera_tl.models.fingerprints import fingerprint
 from mera_tl.models.hugging_face import decoder_layers
 from mera_tl.models.model import Model
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[str, int]] = weakref.WeakKeyDictionary()
-"""Fingerprints of modules whose weights are known, and how often these had been written to."""
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[str, list[int]]] = weakref.WeakKeyDictionary()
+"""Fingerprints of modules whose weights are known, and what these held."""
 
 
 def manifest_of(model: Any) -> dict[str, Any]:
@@ -29,7 +29,11 @@ def manifest_of(model: Any) -> dict[str, Any]:
     Weights that cannot be told are described in words, and so differ from every fingerprint.
     """
     if isinstance(model, Model):
-        return model.manifest
+        inner = getattr(model.hooked, "original", model.hooked)
+        if inner not in _KNOWN or _remembered(inner):
+            return model.manifest
+        now = storage.fingerprint(_held(inner))
+        return model.manifest | {"model_fingerprint": f"changed since it was loaded ({now})"}
     inner = getattr(model, "original", None) or vars(model).get("original_model") or model
     name = type(model).__name__
     if hasattr(inner, "hook_dict"):  # a HookedTransformer, whose weights may have been processed
@@ -60,18 +64,29 @@ def identity_of(model: Any) -> dict[str, Any]:
 
 
 def remember(module: nn.Module, weights: str) -> None:
-    """Keep the fingerprint of a module, for as long as nothing writes to its weights."""
-    _KNOWN[module] = (weights, _n_writes(module))
+    """Keep the fingerprint of a module, for as long as its weights are what they are now."""
+    _KNOWN[module] = (weights, _held(module))
 
 
 def _remembered(module: nn.Module) -> str:
-    weights, n_writes = _KNOWN.get(module, ("", -1))
-    return weights if n_writes == _n_writes(module) else ""
+    weights, held = _KNOWN.get(module, ("", None))
+    return weights if held == _held(module) else ""
 
 
-def _n_writes(module: nn.Module) -> int:
-    # Tensors of inference mode count no writes, and allow none.
-    return sum(0 if w.is_inference() else w._version for w in module.parameters())
+def _held(module: nn.Module) -> list[int]:
+    """Return a number per block of memory that holds weights, which any change of one changes.
+
+    Torch counts what is written to a tensor, but not by way of its `data`. So the bytes are added
+    up, as whole numbers of eight of them, which takes as long as one token.
+    """
+    weights = (weight for weight in module.parameters() if not weight.is_meta)
+    blocks = {w.untyped_storage().data_ptr(): w.untyped_storage() for w in weights}
+    sums = []
+    for block in blocks.values():
+        held = torch.empty(0, dtype=torch.uint8, device=block.device).set_(block)
+        whole = len(held) // 8 * 8
+        sums.append(int(held[:whole].view(torch.int64).sum()) + int(held[whole:].sum()))
+    return sums
 
 
 def _from_files(original: Any) -> str:
@@ -85,7 +100,9 @@ def _from_files(original: Any) -> str:
         weights = fingerprint(read_config(source).to_dict(), files)
     except (ValueError, OSError) as error:
         return f"that cannot be read again ({str(error).splitlines()[0]})"
-    if source.gguf is None and not _holds(original, files):
+    # What was put between its layers since, such as an adapter, brings names of its own.
+    has_own = set(original.state_dict()) == set(outline(source, "auto").state_dict())
+    if not has_own or (source.gguf is None and not _holds(original, files)):
         return f"other than those in {name}"
     remember(original, weights)
     return weights
