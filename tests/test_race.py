@@ -49,7 +49,16 @@ from mera_tl.methods import (
     tabulate,
 )
 from mera_tl.probes import LinearProbe
-from mera_tl.steering import Adaptive, Additive, Direction, Gated, Steering
+from mera_tl.sae import load_saes
+from mera_tl.steering import (
+    Adaptive,
+    Additive,
+    Direction,
+    Gated,
+    ResidualSpace,
+    SAESpace,
+    Steering,
+)
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
@@ -507,3 +516,24 @@ def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
     read = evaluate(model, train, hooks, settings=QUIET)
     expected = probe.score(activations.resid("last"))[1]
     assert (read.max_score - expected).abs().max() < 1e-4
+
+
+def test_trials_in_other_latents_are_no_trials_of_these(tmp_path):
+    model = organism()
+    task = load_task("spam_cue").split(0, train=12, calibration=9, test=9).train
+    activations = collect(model, task, settings=QUIET)
+    saes = load_saes("organism", (1,), model).saes
+    tried = Candidate("euclidean", 3.0, (1,), "last", 0.2)
+
+    def known(space):
+        data = SearchData(model, task, activations, {}, "correct", QUIET, space)
+        store = TrialStore.open(tmp_path, data, Choices())
+        found = list(store.gains)
+        store.gains = {tried: torch.zeros(len(task)).double()}
+        store.save(0.0)
+        return found
+
+    assert known(SAESpace(saes)) == []
+    assert known(SAESpace(dict(saes))) == [tried]  # the control
+    for other in (SAESpace(saes, "gain"), load_saes("organism", (2,), model), ResidualSpace()):
+        assert known(other) == []

@@ -52,13 +52,14 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
         "layers": list(steering.layer_numbers),
         "positions": steering.positions,
         "first_k": steering.first_k,
-        "space": once(steering.space, _describe_space),
+        "space": once(steering.space, describe_space),
         "probe": once(probe, lambda p: tensor_hash(p.weights, p.bias, p.resid_norm)),
         "direction": None if direction is None else once(direction, tensor_hash),
     }
 
 
-def _describe_space(space: Space) -> dict[str, Any]:
+def describe_space(space: Space) -> dict[str, Any]:
+    """Return the name of a space, and hashes of what it is made of."""
     described: dict[str, Any] = {"name": space.name}
     if space.name in OWN:
         parts = _parts(space).items()

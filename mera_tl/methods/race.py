@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mera_tl import storage
+from mera_tl.certificate.description import describe_space
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.outcomes import Metric
@@ -271,7 +272,7 @@ class TrialStore:
     def open(cls, folder: str | Path | None, data: SearchData, choices: Any) -> "TrialStore":
         """Open what was kept of the same search, or begin anew."""
         about = {"choices": asdict(replace(choices, budget=None)), **data.model.manifest}
-        about |= {"data": data.task.data_hash, "space": data.space.name}
+        about |= {"data": data.task.data_hash, "space": describe_space(data.space)}
         about |= {"read": asdict(replace(data.settings, batch_tokens=0, batch_size=None))}
         path = None if folder is None else Path(folder)
         store = cls(path, storage.fingerprint(about), len(data.task))
