@@ -246,6 +246,8 @@ def test_a_decision_follows_from_its_evidence_also_when_it_is_read(gains):
         {"decision": "ABSTAIN"},
         {"decision": "ABSTAIN", "chosen": None},
         {"min_gain": 0.2},
+        {"examples": [*range(249), 7]},
+        {"examples": [*range(100)]},
     ):
         with pytest.raises(ValueError, match="does not follow from its own evidence"):
             Calibration.from_json(edited(**change))
@@ -311,6 +313,7 @@ def test_bad_questions_are_refused(gains, options, sentence):
         ({"delta": 0.0}, "probability"),
         ({"delta": math.nan}, "probability"),
         ({"run_delta": 2.0}, "run_delta=2.0"),
+        ({"delta": 0.1, "run_delta": 0.05}, "more than all certificates of the run may spend"),
         ({"max_regressions": 0.0}, "probability"),
         ({"weights": (0.5,)}, "do not share delta"),
         ({"bound": "bootstrap"}, "no metric"),

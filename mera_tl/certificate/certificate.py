@@ -341,6 +341,8 @@ class Calibration:
 def _follows(issued: Calibration) -> bool:
     """Whether every number of a certificate is what its counts (or gains) give."""
     check_min_gain(issued.min_gain)
+    if issued.examples and len({*issued.examples}) != issued.n:
+        return False
     for row in issued.evidence:
         counts = (row.recoveries, row.regressions, issued.n - row.recoveries - row.regressions)
         if min(counts) < 0 or (row.gains and len(row.gains) != issued.n):

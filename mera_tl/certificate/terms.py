@@ -56,6 +56,11 @@ class Terms:
         for name in ("run_delta", "max_regressions"):
             if (value := getattr(self, name)) is not None:
                 check_probability(name, value)
+        if self.run_delta is not None and self.delta > self.run_delta * (1 + 1e-9):
+            raise ValueError(
+                f"`delta={self.delta:g}` is more than all certificates of the run may spend "
+                f"(run_delta={self.run_delta:g}); pass a share of it, as `share_delta` gives."
+            )
         if self.metric not in ("correct", "error") or self.test not in BOUNDS:
             raise ValueError(
                 f"There is no metric {self.metric!r} with bound {self.bound!r}; pass 'correct' or "
