@@ -226,6 +226,8 @@ def test_layers_without_an_sae_are_not_steered(models):
     model = models["llama"]
     space = SAESpace({LAYER: new_sae("standard")})
     assert Steering(latent_probe(model), space=space).layer_numbers == (LAYER,)
+    with pytest.raises(ValueError, match="layers=best but there is no SAE of layer 2, only of 1"):
+        Steering(replace(latent_probe(model), best_layer=2), space=space, layers="best")
     with pytest.raises(ValueError, match="no SAE of layer 0, only of 1"):
         Steering(latent_probe(model), space=space, layers=(0, 1))
 

@@ -57,15 +57,15 @@ class Steering:
                     f"layers={self.layers} but the probe has {n_layers} layers, numbered 0 to "
                     f"{n_layers - 1}; pass layers=({n_layers - 1},) for the last."
                 )
-            without = sorted(set(self.layers) - set(self.space.layers or self.layers))
-            if without:
-                raise ValueError(
-                    f"layers={self.layers} but there is no SAE of layer {without[0]}, only of "
-                    f"{', '.join(map(str, self.space.layers or ()))}; choose among them."
-                )
         elif self.layers not in ("all", "best"):
             raise ValueError(
                 f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers.'
+            )
+        without = sorted(set(self.layer_numbers) - set(self.space.layers or self.layer_numbers))
+        if without:
+            raise ValueError(
+                f"layers={self.layers} but there is no SAE of layer {without[0]}, only of "
+                f"{', '.join(map(str, self.space.layers or ()))}; choose among them."
             )
         if self.positions not in get_args(Positions):
             wanted = ", ".join(get_args(Positions))
