@@ -41,6 +41,14 @@ def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
     assert "together only with delta 0.1" in caplog.text
 
 
+def test_certificates_that_nobody_announced_are_counted(tmp_path):
+    config = replace(CONFIG, train="30", calibration="15", test="15")
+    with open_run(config, tmp_path, progress=False) as run:
+        deltas = [run.terms(name).delta for name in ("mine", "mine", "another", "a third")]
+        assert deltas == [0.05] * 4
+        assert run.familywise_delta == pytest.approx(0.15)
+
+
 def test_a_search_budget_ends_with_the_best_so_far_which_is_certified_as_usual(tmp_path):
     sizes = {"train": "120", "calibration": "40", "test": "40"}
     config = replace(CONFIG, positions="last", search_budget="0.001s", **sizes)

@@ -186,6 +186,7 @@ class Run(methods.Run):
     def terms(self, method: str) -> Terms:
         """Return the terms of a method's certificate: what is its own of delta."""
         config = self.config
+        self.shares.announce([method])  # whoever asks: what is not announced is not counted
         delta, shared = self.shares.of(method)
         return Terms(
             delta=delta,
