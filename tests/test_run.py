@@ -91,6 +91,15 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
         path.touch()  # a copy of the same weights
     with open_run(config, out, progress=False) as run:
         assert run.record("no_steering") == first
+    told = model / "tokenizer.json"
+    tokens = told.read_text("utf-8")
+    told.write_text(tokens.replace('"red"', '"kite"'), "utf-8")
+    with (
+        pytest.raises(ValueError, match=r"changed: its tokenizer\)"),
+        open_run(config, out, progress=False),
+    ):
+        pass
+    told.write_text(tokens, "utf-8")
     data = tmp_path / "toy.csv"
     text = data.read_text("utf-8")
     data.write_text(text.replace("red", "blue"), "utf-8")

@@ -73,6 +73,20 @@ def test_saes_of_a_sibling_say_how_well_they_reconstruct(mera, checkpoints, toy,
     assert "SAEs of a sibling" not in mera("run", *own, "--methods", "no_steering").out
 
 
+def test_a_folder_knows_its_saes(mera, checkpoints, toy, trained, tmp_path):
+    own = shutil.copytree(trained, tmp_path / "saes")
+    told = arguments(checkpoints, toy, own, tmp_path / "run") + ["--methods", "no_steering"]
+    mera("run", *told)
+    for path in own.glob("*/*"):
+        path.touch()  # a copy of the same
+    mera("run", *told)
+    weights = next(own.glob("*/*.safetensors"))
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1
+    weights.write_bytes(changed)
+    assert "changed: its SAEs)" in mera("run", *told, code=2).err
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -37,6 +37,7 @@ from mera_tl.benchmark.resources import choose_threads
 from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.description import describe_space
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -51,6 +52,7 @@ from mera_tl.methods.methods import (
     find_methods,
     require_suited,
 )
+from mera_tl.models.identity import identity_of
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -220,7 +222,11 @@ class Run(methods.Run):
 
     def content(self) -> dict[str, Any]:
         """Say by hashes what the folder is made of: data, weights and the version of this code."""
-        return self.cheap_content() | {"model": self.model.fingerprint}
+        return self.cheap_content() | {
+            "model": self.model.fingerprint,
+            "tokenizer": identity_of(self.model)["tokenizer"],
+            "space": describe_space(self.space),
+        }
 
     def cheap_content(self) -> dict[str, Any]:
         """Return what can be said of it without loading the model."""
@@ -229,7 +235,12 @@ class Run(methods.Run):
             "mera_tl": version("mera-tl"),
             "data": {split.role: split.data_hash for split in self.splits},
             "model_files": _sizes_and_times(Path(self.config.model)),
+            "sae_files": [_sizes_and_times(path) for path in self._sae_folders()],
         }
+
+    def _sae_folders(self) -> list[Path]:
+        source = self.config.sae or default_source(self.config.model)
+        return sorted(Path(source).glob("layer_*")) if self.config.space == "sae" else []
 
     # --- what is computed once, and found again -------------------------------------------------
 
@@ -543,13 +554,18 @@ def open_run(
         yield run
 
 
+_HASHED = {"model": "the model's weights", "tokenizer": "its tokenizer", "space": "its SAEs"}
+"""What a folder is made of besides data and code, in the words of an error."""
+
+
 def _require_content(kept: dict[str, Any], run: Run) -> None:
     """Refuse a folder that began with other data, weights or code under the same names."""
     now = run.cheap_content()
     differ = [name for name in ("format", "mera_tl", "data") if kept.get(name) != now[name]]
-    # Files of another size or time may hold the same weights, copied; then their hash is the same.
-    if kept.get("model_files") != now["model_files"] and kept.get("model") != run.model.fingerprint:
-        differ.append("the model's weights")
+    # Files of another size or time may hold the same, copied; then their hashes are the same.
+    if any(kept.get(name, now[name]) != now[name] for name in ("model_files", "sae_files")):
+        now = run.content()
+        differ += [what for name, what in _HASHED.items() if kept.get(name, now[name]) != now[name]]
     if differ:
         raise ValueError(
             f"{run.folder} holds a run with other content under the same names (changed: "
