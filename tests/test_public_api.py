@@ -17,9 +17,12 @@ DEEP = {
 """Files that may import from modules: each says why."""
 
 MISTAKES = """
+import tempfile
 import warnings
+import numpy as np
 import mera_tl
 from mera_tl.inference import ReadSettings
+from mera_tl.live import open_bench
 
 warnings.simplefilter("ignore")
 model = mera_tl.load_model("organism")
@@ -29,6 +32,8 @@ activations = mera_tl.collect(model, splits.train, settings=quiet)
 probe = mera_tl.fit_error_probe(activations)
 steering = mera_tl.Steering(probe, layers=(1,), positions="last").at(0.3)
 decision = mera_tl.calibrate(model, splits.calibration, steering, settings=quiet)
+direction = mera_tl.fit_direction(activations, probe, "pattern")
+(reply,) = mera_tl.generate(model, ["a prompt"], steering)
 slips = [
     lambda: mera_tl.evaluate(model, splits.test, steering),
     lambda: mera_tl.evaluate(model, splits.test, steering.fwd_hooks),
@@ -43,6 +48,43 @@ slips = [
     lambda: mera_tl.evaluate_many(model, "spam_cue", [steering]),
     lambda: mera_tl.Steering(activations),
     lambda: mera_tl.explain(model, splits.test, steering),
+    lambda: mera_tl.explain(model, splits.test.examples[0], decision),
+    lambda: mera_tl.evaluate(model, splits.test, [steering]),
+    lambda: mera_tl.evaluate(model, splits.test, settings="options"),
+    lambda: mera_tl.evaluate_many(model, splits.test, steering),
+    lambda: mera_tl.search(model, splits),
+    lambda: mera_tl.search(model, splits.train, probe),
+    lambda: mera_tl.calibrate(model, splits, steering),
+    lambda: mera_tl.calibrate(model, splits.calibration, probe),
+    lambda: mera_tl.calibrate(model, splits.calibration, steering, terms=0.05),
+    lambda: mera_tl.certify(np.array([["a"]])),
+    lambda: mera_tl.generate(model, "a prompt"),
+    lambda: mera_tl.generate(model, [3]),
+    lambda: mera_tl.generate(model, ["a prompt"], decision),
+    lambda: mera_tl.generate("organism", ["a prompt"]),
+    lambda: mera_tl.fit_error_probe(activations, kind="svm"),
+    lambda: mera_tl.fit_error_probe(activations, penalty=-1),
+    lambda: mera_tl.fit_error_probe(activations, clip=0.7),
+    lambda: mera_tl.fit_direction(splits.train, probe, "pattern"),
+    lambda: mera_tl.Steering(probe, direction),
+    lambda: mera_tl.Steering(probe, rule=0.3),
+    lambda: mera_tl.Steering(probe, space="sae"),
+    lambda: mera_tl.Steering(probe, layers=("1",)),
+    lambda: mera_tl.Additive(float("nan")),
+    lambda: mera_tl.Adaptive("0.3"),
+    lambda: mera_tl.load_task(None),
+    lambda: mera_tl.load_model(""),
+    lambda: mera_tl.load_model("organism", engine="vllm"),
+    lambda: mera_tl.load_model("organism", device="tpu"),
+    lambda: open_bench(3),
+    lambda: steering.attach("organism"),
+    lambda: mera_tl.open_run("organism", "runs/x").__enter__(),
+    lambda: mera_tl.method("name"),
+    lambda: probe.plot("accuracy"),
+    lambda: activations.outcomes.compare(None),
+    lambda: activations.outcomes.gain(activations.outcomes, "accuracy"),
+    lambda: ReadSettings(batch_size=0),
+    lambda: mera_tl.SAESpace(3),
 ]
 for slip in slips:
     try:
@@ -57,6 +99,12 @@ for value in (splits.train, splits, model, steering, decision, probe, activation
               activations.outcomes):
     assert "<" in value._repr_html_()
     print(repr(value))
+ledger = mera_tl.explain(model, splits.test.examples[0], steering)
+with steering.attach(model) as attachment, mera_tl.open_run(
+    mera_tl.RunConfig(model="organism", task="yesno_bias"), tempfile.mkdtemp()
+) as run:
+    for value in (direction, reply, reply.trace, ledger, attachment, run):
+        print(repr(value))
 """
 WORDS = (
     "no list of hooks; pass its hooks, as steering.fwd_hooks()",
@@ -72,6 +120,43 @@ WORDS = (
     "is no task",
     "is no probe",
     "is not one example",
+    "is no list of hooks; pass its hooks, as steering.fwd_hooks()",
+    "is no hook; pass pairs",
+    "pass them as ReadSettings(",
+    "pass them as [steering, ...]",
+    "one of its splits, as splits.train",
+    "holds no activations; pass collect(",
+    "one of its splits, as splits.train",
+    "is neither a Steering nor a sequence of them",
+    "pass them as Terms(delta=0.05)",
+    "are no numbers",
+    "is no list of texts; pass one, as [prompt]",
+    "The prompt 3 is no text",
+    "is no steering; pass one, as decision.steering",
+    "is no model; pass what mera_tl.load_model",
+    "There is no probe 'svm'; pass one of ridge",
+    "penalty=-1 is not a finite number",
+    "clip=0.7 is not between 0 and 0.5",
+    "pass collect(model, task) and fit_error_probe",
+    "as fit_direction(activations, probe, kind).vectors",
+    "rule=0.3 is no rule; pass one, as Adaptive()",
+    "space='sae' is no space",
+    "numbered 0 to 3",
+    "strength=nan is no number",
+    "limit='0.3' is no number",
+    "None is no name of a task",
+    "is no name of a model",
+    "engine='vllm' is none of auto, transformer_lens, hugging_face",
+    "There is no device 'tpu'",
+    "3 is no model",
+    "'organism' is no model; pass what mera_tl.load_model",
+    "pass RunConfig(model=..., task=...)",
+    "put @mera_tl.method above a function",
+    "There is no metric 'accuracy'; pass one of",
+    "None are no outcomes",
+    "There is no metric 'accuracy'; pass 'correct' or 'error'",
+    "batch_size=0 is no count",
+    "at least one SAE",
 )
 
 
@@ -93,7 +178,7 @@ def test_a_slip_gets_a_sentence(told):
 
 def test_values_say_what_they_are_in_one_line(told):
     for shown in told[1]:
-        assert len(shown) <= 300, shown
+        assert len(shown) <= 300 and " object at " not in shown, shown
     assert told[1][0] == "Task(yesno_bias, train, 60 examples, options yes/no)"
 
 

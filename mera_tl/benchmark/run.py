@@ -92,6 +92,9 @@ class Run(methods.Run):
         self._probes: dict[str, LinearProbe] = {}
         self._progress = progress
 
+    def __repr__(self) -> str:
+        return f"Run({self.config.model} on {self.config.task}, in {self.folder})"
+
     # --- what was asked for ---------------------------------------------------------------------
 
     @cached_property
@@ -535,6 +538,8 @@ def open_run(
     Raises:
         ValueError: if the folder holds another configuration, or another process works in it.
     """
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{config!r:.60} is none; pass RunConfig(model=..., task=...).")
     folder = Path(folder)
     run = Run(config, folder, progress=progress, load=load, cache=cache)
     path = folder / "config.json"

@@ -23,6 +23,7 @@ from mera_tl.certificate.description import describe, names_of
 from mera_tl.certificate.evidence import Evidence
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
 from mera_tl.inference.answers import ReadSettings, option_tokens
+from mera_tl.inference.evaluation import check_call
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.identity import identity_of
 from mera_tl.models.model import Model
@@ -57,11 +58,13 @@ def calibrate(
         ValueError: if the task is not a calibration split, a candidate moves nothing, or as
             `evaluate` and `certify`.
     """
+    check_call(model, task)
     if task.role != "calibration":
         raise ValueError(
             f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
             "pass task.split(...).calibration."
         )
+    _check_terms(terms)
     if terms is not None and delta not in (None, terms.delta):
         raise ValueError(
             f"`delta={delta}` contradicts Terms(delta={terms.delta}); pass one of the two."
@@ -132,7 +135,8 @@ def certify(
         ValueError: if the gains are not what the terms announced, or an example or a text is there
             twice: what is repeated is no new evidence.
     """
-    terms = terms or Terms()
+    _check_terms(terms)
+    terms, gains = terms or Terms(), np.asarray(gains)
     check_min_gain(min_gain)
     _check_gains(gains, terms)
     if candidates is None:
@@ -183,11 +187,13 @@ def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str,
 
 def _candidates(candidates: Steering | Sequence[Steering]) -> list[Steering]:
     """Return the steerings to try; one without a threshold stands for the default grid."""
-    steerings = [candidates] if isinstance(candidates, Steering) else list(candidates)
+    several = list(candidates) if isinstance(candidates, Sequence) else []
+    steerings = [candidates] if isinstance(candidates, Steering) else several
     if not steerings or not all(isinstance(steering, Steering) for steering in steerings):
         raise ValueError(
             f"`candidates={candidates!r:.80}` is neither a Steering nor a sequence of them; pass "
-            "one, as Steering(probe), or several, as [steering.at(t) for t in (0.1, 0.3)]."
+            "one, as Steering(probe) or the steering of a search, found.steering, or several, as "
+            "[steering.at(t) for t in (0.1, 0.3)]."
         )
     if len(steerings) == 1 and steerings[0].limit == math.inf:
         return [steerings[0].at(threshold) for threshold in DEFAULT_THRESHOLDS]
@@ -206,12 +212,19 @@ def _described(candidate: Mapping[str, Any] | str | float) -> Mapping[str, Any]:
     return {"threshold" if isinstance(candidate, float) else "name": candidate}
 
 
+def _check_terms(terms: Any) -> None:
+    if not isinstance(terms, Terms | None):
+        raise ValueError(f"terms={terms!r:.60} are none; pass them as Terms(delta=0.05).")
+
+
 def _check_gains(gains: Real[np.ndarray, "candidate example"], terms: Terms) -> None:
     if gains.ndim != 2 or 0 in gains.shape:
         raise ValueError(
             f"Gains of shape {gains.shape} (n=0?) do not fit; pass an array of shape (candidate, "
             "example) with at least one of each."
         )
+    if gains.dtype.kind not in "biuf":
+        raise ValueError(f"Gains of type {gains.dtype} are no numbers; pass some in [-1, 1].")
     if not np.isfinite(gains).all():
         raise ValueError(
             f"{int((~np.isfinite(gains)).sum())} of the gains are not finite numbers; find out why "

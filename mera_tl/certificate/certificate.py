@@ -231,7 +231,8 @@ class Calibration:
         return f"{first}\n{_terms_sentence(self)}"
 
     def __repr__(self) -> str:
-        rows = f"{len(self.evidence)} candidates, n={self.n}"
+        s = "s" * (len(self.evidence) != 1)
+        rows = f"{len(self.evidence)} candidate{s}, n={self.n}"
         if self.abstained:
             return f"Calibration(ABSTAIN, {rows})"
         return f"Calibration(STEER at {self.best.candidate}, {rows})"

@@ -47,7 +47,7 @@ class ReadSettings:
     """How prompts are run and answers read.
 
     Raises:
-        ValueError: if the readout is unknown.
+        ValueError: if the readout is unknown, or a number of prompts or tokens is none.
     """
 
     readout: Readout = "options"
@@ -76,6 +76,11 @@ class ReadSettings:
         if self.readout not in get_args(Readout):
             wanted = ", ".join(get_args(Readout))
             raise ValueError(f"readout={self.readout!r} is none of {wanted}; choose one of them.")
+        for name in ("batch_size", "batch_tokens", "max_new_tokens", "reply_tokens"):
+            value = getattr(self, name)
+            given = value is not None or name != "batch_size"
+            if given and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r} is no count; pass a whole number, 1 or more.")
 
     @property
     def decodes(self) -> bool:
@@ -92,8 +97,13 @@ class ReadSettings:
         """Return the settings with which a task is read: replies to a scored one are scored.
 
         Raises:
-            ValueError: if the readout is `reply` and the task has no scorer.
+            ValueError: if these are no settings, or the readout is `reply` and the task has no
+                scorer.
         """
+        if not isinstance(settings, ReadSettings | None):
+            raise ValueError(
+                f"settings={settings!r:.60} are none; pass them as ReadSettings(readout=...)."
+            )
         settings = settings or ReadSettings()
         if task.scored:
             return replace(settings, readout="reply")

@@ -69,16 +69,31 @@ def check_call(model: Any, task: Any, fwd_hooks: Any = ()) -> None:
     Raises:
         ValueError: saying what was got and what is wanted.
     """
+    check_model(model)
+    check_task(task)
+    check_hooks(fwd_hooks)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model of ours."""
     if not isinstance(model, Model):
         raise ValueError(
             f"{_kind(model)} is no model; pass what mera_tl.load_model(...) returns, as "
             'load_model("organism").'
         )
+
+
+def check_task(task: Any) -> None:
+    """Refuse what is no task."""
     if not isinstance(task, Task):
         advice = "one of its splits, as splits.train" if isinstance(task, Splits) else "a split"
         raise ValueError(
             f"{_kind(task)} is no task; pass {advice} of mera_tl.load_task(...).split()."
         )
+
+
+def check_hooks(fwd_hooks: Any) -> None:
+    """Refuse what is no list of hooks."""
     complaint = ""
     if hasattr(fwd_hooks, "fwd_hooks"):
         complaint = "is no list of hooks; pass its hooks, as steering.fwd_hooks()."
@@ -88,6 +103,12 @@ def check_call(model: Any, task: Any, fwd_hooks: Any = ()) -> None:
         complaint = "is no list of hooks; pass pairs of a hook name and a function."
     if complaint:
         raise ValueError(f"{_kind(fwd_hooks)} {complaint}")
+    for hook in fwd_hooks:
+        if not (isinstance(hook, tuple | list) and len(hook) == 2 and callable(hook[1])):
+            raise ValueError(
+                f"{_kind(hook)} is no hook; pass pairs of a hook name and a function, as "
+                "steering.fwd_hooks() returns them."
+            )
 
 
 def _kind(value: Any) -> str:

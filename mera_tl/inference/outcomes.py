@@ -121,10 +121,15 @@ class Outcomes:
         """Return the paired gain per example: steered minus unsteered, positive is better.
 
         In {-1, 0, 1} for `correct`; in [-1, 1], the fall of the error, for `error`.
+
+        Raises:
+            ValueError: if the other outcomes are of other rows, or there is no such metric.
         """
         _require_same_rows(self, base)
         if metric == "correct":
             return self.correct.double() - base.correct.double()
+        if metric != "error":
+            raise ValueError(f"There is no metric {metric!r}; pass 'correct' or 'error'.")
         return base.error.double() - self.error.double()
 
     def transitions(self, base: "Outcomes") -> dict[str, int]:
@@ -327,6 +332,8 @@ def _exact_limits(hits: int, n: int, confidence: float) -> tuple[float, float]:
 
 
 def _require_same_rows(steered: Outcomes, base: Outcomes) -> None:
+    if not isinstance(base, Outcomes):
+        raise ValueError(f"{base!r:.60} are no outcomes; pass those of evaluate(model, task).")
     if not torch.equal(steered.rows, base.rows):
         raise ValueError(
             f"Runs over different rows cannot be paired ({len(steered)} against {len(base)} "

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mera_tl.benchmark.run import Run
 from mera_tl.certificate.saving import load_steering
 from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.evaluation import check_model
 from mera_tl.methods.candidates import ProbeSet
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import Model
@@ -124,6 +125,7 @@ def open_bench(
     if model is None:
         raise ValueError("There is no model; pass one, or the folder of a run.")
     model = load_model(model) if isinstance(model, str) else model
+    check_model(model)
     if steering is None:
         return Bench(model, {})
     if not isinstance(steering, Steering):

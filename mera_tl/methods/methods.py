@@ -60,9 +60,11 @@ def method(function: Treat) -> Treat:
     """Register a function `run -> Treatment` as a method, under its name.
 
     Raises:
-        ValueError: if a method of this package has that name.
+        ValueError: if it is no function with a name, or a method of this package has that name.
     """
-    name = function.__name__
+    name = getattr(function, "__name__", "")
+    if not name.isidentifier():
+        raise ValueError(f"{function!r:.60} has no name; put @mera_tl.method above a function.")
     if name in BUILT_IN:
         raise ValueError(f"{name} is a method of mera_tl; give your function another name.")
     about = (function.__doc__ or "A method without a docstring.").strip().splitlines()[0]

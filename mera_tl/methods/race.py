@@ -30,6 +30,7 @@ from mera_tl import storage
 from mera_tl.certificate.description import describe_space
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
+from mera_tl.inference.evaluation import check_task
 from mera_tl.inference.outcomes import Metric
 from mera_tl.inference.progress import is_watched
 from mera_tl.methods.candidates import (
@@ -97,6 +98,9 @@ class Search:
     """One row per candidate: n, recoveries, regressions, gain, value, and the gain foreseen."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of examples and the direction's notes."""
+
+    def __repr__(self) -> str:
+        return f"Search({self.chosen}, of {len(self.table):,} candidates)"
 
     def plot(self) -> Any:
         """Draw what every candidate recovered and broke, as a plotly figure."""
@@ -190,12 +194,15 @@ def require_training(task: Task[Any], activations: Activations | None) -> None:
     Raises:
         ValueError: saying what was got.
     """
+    check_task(task)
     if task.role != "train":
         raise ValueError(
             f"A search needs the training split, got the {task.role} split of {task.name}; "
             "pass task.split(...).train and keep the others for the certificate and the test."
         )
     rows = [example.row for example in task.examples]
+    if not isinstance(activations, Activations | None):
+        raise ValueError(f"{activations!r:.60} holds no activations; pass collect(model, task).")
     if activations is not None and activations.outcomes.rows.tolist() != rows:
         raise ValueError(
             f"The {len(activations.outcomes)} activations are not of the {len(task)} examples of "

@@ -27,6 +27,9 @@ def manifest_of(model: Any) -> dict[str, Any]:
     """Return what identifies a model: of a `Model` its manifest, of others what can be told.
 
     Weights that cannot be told are described in words, and so differ from every fingerprint.
+
+    Raises:
+        ValueError: if it is no model.
     """
     if isinstance(model, Model):
         inner = getattr(model.hooked, "original", model.hooked)
@@ -34,6 +37,11 @@ def manifest_of(model: Any) -> dict[str, Any]:
             return model.manifest
         now = storage.fingerprint(_held(inner))
         return model.manifest | {"model_fingerprint": f"changed since it was loaded ({now})"}
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{model!r:.60} is no model; pass what mera_tl.load_model(...) returns, or a model of "
+            "transformers or TransformerLens."
+        )
     inner = getattr(model, "original", None) or vars(model).get("original_model") or model
     name = type(model).__name__
     if hasattr(inner, "hook_dict"):  # a HookedTransformer, whose weights may have been processed

@@ -2,11 +2,12 @@
 
 import difflib
 import logging
+import re
 import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -59,11 +60,14 @@ def load_model(
             finite, it is quantised, pickled or brings its own code, the engine does not compute
             what the original does, or there are fewer devices.
     """
-    if not isinstance(name, str | Path):
+    if not isinstance(name, str | Path) or not str(name):
         raise ValueError(
             f'{name!r:.60} is no name of a model; pass one, as load_model("organism"), or the '
             "path of a folder."
         )
+    if engine not in ("auto", *get_args(Engine)):
+        wanted = ", ".join(get_args(Engine))
+        raise ValueError(f"engine={engine!r} is none of auto, {wanted}; choose one of them.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _require_devices(device, n_devices)
     original = _load_original(str(name), revision, dtype, device, chat, system)
@@ -174,6 +178,10 @@ def _config_of(source: Source) -> Any:
 def _require_devices(device: str, n_devices: int) -> None:
     if device == "meta":  # which is as many as one likes
         return
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):
+        raise ValueError(f"There is no device {device!r}; pass cpu, mps, cuda or cuda:N.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"There is no GPU here for device={device!r}; pass device='cpu'.")
     there = torch.cuda.device_count() if device.startswith("cuda") else 1
     if not 1 <= n_devices <= there:
         raise ValueError(

@@ -74,11 +74,19 @@ def fit_error_probe(
         seed: of the folds.
 
     Raises:
-        ValueError: if these are not activations, there are fewer than 10 examples, a logistic
-            probe has one class only, or an activation is not finite.
+        ValueError: if these are not activations, there is no such kind, penalty or clip, there are
+            fewer than 10 examples, a logistic probe has one class only, or an activation is not
+            finite.
     """
+    if kind not in PENALTIES:
+        raise ValueError(f"There is no probe {kind!r}; pass one of {', '.join(PENALTIES)}.")
     wanted = PENALTIES[kind] if penalty is None else penalty
-    grid = {kind: tuple(wanted) if isinstance(wanted, Sequence) else (wanted,)}
+    penalties = tuple(wanted) if isinstance(wanted, Sequence) else (wanted,)
+    if not penalties or not all(
+        isinstance(p, int | float) and 0 <= p < torch.inf for p in penalties
+    ):
+        raise ValueError(f"penalty={penalty!r} is not a finite number of 0 or more, or several.")
+    grid = {kind: penalties}
     return _fit(activations, grid, "best", position, clip, seed)
 
 
@@ -144,6 +152,8 @@ def choose_fits(table: pd.DataFrame, *, by: str = "rmse", rank: Rank = "best") -
 def _fit(
     activations: Mixture, grid: Grid, rank: Rank, position: Position, clip: float, seed: int
 ) -> LinearProbe:
+    if not 0 < clip < 0.5:
+        raise ValueError(f"clip={clip!r} is not between 0 and 0.5; pass a small error, as 0.01.")
     examples = read_examples(activations, position)
     fits = fit_grid(examples, grid, clip=clip, seed=seed)
     table = held_out_table(examples, fits, clip=clip, seed=seed)

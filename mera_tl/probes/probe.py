@@ -173,7 +173,13 @@ class LinearProbe:
         """Draw a held-out metric over the layers (rmse, auroc, r2), as a plotly figure.
 
         `beside` are other probes, by name.
+
+        Raises:
+            ValueError: if there is no such metric.
         """
+        known = [name for name in self.table if f"{name}_sd" in self.table]
+        if metric not in known:
+            raise ValueError(f"There is no metric {metric!r}; pass one of {', '.join(known)}.")
         from mera_tl.plots import probe_error
 
         probes = {f"{self.kind}, {self.position}": self, **(beside or {})}

@@ -201,6 +201,10 @@ class Attachment:
         self._n_prompts = 0  # and its prompts, each of which may have several rows
         self._is_generating = self._is_paused = False
 
+    def __repr__(self) -> str:
+        moved = f"{self.n_steered:,} (layer, token) pairs moved"
+        return f"Attachment({self._host.name}, {self.n_passes:,} passes, {moved})"
+
     def put_on(self) -> Iterator[Callable[[], None]]:
         """Register everything; yield how to take each off again."""
         host = self._host

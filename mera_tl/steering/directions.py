@@ -81,6 +81,9 @@ class Direction:
     notes: tuple[str, ...] = ()
     """What the data could not answer."""
 
+    def __repr__(self) -> str:
+        return f"Direction({self.kind}, vectors {tuple(self.vectors.shape)}, notes {self.notes})"
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -280,7 +283,7 @@ def fit_direction(activations: Any, probe: ReadProbe, kind: str) -> Direction:
     Examples without an answer have no `exact` position and count only at `last`.
 
     Raises:
-        ValueError: if there is no such kind of direction.
+        ValueError: if these are not activations and a probe, or there is no such kind of direction.
     """
     return fit_directions(activations, probe, (kind,))[kind]
 
@@ -299,6 +302,11 @@ def fit_directions(
     if unknown:
         raise ValueError(
             f"There is no direction {unknown[0]!r}; pass one of {', '.join(_FORMULAS)}."
+        )
+    if not hasattr(activations, "resid") or not hasattr(probe, "weights"):
+        raise ValueError(
+            f"{activations!r:.60} and {probe!r:.60} are not activations and a probe; pass "
+            "collect(model, task) and fit_error_probe(activations)."
         )
     outcomes = activations.outcomes
     kept = (outcomes.answered | (probe.position == "last")).nonzero()[:, 0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
-from mera_tl.inference.evaluation import run_batches
+from mera_tl.inference.evaluation import check_model, run_batches
 from mera_tl.inference.prefix import Prefix
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
@@ -44,6 +44,10 @@ class ReplyTrace:
     shift: Float[np.ndarray, "layer pos"]
     """Length of the shift relative to the activation that it moved."""
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"ReplyTrace({len(self.tokens)} tokens, {self.n_prompt} given; layers {layers})"
+
 
 @dataclass(frozen=True, eq=False)
 class Reply:
@@ -51,9 +55,9 @@ class Reply:
 
     prompt: str
     text: str
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...] = field(repr=False)
     """Without the token that ended the reply."""
-    log_probs: tuple[float, ...]
+    log_probs: tuple[float, ...] = field(repr=False)
     """Of each token, under the model as it was run, at temperature 1."""
     is_ended: bool
     """Whether the model ended the reply; otherwise it ran out of tokens."""
@@ -101,6 +105,11 @@ def generate(
             model, or it depends on the unsteered answer and was not certified with options.
     """
     sampling = Sampling(max_new_tokens, temperature, seed)
+    check_model(model)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts={prompts!r:.60} is no list of texts; pass one, as [prompt].")
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(f"The prompt {wrong[0]!r:.60} is no text; pass texts.")
     hooks, options = hooks_and_options(model, steering)
     tokens = model.tokenize(list(prompts))
     rows = reply_to(model, tokens, hooks, sampling, options=options, settings=settings)
@@ -123,11 +132,16 @@ def hooks_and_options(
     """Return the hooks for this model, and the options among which they ask for its answer.
 
     Raises:
-        ValueError: if the steering is not for this model, or depends on the unsteered answer and
-            was not certified with options.
+        ValueError: if the steering is none or not for this model, or depends on the unsteered
+            answer and was not certified with options.
     """
     if steering is None:
         return [], None
+    if not isinstance(steering, Steering):
+        raise ValueError(
+            f"{steering!r:.60} is no steering; pass one, as decision.steering or what "
+            "mera_tl.load_steering(...) returns."
+        )
     hooks, options = steering.checked_hooks(model), steering.options
     if options is None and any(hook.per_answer for _, hook in hooks):
         raise ValueError(

@@ -64,6 +64,11 @@ def evaluate_many(
         ValueError: as `evaluate`.
     """
     check_call(model, task)
+    listed = isinstance(steerings, Sequence)
+    if not listed or not all(isinstance(each, Steering) for each in steerings):
+        raise ValueError(
+            f"{steerings!r:.60} is no list of steerings; pass them as [steering, ...]."
+        )
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)

@@ -27,7 +27,18 @@ Norms = Float[Tensor, "*#option"]
 
 
 class Rule(ABC):
-    """How far to move along a direction, given the probe's score."""
+    """How far to move along a direction, given the probe's score.
+
+    Raises:
+        ValueError: if a limit is no number, or a strength no finite one.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "strength"):
+            value = getattr(self, name, 0.0)
+            real = isinstance(value, int | float) and value == value
+            if not real or (name == "strength" and math.isinf(value)):
+                raise ValueError(f"{name}={value!r} is no number to steer by; pass one, as 0.1.")
 
     @abstractmethod
     def amount(self, score: Amounts) -> Amounts:

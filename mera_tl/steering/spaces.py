@@ -204,7 +204,7 @@ class SAESpace(Space):
     ten times where it is spread over many latents. Fixed strengths are then that much longer."""
 
     def __post_init__(self) -> None:
-        if not self.saes:
+        if not isinstance(self.saes, Mapping) or not self.saes:
             raise ValueError("An SAE space needs at least one SAE; pass {layer: sae}.")
         if self.correction not in ("none", "gain"):
             raise ValueError(f'correction={self.correction!r} is neither "none" nor "gain".')
@@ -214,6 +214,10 @@ class SAESpace(Space):
                 f"The SAEs have different numbers of latents ({widths} by layer); "
                 "pass SAEs of one width."
             )
+
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        return f"SAESpace(layers {layers}, {self.d_sae} latents, correction {self.correction})"
 
     @property
     def layers(self) -> tuple[int, ...]:

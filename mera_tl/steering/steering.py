@@ -49,9 +49,18 @@ class Steering:
             raise ValueError(
                 f"{self.probe!r:.60} is no probe; pass one, as Steering(fit_error_probe(...))."
             )
+        for name, kind in (("rule", Rule), ("space", Space)):
+            if not isinstance(value := getattr(self, name), kind):
+                advice = {"rule": "Adaptive()", "space": "load_saes(...)"}[name]
+                raise ValueError(f"{name}={value!r:.60} is no {name}; pass one, as {advice}.")
+        if not isinstance(self.direction, Tensor | None):
+            raise ValueError(
+                f"direction={self.direction!r:.60} is no tensor; pass the vectors of one, as "
+                "fit_direction(activations, probe, kind).vectors."
+            )
         n_layers = self.probe.n_layers
         if isinstance(self.layers, tuple):
-            wrong = [layer for layer in self.layers if not 0 <= layer < n_layers]
+            wrong = [layer for layer in self.layers if layer not in range(n_layers)]
             if wrong or not self.layers:
                 raise ValueError(
                     f"layers={self.layers} but the probe has {n_layers} layers, numbered 0 to "

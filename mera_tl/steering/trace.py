@@ -20,6 +20,7 @@ from torch import Tensor
 from mera_tl import plots
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, Window
+from mera_tl.inference.evaluation import check_hooks, check_model
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
@@ -103,8 +104,11 @@ class Ledger:
         grids = {name: _plain(values.pop(name)) for name in ("before", "after", "shift")}
         return values | grids
 
+    def __repr__(self) -> str:
+        return f"Ledger({self})"
+
     def __str__(self) -> str:
-        of = f" of {self.model}" if self.row >= 0 else ""
+        of = f", {self.model}" if self.row >= 0 else ""
         return f"{self._whose()}{of}: {self._change()}. {self._moved()}."
 
     def _whose(self) -> str:
@@ -157,10 +161,12 @@ def explain(
     Raises:
         ValueError: if the prompt exceeds the context, or there is nothing to read.
     """
+    check_model(model)
     if not isinstance(example, Example):
         raise ValueError(f"{example!r:.60} is not one example; pass one, as task.examples[0].")
     settings = replace(ReadSettings.of(Task("one", (example,), "all"), settings), progress=False)
-    hooks = steering.fwd_hooks() if isinstance(steering, Steering) else list(steering)
+    hooks = steering.fwd_hooks() if isinstance(steering, Steering) else steering
+    check_hooks(hooks)
     readers = [hook for _, hook in hooks if isinstance(hook, SteerHook)]
     if isinstance(steering, Steering):
         probe = probe or steering.probe
