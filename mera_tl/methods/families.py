@@ -94,10 +94,11 @@ class Lesson:
         return LinearProbe(weights.float(), bias.float(), norm, "last", kind, **told)
 
 
-Family = Callable[[Lesson], Iterator[tuple[Candidate, Steering]]]
+Ways = Iterator[tuple[Candidate, Steering]]
+Family = Callable[[Lesson], Ways]
 
 
-def class_probe_steered(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def class_probe_steered(lesson: Lesson) -> Ways:
     """Move towards the class that a classifier reads, where it is not what the model will say.
 
     Shows what steering adds to `class_probe`, or loses. The gate opens where the classifier gives
@@ -119,7 +120,7 @@ def class_probe_steered(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
     yield from _gated("class_probe_steered", lesson, probe, answers, space)
 
 
-def whitened(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def whitened(lesson: Lesson) -> Ways:
     """Move along `S^-1 (mean wrong - mean right)`, the shift of least collateral change.
 
     Of all shifts that change `(mean wrong - mean right).h` by one, `S^-1` times it has the least
@@ -134,7 +135,7 @@ def whitened(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
         yield _candidate("whitened", Adaptive(), probe, direction, layer, threshold)
 
 
-def affine(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def affine(lesson: Lesson) -> Ways:
     """Map wrong to right by mean and spread of every unit: Linear-AcT (arXiv 2410.23054).
 
     There strengths are shares of the way; the ridge probe says where errors are.
@@ -147,7 +148,7 @@ def affine(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
     yield from _gated("affine", lesson, lesson.ridge(), start - to, space)
 
 
-def rotation(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def rotation(lesson: Lesson) -> Ways:
     """Rotate activations away from error, in their plane with the direction, at constant length.
 
     Spherical steering (arXiv 2602.08169): probe and difference of means are those of `h / |h|`.
@@ -155,7 +156,7 @@ def rotation(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
     yield from _unit("rotation", lesson, "ridge", UnitSpace(turns=True))
 
 
-def cast_gate(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def cast_gate(lesson: Lesson) -> Ways:
     """Steer where the cosine with a condition vector exceeds a threshold: CAST (arXiv 2409.05907).
 
     The condition is the difference of means of `h / |h|`, high minus low error.
@@ -163,7 +164,7 @@ def cast_gate(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
     yield from _unit("cast_gate", lesson, "contrastive", UnitSpace())
 
 
-def ablation(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def ablation(lesson: Lesson) -> Ways:
     """Erase what a linear map can read of error: LEACE (arXiv 2306.03819) for one concept.
 
     It has no threshold: every example is moved along the pattern until the least-squares probe
@@ -178,7 +179,7 @@ def ablation(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
         yield _candidate("ablation", Proportional(), probe, direction, layer)
 
 
-def learned_strength(lesson: Lesson) -> Iterator[tuple[Candidate, Steering]]:
+def learned_strength(lesson: Lesson) -> Ways:
     """Learn from h how far to move, either way: a linear map to strength (CLAS, arXiv 2604.24693).
 
     Every example is tried at a few strengths on one direction. The target is the strength of least
@@ -324,9 +325,7 @@ def _regress(
 # --- candidates ---------------------------------------------------------------------------------
 
 
-def _gated(
-    name: str, lesson: Lesson, probe: LinearProbe, direction: Tensor, space: Space
-) -> Iterator[tuple[Candidate, Steering]]:
+def _gated(name: str, lesson: Lesson, probe: LinearProbe, direction: Tensor, space: Space) -> Ways:
     """List a gate at every layer, threshold and strength."""
     choices = lesson.choices
     every = product(lesson.layers, choices.gate_thresholds, (0.5, *choices.strengths))
@@ -335,9 +334,7 @@ def _gated(
         yield _candidate(name, rule, probe, direction, layer, threshold, space)
 
 
-def _unit(
-    name: str, lesson: Lesson, kind: Any, space: UnitSpace
-) -> Iterator[tuple[Candidate, Steering]]:
+def _unit(name: str, lesson: Lesson, kind: Any, space: UnitSpace) -> Ways:
     """List gates on directions of activations, along both differences of means."""
     read = lesson.read(space)
     penalty = 3.0 if kind == "ridge" else None

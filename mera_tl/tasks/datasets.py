@@ -199,6 +199,7 @@ def _truthful_hub(column: Callable[[str], Any]) -> Row:
     return _four(column("question"), right[0] if len(right) == 1 else "", wrong)
 
 
+_TRUTH = {"true": "yes", "false": "no"}
 _SENTIMENTS = ("positive", "neutral", "negative")
 DATASETS: dict[str, Dataset] = {
     "sms_spam": _sms(("ham", "spam"), Form(_SPAM, text="text")),
@@ -215,11 +216,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "yes_no_question": Dataset(
         ("yes", "no"),
-        Plain(
-            "boolq",
-            "dev.jsonl",
-            Form(_PASSAGE, "answer", "passage", labels={"true": "yes", "false": "no"}),
-        ),
+        Plain("boolq", "dev.jsonl", Form(_PASSAGE, "answer", "passage", labels=_TRUTH)),
         _sujet(_YES_NO, "yes_no_question", ("yes", "no")),
     ),
     "mmlu_high_school": _mmlu("high_school"),
@@ -228,11 +225,7 @@ DATASETS: dict[str, Dataset] = {
     # so questions with three wrong answers or more are asked, with four choices.
     "truthfulqa": Dataset(
         tuple("ABCD"),
-        Plain(
-            "truthfulqa",
-            "TruthfulQA.csv",
-            Form(_CHOICES, "answer", prepare=_truthful_plain),
-        ),
+        Plain("truthfulqa", "TruthfulQA.csv", Form(_CHOICES, "answer", prepare=_truthful_plain)),
         Hub(
             "truthfulqa/truthful_qa",
             "validation",
