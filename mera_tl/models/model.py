@@ -20,6 +20,8 @@ from mera_tl.models.hugging_face import HookedCausalLM
 from mera_tl.models.partial import Part
 from mera_tl.models.shared_prompt import can_share
 
+Tokens = Int[Tensor, "batch pos"]
+"""Token ids, or one for every token and zero for padding."""
 Engine = Literal["transformer_lens", "hugging_face"]
 """What runs the forward passes; the hooks and, to rounding, the numbers are the same."""
 
@@ -110,11 +112,7 @@ class Model:
         return encode_plain(self.tokenizer, prompts, prefix=prefix)
 
     def next_token_logits(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"],
-        cache: Any = None,
-        part: Part | None = None,
+        self, tokens: Tokens, mask: Tokens, cache: Any = None, part: Part | None = None
     ) -> Float[Tensor, "batch some"]:
         """Run the model and unembed the last position only.
 
@@ -131,11 +129,7 @@ class Model:
         return logits.to(tokens.device)  # of several devices, the last has unembedded
 
     def _last_logits(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"],
-        cache: Any,
-        part: Part | None = None,
+        self, tokens: Tokens, mask: Tokens, cache: Any, part: Part | None = None
     ) -> Float[Tensor, "batch some"]:
         hooked = self.hooked
         if isinstance(hooked, HookedCausalLM):
@@ -199,12 +193,7 @@ class Model:
             past_kv_cache=cache,
         )
 
-    def _where_not_finite(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"],
-        cache: Any,
-    ) -> str:
+    def _where_not_finite(self, tokens: Tokens, mask: Tokens, cache: Any) -> str:
         """Run the same tokens again and say after which layer the stream is no longer finite."""
         bad: list[int] = []
 
@@ -231,7 +220,7 @@ class Model:
 
         return empty_cache(self.hooked, n_rows)
 
-    def stand_in_cache(self, mask: Int[Tensor, "batch pos"]) -> KeyValueCache:
+    def stand_in_cache(self, mask: Tokens) -> KeyValueCache:
         """Return a cache of that shape which holds nothing, for attention that brings its own."""
 
         def nothing(past: Tensor) -> Tensor:
