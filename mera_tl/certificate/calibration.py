@@ -162,7 +162,7 @@ def certify(
 
 def distinct(texts: Sequence[str], seed: int) -> list[int]:
     """Return the places of one example per text, by a seeded choice that sees nothing else."""
-    order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+    order: list[int] = np.random.default_rng(seed).permutation(len(texts)).tolist()
     first = {key_of(texts[place]): place for place in reversed(order)}
     return sorted(first.values())
 
