@@ -249,7 +249,7 @@ class SAESpace(Space):
         """Return the activation plus the decoded change of its latents."""
         change = self.target(features, shift, layer) - features
         touched = change.flatten(0, -2).any(0).nonzero()[:, 0]
-        decoder, encoder = self._decoders[layer], self._encoders[layer]
+        decoder, encoder = self._matrices[layer]
         # A probe of few latents touches few: then only their rows of the decoder are read.
         if len(touched) < change.shape[-1] // 4:
             change, decoder, encoder = change[..., touched], decoder[touched], encoder[touched]
@@ -264,13 +264,14 @@ class SAESpace(Space):
         self, direction: Float[Tensor, "*option d"], layer: int
     ) -> Float[Tensor, "*option"]:
         """Return the length of a direction over the length of what it decodes to."""
-        decoder = self._decoders[layer]
+        decoder, _ = self._matrices[layer]
         length = (direction.to(decoder) @ decoder).norm(dim=-1).to(direction.device)
         return torch.where(length > 0, direction.norm(dim=-1) / length, 0.0)
 
     def decode(self, direction: Float[Tensor, "*option d"], layer: int) -> Tensor:
         """Return the direction in the residual stream that a direction of latents decodes to."""
-        return direction.to(self._decoders[layer]) @ self._decoders[layer]
+        decoder, _ = self._matrices[layer]
+        return direction.to(decoder) @ decoder
 
     def keeps_support(self, layer: int) -> bool:
         """Whether only latents that are on may move: the k largest are on, and no others."""
@@ -280,24 +281,13 @@ class SAESpace(Space):
         return bool(kinds & {"topk", "batchtopk"})
 
     @cached_property
-    def _decoders(self) -> dict[int, Float[Tensor, "d_sae d_model"]]:
-        """Rows that latents add to the stream: scaled where the SAE counts in unit rows."""
-        return {
-            layer: sae.W_dec.detach().float() / self._scale(sae)[:, None]
-            for layer, sae in self.saes.items()
-        }
-
-    @cached_property
-    def _encoders(self) -> dict[int, Float[Tensor, "d_sae d_model"]]:
-        """Rows along which latents are read."""
-        return {
-            layer: sae.W_enc.detach().float().T * self._scale(sae)[:, None]
-            for layer, sae in self.saes.items()
-        }
-
-    @staticmethod
-    def _scale(sae: Any) -> Float[Tensor, " d_sae"]:
-        decoder = sae.W_dec.detach().float()
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            return decoder.norm(dim=-1)
-        return torch.ones(len(decoder), device=decoder.device)
+    def _matrices(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Rows, "d_sae d_model", that latents add to the stream, and along which they are read."""
+        matrices = {}
+        for layer, sae in self.saes.items():
+            decoder, encoder = sae.W_dec.detach().float(), sae.W_enc.detach().float().T
+            if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+                scale = decoder.norm(dim=-1, keepdim=True)  # such an SAE counts in unit rows
+                decoder, encoder = decoder / scale, encoder * scale
+            matrices[layer] = (decoder, encoder)
+        return matrices
