@@ -280,7 +280,8 @@ class TrialStore:
         """Open what was kept of the same search, or begin anew."""
         about = {"choices": asdict(replace(choices, budget=None)), **data.model.manifest}
         about |= {"data": data.task.data_hash, "space": describe_space(data.space)}
-        about |= {"read": asdict(replace(data.settings, batch_tokens=0, batch_size=None))}
+        read = asdict(data.settings)
+        about |= {"read": {name: read[name] for name in read if not name.startswith("batch_")}}
         path = None if folder is None else Path(folder)
         store = cls(path, storage.fingerprint(about), len(data.task))
         if path is not None and (path / "trials.json").exists():
