@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from conftest import SMALL, write_task
+from conftest import SMALL, random_probe, write_task
 
 from mera_tl.benchmark import Run, RunConfig, open_run
 from mera_tl.report import RunFolder
+from mera_tl.steering import Steering
 
 CONFIG = RunConfig(model="organism", task="spam_cue")
 METHODS = ("optimal_probe", "no_steering", "flip", "searched")
@@ -44,8 +45,9 @@ def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
 def test_certificates_that_nobody_announced_are_counted(tmp_path):
     config = replace(CONFIG, train="30", calibration="15", test="15")
     with open_run(config, tmp_path, progress=False) as run:
-        deltas = [run.terms(name).delta for name in ("mine", "mine", "another", "a third")]
-        assert deltas == [0.05] * 4
+        steering = Steering(random_probe(run.model), layers=(1,), positions="last").at(0.3)
+        given = [run.calibrate(name, steering) for name in ("mine", "mine", "another", "third")]
+        assert [decision.terms.delta for decision in given] == [0.05] * 4
         assert run.familywise_delta == pytest.approx(0.15)
 
 

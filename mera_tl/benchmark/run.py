@@ -191,7 +191,6 @@ class Run(methods.Run):
     def terms(self, method: str) -> Terms:
         """Return the terms of a method's certificate: what is its own of delta."""
         config = self.config
-        self.shares.announce([method])  # whoever asks: what is not announced is not counted
         delta, shared = self.shares.of(method)
         return Terms(
             delta=delta,
@@ -369,6 +368,7 @@ class Run(methods.Run):
 
     def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration:
         """Certify in another way than `calibrate`, once per name."""
+        self.shares.announce([name])  # whoever asks: what is not announced is not counted
 
         def make(folder: Path) -> None:
             decision, warnings = certify(), list(self.preflight.warnings)
