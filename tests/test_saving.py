@@ -4,6 +4,7 @@ import dataclasses
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import organism, random_probe, talking_task
@@ -162,3 +163,12 @@ def test_loading_says_nothing_that_a_person_must_not_worry_about(decided, tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_steering(folder)
+
+
+def test_numbers_of_numpy_are_sealed_as_they_are_written(tmp_path):
+    """A layer chosen by idxmax made a folder that said of itself that it had been changed."""
+    value = {"layers": [np.int64(2)], "strength": np.float32(0.3)}
+    storage.write_json(tmp_path / "value.json", value)
+    assert storage.fingerprint(value) == storage.fingerprint(
+        storage.read_json(tmp_path / "value.json")
+    )
