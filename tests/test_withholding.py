@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from mera_tl.certificate import (
+    Withholding,
     certify_withholding,
     least_answered,
     least_withheld,
@@ -79,6 +80,10 @@ def test_bounds_are_clopper_pearsons_and_sentences_say_what_is_promised():
     assert str(found).startswith(
         "WITHHOLD above a predicted error of 0.1: 33 % answered, certified at most 5.0 % of them"
     )
+    assert Withholding.from_json(found.to_json()) == found
+    beyond = {"threshold": 0.9, "answered": 300, "wrong": 0, "wrong_at_most": 0.0}
+    edited = {**found.to_json(), "rows": [*found.to_json()["rows"], beyond]}
+    assert Withholding.from_json(edited).threshold == 0.1  # the second row ended the sequence
     none = certify_withholding(predicted, correct, alpha=0.01, thresholds=(0.1, 0.4))
     assert none.threshold is None and "at least 299 answers must be tested" in str(none)
     assert certify_withholding(predicted, correct, alpha=0.9, thresholds=(1.0,)).threshold == 1.0

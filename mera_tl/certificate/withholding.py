@@ -10,6 +10,7 @@ take quantiles of the predicted error on training examples. Imports neither torc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,11 @@ class Withholding:
 
     @property
     def chosen(self) -> Answered | None:
-        """The most lenient certified threshold; None where there is none."""
-        certified = [row for row in self.rows if row.wrong_at_most <= self.alpha]
+        """The most lenient certified threshold; None where there is none.
+
+        Also of rows that were read from a file the first that is not certified ends the sequence.
+        """
+        certified = list(takewhile(lambda row: row.wrong_at_most <= self.alpha, self.rows))
         return certified[-1] if certified else None
 
     @property
