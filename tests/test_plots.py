@@ -255,6 +255,28 @@ def test_transitions_of_a_method_add_up_to_all_examples():
         assert sum(np.array(bar.customdata) for bar in panel).tolist() == [200, 200]
 
 
+def luminance(colour, page):
+    """WCAG's, of a colour on a page, of which it lets through what its alpha says."""
+    parts = re.findall(r"[\d.]+", colour) if "(" in colour else hex_to_rgb(colour)
+    *rgb, alpha = (*map(float, parts), 1.0)[:4]
+    mixed = [(alpha * c + (1 - alpha) * p) / 255 for c, p in zip(rgb, page, strict=True)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mixed]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize("page", [(255, 255, 255), (20, 23, 26)], ids=["light", "dark"])
+def test_marks_of_examples_show_on_light_and_dark(page):
+    def contrast(colour):
+        ends = sorted(luminance(each, page) + 0.05 for each in (colour, "rgba(0,0,0,0)"))
+        return ends[1] / ends[0]
+
+    for change in style.CHANGES:
+        assert contrast(style.mark(change)["line"]["color"]) >= 3, change
+    assert contrast(style.CHANGES["1->1"][1]) < 3  # what a pale one would be without its edge
+    drawn = {t.marker.line.color for n in ("transitions", "errors") for t in FIGURES[n].data}
+    assert {style.CORRECT, style.INCORRECT} <= drawn
+
+
 @pytest.mark.parametrize("name", ["dots", "transitions"])
 def test_no_method_is_cut_off(name):
     for axis in FIGURES[name].select_yaxes():

@@ -13,6 +13,7 @@ from mera_tl.plots.style import (
     colour_of,
     finish,
     in_order,
+    mark,
     rows_where,
     symbol_of,
 )
@@ -128,7 +129,7 @@ def transitions(df: pd.DataFrame) -> go.Figure:
     figure, methods, places = _panels(df)
     for place, cell in places.items():
         rows = rows_where(df, where=place)
-        for change, (name, colour) in CHANGES.items():
+        for change, (name, _) in CHANGES.items():
             counts = [
                 sum(t[change] for t in rows_where(rows, method=method)["transitions"])
                 for method in methods
@@ -143,7 +144,9 @@ def transitions(df: pd.DataFrame) -> go.Figure:
                 name=name,
                 legendgroup=change,
                 showlegend=cell == {"row": 1, "col": 1},
-                marker_color=colour,
+                marker=mark(change),
+                # A bar without length would be drawn as a line.
+                marker_line_width=[min(1, count) for count in counts],
                 customdata=counts,
                 hovertemplate=f"%{{y}}: %{{customdata}} {name} (%{{x:.1f}} %)"
                 f"<extra>{place}</extra>",

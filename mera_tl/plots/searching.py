@@ -48,6 +48,7 @@ def search_table(df: pd.DataFrame) -> go.Figure:
             marker={
                 "color": [_faded(colour, seen=bool(complete[i])) for i in mine],
                 "symbol": symbols[mine],
+                "line": {"color": colour, "width": 1},  # so that pale ones show on black
             },
             text=text[mine],
             hovertemplate="%{text}<br>%{y:.1f} % recovered, %{x:.1f} % broken<extra></extra>",

@@ -18,6 +18,7 @@ from mera_tl.plots.style import (
     colour_of,
     finish,
     knob_axis,
+    mark,
     rows_where,
 )
 
@@ -81,7 +82,7 @@ def _terms(df: pd.DataFrame) -> str:
     place = f"{terms['task']}: " if "task" in df else ""
     return (
         f"{place}{terms['method']}, {terms['n']:,} calibration examples; {certified} of {len(df)} "
-        f"{terms['knob']}s certified, confidence {terms['confidence']:g}"
+        f"{terms['knob']}s certified, confidence {terms['confidence']:.4g}"
     )
 
 
@@ -93,9 +94,8 @@ def _shade(figure: go.Figure, x: np.ndarray, certified: np.ndarray) -> None:
         figure.add_vrect(
             x0=x[first] - half,
             x1=x[stop - 1] + half,
-            fillcolor=GREEN,
-            opacity=0.14,
-            line_width=0,
+            fillcolor="rgba(0,158,115,.14)",
+            line={"color": GREEN, "width": 1, "dash": "dot"},
             layer="below",
             name="certified",
             showlegend=bool(first == certified.argmax()),
@@ -148,14 +148,14 @@ def error_before_after(df: pd.DataFrame, *, method: str) -> go.Figure:
     figure.add_scatter(
         x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dash"}, name="unchanged"
     )
-    for change, (name, colour) in CHANGES.items():
+    for change, (name, _) in CHANGES.items():
         rows = rows_where(df, change=change)
         figure.add_scatter(
             x=rows["before"],
             y=rows["after"],
             mode="markers",
             name=f"{name} ({len(rows):,})",
-            marker={"color": colour, "size": 6},
+            marker=mark(change) | {"size": 6},
             customdata=rows.get("row"),
             hovertemplate="row %{customdata}: %{x:.2f}, then %{y:.2f}<extra>" + name + "</extra>",
         )

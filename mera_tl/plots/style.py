@@ -109,6 +109,12 @@ TEMPLATE = go.layout.Template(
 )
 
 
+def mark(change: str) -> dict[str, Any]:
+    """Return how examples of a change look: outlined in full, so that pale ones show on black."""
+    edge = CORRECT if change.endswith("1") else INCORRECT
+    return {"color": CHANGES[change][1], "line": {"color": edge, "width": 1}}
+
+
 def colour_of(method: str) -> str:
     """Return the colour of a method, the same in every figure; grey for one without.
 
