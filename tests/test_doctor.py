@@ -49,3 +49,5 @@ def test_a_hub_out_of_reach_is_no_failure(monkeypatch):
 def test_a_check_prints_as_a_line_and_its_advice_below(works, mark):
     assert str(doctor.Check("a", works, "b")) == mark
     assert str(doctor.Check("a", works, "b", "Do.")).splitlines()[1].strip() == "Do."
+    long = str(doctor.Check("a", works, "word " * 40, "Do this. " * 20)).splitlines()
+    assert max(map(len, long)) <= 80 and all(line.startswith(" " * 6) for line in long[1:])

@@ -11,6 +11,7 @@ import platform
 import shutil
 import socket
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,8 +38,12 @@ class Check:
 
     def __str__(self) -> str:
         mark = {True: "ok", False: "NO", None: "--"}[self.works]
-        advice = f"\n      {self.advice}" if self.advice else ""
-        return f"{mark}  {self.name}: {self.found}{advice}"
+        lines = [
+            f"{mark}  {self.name}: {self.found}",
+            *([f"      {self.advice}"] * bool(self.advice)),
+        ]
+        wrap = textwrap.TextWrapper(width=80, subsequent_indent=" " * 6)
+        return "\n".join(map(wrap.fill, lines))
 
 
 def examine() -> list[Check]:
@@ -94,7 +99,8 @@ def _device() -> list[Check]:
         name = torch.cuda.get_device_name()
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         return [Check("device", True, f"cuda: {name}, {free:.0f} of {total:.0f} GiB free")]
-    found = f"cpu, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    n = torch.get_num_threads()
+    found = f"cpu, {n} thread{'s' * (n != 1)} of {os.cpu_count()} cores"
     advice = "No GPU: small models only; a 2B model answers a few prompts a second at best."
     return [Check("device", True, found, advice)]
 

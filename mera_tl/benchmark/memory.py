@@ -6,6 +6,7 @@ within a third of what profiles of four architectures showed.
 """
 
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class Estimate:
             ("disk", self.free_disk, "free here"),
         ]
         lines = [f"  {what:<20}{human(size):>10}   {note}" for what, size, note in rows]
-        return "\n".join([self.title, *lines, self.advice])
+        wrap = textwrap.TextWrapper(width=80, subsequent_indent=" " * 35)
+        return "\n".join([self.title, *map(wrap.fill, lines), textwrap.fill(self.advice, 80)])
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -148,7 +150,8 @@ def estimate(config: RunConfig) -> Estimate:
         process=0 if device.startswith("cuda") else psutil.Process().memory_info().rss,
         batch=f"{rows} prompts of up to {columns} tokens, {new} decoded",
         activations=activation_bytes(model, len(train), settings),
-        collected=f"{len(train)} prompts x {len(positions)} positions x {model.n_layers} layers "
+        collected=f"{len(train)} prompts x {len(positions)} position{'s' * (len(positions) > 1)} "
+        f"x {model.n_layers} layers "
         f"x {model.d_model}",
         free=free_memory(device, config.n_devices),
         free_disk=shutil.disk_usage(Path()).free,
