@@ -1,6 +1,7 @@
 """The command line: the main job end to end, and every mistake one sentence."""
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from rich.console import Console
 from mera_tl import storage
 from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run, run
 from mera_tl.certificate import Calibration
-from mera_tl.cli import parsing, terminal
+from mera_tl.cli import app, parsing, terminal
 from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
@@ -200,6 +201,32 @@ def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):
         run.model.hooked.blocks[1].mlp.W_out.data[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN or infinity"):
             list(run.records(["optimal_probe"]))
+
+
+def test_only_what_resumes_says_so_when_interrupted(mera, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(terminal, "rich_table", lambda _: signal.raise_signal(signal.SIGINT))
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            assert mera("plan", code=130).err == "mera: stopped.\n"
+        finally:
+            signal.signal(signal.SIGINT, ours)
+
+
+def test_what_is_not_installed_is_a_sentence_and_what_is_broken_a_traceback():
+    with pytest.raises(ImportError) as broken:
+        importlib.import_module("mera_tl.nowhere")
+    assert app._sentence(broken.value) is None
+    assert app._sentence(ImportError("pip install x")) == "pip install x"
+
+
+def test_help_may_be_a_word(mera, capsys):
+    assert "Exit codes" in mera("help").out
+    with pytest.raises(SystemExit):
+        parsed("help", "plan")
+    assert "$ mera plan --gain 0.06" in capsys.readouterr().out
+    told = parsed("eval", "-m", "a", "--steering", "s", "--tasks", "x,y", "--num_fewshot", 3)
+    assert (told.tasks, told.shots) == (("x", "y"), 3)
 
 
 def test_an_unknown_command_names_the_nearest_and_the_overview_all(mera):

@@ -11,6 +11,9 @@ from importlib.metadata import version
 
 from mera_tl.cli.parsing import parse
 
+RESUMES = ("run", "demo", "benchmark", "preflight", "collect", "fit", "calibrate", "evaluate")
+"""Commands that go on from what they have in their folder."""
+
 
 def main() -> None:
     """Parse the command line and run the command; MERA_DEBUG=1 shows tracebacks."""
@@ -29,7 +32,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
-        print("mera: stopped; start it again to resume.", file=sys.stderr)
+        resumes = "; start it again to resume" * (sys.argv[1] in RESUMES)
+        print(f"mera: stopped{resumes}.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         said = _sentence(error)
@@ -44,6 +48,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}."
+    if isinstance(error, ImportError) and error.name is None:
+        return str(error)  # ours: it says what to install
     damaged = type(error).__module__.startswith("safetensors")
     return str(error) if damaged or isinstance(error, ValueError | OSError) else None
 

@@ -225,7 +225,7 @@ def _coloured(reply: Any) -> Any:
         if not np.isnan(error).all():
             red = round(255 * float(np.nanmax(error)))
             style = f"rgb({red},{255 - red},80)" + (" underline" if np.nanmax(shift) > 0 else "")
-        text.append(token, style=style)
+        text.append(token if text else token.lstrip(), style=style)
     return text
 
 

@@ -53,7 +53,7 @@ EXIT_CODES = """Exit codes:
   0    done
   1    a job failed, a guarantee is withdrawn, or a run does not fit
   2    what was asked for cannot be done; one sentence says why
-  130  interrupted; the same command resumes"""
+  130  interrupted; a run resumes when it is started again"""
 OVERVIEW = {
     "Begin": "demo preflight run benchmark",
     "Look at results": "report recommend explain table explore",
@@ -84,6 +84,7 @@ ALIASES = {
     "verbose": ("-v",),
     "quiet": ("-q",),
     "run": (),
+    "shots": ("--num-fewshot",),
 }
 """Short names, and what users of lm-evaluation-harness type (`_` and `-` are the same)."""
 DEFAULTS = ("--chat", "--apply-chat-template", "--apply_chat_template")
@@ -123,6 +124,8 @@ def parse(argv: Sequence[str]) -> Any:
     """Return the command that was asked for; exit with 2 and a box that says what is wrong."""
     argv = [word for word in _with_file(argv) if word not in DEFAULTS]
     by_name = {kind.__name__.lower(): kind for kind in COMMANDS}
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview(by_name))
         sys.exit(0 if argv else 2)

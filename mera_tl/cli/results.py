@@ -386,7 +386,7 @@ class Models:
         rows = [{name: row[name] for name in row if name != "family"} for row in shown]
         console().print(terminal.rich_table(rows))
         if len(shown) < len(found):
-            print(f"and {len(found) - len(shown)} more: mera models --search llama")
+            print(f"and {len(found) - len(shown):,} more: mera models --search llama")
         print("\nand any decoder-only model of the hub, Hugging Face folder or .gguf file")
 
 

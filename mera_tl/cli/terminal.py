@@ -136,7 +136,7 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return in words what is the same in all records."""
+    """Return in words what is the same in all records, and what the table's signs mean."""
     words = {
         "model": "{}",
         "task": "{}",
@@ -145,7 +145,8 @@ def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
         "n": "{:,} test examples",
     }
     same = {name: {record[name] for record in records} for name in words}
-    return ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
+    said = ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
+    return f"{said}; +/-: recovered/regressed"
 
 
 def duration(seconds: float) -> str:

@@ -181,7 +181,8 @@ def _said(ledger: Ledger) -> str:
         "" if answer is None else f"{100 * probs[ledger.options.index(answer)]:.0f} %"
         for answer, probs in zip(ledger.answers, ledger.probs, strict=True)
     ]
-    change = f"{before or 'no answer'} ({sure[0]}) becomes {after or 'no answer'} ({sure[1]})"
+    said = [f"{a} ({p})" if a else "no answer" for a, p in zip(ledger.answers, sure, strict=True)]
+    change = " becomes ".join(said)
     if before == after:
         change = f"The answer stays {after or 'none'}" + (
             f", {sure[0]}, then {sure[1]}" * bool(after)
