@@ -406,6 +406,7 @@ def _details(found: Search) -> dict[str, Any]:
 
 _FIXED, _TUNED = "Move every token by a fixed length against", "Certify the best length against"
 _CONTRAST, _PAPERS = "high minus low error", "MERA with the paper's"
+_ALONG = "MERA along `S w`,"
 _WITHIN = "wrong minus right examples within true classes"
 _PER_ANSWER = "one direction per unsteered answer, the true class held fixed"
 _ROWS = (
@@ -422,18 +423,8 @@ _ROWS = (
     ("optimal_contrastive", _published, "contrastive", f"MERA with {_CONTRAST} as the probe."),
     ("sub_optimal_probe", _published, "worst_regression", f"{_PAPERS} worst regression."),
     ("median_optimal_probe", _published, "median_regression", f"{_PAPERS} median one."),
-    (
-        "pattern_probe",
-        _along,
-        "pattern",
-        "MERA along `S w`, the shortest shift in the data's metric.",
-    ),
-    (
-        "controlled_pattern",
-        _along,
-        "controlled_pattern",
-        "MERA along `S w`, S within true classes.",
-    ),
+    ("pattern_probe", _along, "pattern", f"{_ALONG} the shortest shift in the data's metric."),
+    ("controlled_pattern", _along, "controlled_pattern", f"{_ALONG} S within true classes."),
     ("controlled_contrastive", _along, "controlled_contrastive", f"MERA along {_WITHIN}."),
     ("answer_controlled", _along, "answer_controlled", f"MERA along {_PER_ANSWER}."),
 )
@@ -460,12 +451,8 @@ _row("class_probe", "Answer by a classifier of the activations; steer nothing.",
 for _name, _of_family in FAMILIES.items():
     _about = (_of_family.__doc__ or "").splitlines()[0]
     _row(_name, _about, partial(_family, _name), in_latents=False)
-_row(
-    "withhold",
-    "Answer only where predicted error is low; certify how few answers are wrong.",
-    _withhold,
-    in_latents=False,
-)
+_about = "Answer only where predicted error is low; certify how few answers are wrong."
+_row("withhold", _about, _withhold, in_latents=False)
 _steer = "Search layer, strength, scope, gate of a direction for replies; certify one: "
 for _name, _about in {
     "instruction": "prompts with and without the instruction.",
