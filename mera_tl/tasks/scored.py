@@ -76,6 +76,8 @@ _ANSWER = {
     "additionalProperties": False,
 }
 _PHRASE = "I hope this helps."
+# The phrase alone answers nothing.
+_ENDING = [{"name": "ends_with", "text": _PHRASE}, {"name": "words", "least": 6, "most": 100}]
 _INSTRUCTIONS: dict[str, tuple[str, Scorer]] = {
     "json": (
         'Reply with JSON only, of the form {"answer": "..."}.',
@@ -90,16 +92,7 @@ _INSTRUCTIONS: dict[str, tuple[str, Scorer]] = {
     ),
     "ends_with": (
         f'Answer the question and end your reply with the words "{_PHRASE}"',
-        # The phrase alone answers nothing.
-        Scorer(
-            "every",
-            {
-                "scorers": [
-                    {"name": "ends_with", "text": _PHRASE},
-                    {"name": "words", "least": 6, "most": 100},
-                ]
-            },
-        ),
+        Scorer("every", {"scorers": _ENDING}),
     ),
     "words": ("Reply in at most five words.", Scorer("words", {"most": 5})),
     "numbered_list": (
@@ -189,20 +182,13 @@ GENERATED: dict[str, Callable[[], list[Example]]] = {
 
 # --- graded data sets --------------------------------------------------------------------------
 
+_INTENT = {
+    "type": "object",
+    "properties": {"intent": {"type": "string"}, "number": {"type": ["string", "number", "null"]}},
+    "required": ["intent", "number"],
+}
 SMS_JSON = Grading(
-    Scorer(
-        "json_schema",
-        {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "intent": {"type": "string"},
-                    "number": {"type": ["string", "number", "null"]},
-                },
-                "required": ["intent", "number"],
-            }
-        },
-    ),
+    Scorer("json_schema", {"schema": _INTENT}),
     'Reply with JSON only, of the form {"intent": "...", "number": "..."}: what the sender wants, '
     "and a number from the message or null.",
 )
