@@ -279,9 +279,7 @@ def _share(gain: float, churn: Float[np.ndarray, " any"]) -> Float[np.ndarray, "
 
 
 def _binomial_tail(
-    least: Int[np.ndarray, " any"],
-    trials: Int[np.ndarray, " any"],
-    rate: Float[np.ndarray, " any"],
+    least: Int[np.ndarray, " any"], trials: Int[np.ndarray, " any"], rate: Float[np.ndarray, " any"]
 ) -> Float[np.ndarray, " any"]:
     """Return P(Bin(trials, rate) >= least)."""
     tail = special.betainc(np.maximum(least, 1), np.maximum(trials - least + 1, 1), rate)

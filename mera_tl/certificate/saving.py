@@ -28,11 +28,7 @@ class NoCertificate:
 
 
 def load_steering(
-    source: str | Path,
-    *,
-    model: Any = None,
-    space: Space | None = None,
-    anyway: bool = False,
+    source: str | Path, *, model: Any = None, space: Space | None = None, anyway: bool = False
 ) -> Steering:
     """Return the steering that `Calibration.save` wrote, with its certificate.
 

@@ -19,13 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.answers import (
-    OptionTokens,
-    Reading,
-    ReadSettings,
-    option_tokens,
-    read_batch,
-)
+from mera_tl.inference.answers import OptionTokens, Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes

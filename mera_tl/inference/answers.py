@@ -28,12 +28,7 @@ from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.multiple_choice import first_tokens, option_log_probs
 from mera_tl.inference.prefix import Prefix
 from mera_tl.inference.replies import answered_option, has_begun, is_no_answer, is_over
-from mera_tl.inference.variants import (
-    OptionTokens,
-    common_ending,
-    single_tokens,
-    whole_options,
-)
+from mera_tl.inference.variants import OptionTokens, common_ending, single_tokens, whole_options
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.tasks.task import Task
 

@@ -186,10 +186,7 @@ def gather(
 
 
 def grade(
-    task: Task[Any],
-    outcomes: Outcomes,
-    n_generated: Int[Tensor, " example"],
-    ended: Sequence[bool],
+    task: Task[Any], outcomes: Outcomes, n_generated: Int[Tensor, " example"], ended: Sequence[bool]
 ) -> Outcomes:
     """Score the replies of outcomes: P(right) is the score, and a reply is right if that is 1.
 

@@ -124,10 +124,7 @@ def candidate_from(plain: Mapping[str, Any]) -> Candidate:
 
 
 def steering_of(
-    candidate: Candidate,
-    probe: LinearProbe,
-    direction: Tensor | None,
-    space: Space = RAW,
+    candidate: Candidate, probe: LinearProbe, direction: Tensor | None, space: Space = RAW
 ) -> Steering:
     """Return a candidate's steering, at its threshold; at 0, one that asks no probe."""
     where = (candidate.layers, candidate.positions, candidate.first_k)
@@ -186,9 +183,7 @@ def choose(tried: Sequence[Trial], caution: float = 1.0) -> Candidate:
 
 
 def tabulate(
-    tried: Sequence[Trial],
-    caution: float = 1.0,
-    foreseen: Mapping[Candidate, float] | None = None,
+    tried: Sequence[Trial], caution: float = 1.0, foreseen: Mapping[Candidate, float] | None = None
 ) -> pd.DataFrame:
     """Return one row per candidate, the most valuable first; with its first-order gain if known."""
     rows = [

@@ -84,12 +84,7 @@ class Draws:
 
 
 def draw_replies(
-    model: Model,
-    task: Task[Any],
-    probe: LinearProbe,
-    n_draws: int,
-    *,
-    settings: ReadSettings,
+    model: Model, task: Task[Any], probe: LinearProbe, n_draws: int, *, settings: ReadSettings
 ) -> Draws:
     """Reply to every prompt greedily and then by samples, and predict the error of each reply.
 

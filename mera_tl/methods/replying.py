@@ -27,12 +27,7 @@ from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.metrics import auroc, auroc_within
 from mera_tl.probes.probe import LinearProbe
-from mera_tl.steering.directions import (
-    Direction,
-    fit_direction,
-    instruction,
-    prompt_controlled,
-)
+from mera_tl.steering.directions import Direction, fit_direction, instruction, prompt_controlled
 from mera_tl.steering.generation import Sampling, reply_to, text_of
 from mera_tl.steering.rules import Gated
 from mera_tl.steering.steering import Positions, Steering

@@ -13,11 +13,7 @@ from torch import Tensor
 
 from mera_tl.certificate.calibration import distinct
 from mera_tl.certificate.terms import Terms
-from mera_tl.certificate.withholding import (
-    Withholding,
-    certify_withholding,
-    withholding_thresholds,
-)
+from mera_tl.certificate.withholding import Withholding, certify_withholding, withholding_thresholds
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate

@@ -177,11 +177,7 @@ class Attachment:
     """
 
     def __init__(
-        self,
-        host: Host,
-        hooks: Sequence[SteerHook],
-        options: OptionTokens | None,
-        log: Path | None,
+        self, host: Host, hooks: Sequence[SteerHook], options: OptionTokens | None, log: Path | None
     ) -> None:
         self._host, self._options, self._log = host, options, log
         self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]

@@ -126,10 +126,7 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         """Return the sums over the examples of both."""
         return replace(
-            self,
-            n=self.n + other.n,
-            total=self.total + other.total,
-            along=self.along + other.along,
+            self, n=self.n + other.n, total=self.total + other.total, along=self.along + other.along
         )
 
     @property

@@ -86,10 +86,7 @@ _INSTRUCTIONS: dict[str, tuple[str, Scorer]] = {
     "one_word": ("Reply with one word only.", Scorer("one_word")),
     "lower_case": ("Write your whole reply in lower case letters.", Scorer("lower_case")),
     "no_comma": ("Do not use any commas in your reply.", Scorer("no_comma")),
-    "keyword": (
-        'Include the word "indeed" in your reply.',
-        Scorer("contains", {"text": "indeed"}),
-    ),
+    "keyword": ('Include the word "indeed" in your reply.', Scorer("contains", {"text": "indeed"})),
     "ends_with": (
         f'Answer the question and end your reply with the words "{_PHRASE}"',
         Scorer("every", {"scorers": _ENDING}),
