@@ -1,6 +1,8 @@
 """The doctor reports and never breaks; what does not work comes with advice."""
 
 import socket
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,14 @@ def test_everything_needed_works_here():
     checks = names(doctor.examine())
     assert {"python", "torch", "device", "model", "batching", "hub"} <= set(checks)
     assert not [check for check in checks.values() if check.works is False]
+
+
+def test_every_extra_is_looked_for():
+    told = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    extras = {*told["project"]["optional-dependencies"]} - {"dev"}
+    advice = " ".join(doctor.EXTRAS.values())
+    assert {name for name in extras if f"mera-tl[{name}]" in advice} == extras
+    assert set(doctor.EXTRAS) <= {*names(doctor._extras())}
 
 
 def test_whatever_is_missing_comes_with_advice():

@@ -19,7 +19,11 @@ NEEDED = ("torch", "transformer-lens", "transformers", "safetensors", "plotly", 
 EXTRAS = {
     "sae-lens": "steering in SAE space: pip install 'mera-tl[sae]'",
     "ray": "grids over several machines: pip install 'mera-tl[cluster]'",
-    "kaleido": "SVG files beside a report: pip install kaleido",
+    "kaleido": "SVG files beside a report: pip install 'mera-tl[images]'",
+    "dash": "`mera explore`: pip install 'mera-tl[explore]'",
+    "ipywidgets": "the panel in a notebook: pip install 'mera-tl[explore]'",
+    "lm-eval": "`mera eval`: pip install 'mera-tl[evals]'",
+    "gguf": "`mera export`: pip install 'mera-tl[gguf]'",
 }
 HUB = ("huggingface.co", 443)
 PATIENCE = 3.0
