@@ -85,6 +85,8 @@ slips = [
     lambda: activations.outcomes.gain(activations.outcomes, "accuracy"),
     lambda: ReadSettings(batch_size=0),
     lambda: mera_tl.SAESpace(3),
+    lambda: mera_tl.load_saes("organism", 1, model),
+    lambda: mera_tl.load_task("spam_cue").split(train=0.6),
 ]
 for slip in slips:
     try:
@@ -157,6 +159,8 @@ WORDS = (
     "There is no metric 'accuracy'; pass 'correct' or 'error'",
     "batch_size=0 is no count",
     "at least one SAE",
+    'layers=1 is not "all" or a tuple',
+    "train=0.6` is no number of examples",
 )
 
 

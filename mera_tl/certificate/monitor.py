@@ -26,7 +26,11 @@ BETS: tuple[float, ...] = tuple(0.02 * (0.9 / 0.02) ** (i / (N_BETS - 1)) for i 
 
 @dataclass(frozen=True)
 class Monitor:
-    """Evidence that the mean gain is below `floor`, after `n` audited pairs."""
+    """Evidence that the mean gain is below `floor`, after `n` audited pairs.
+
+    Raises:
+        ValueError: if the floor is no gain, `false_alarm` no probability or `patience` not above 1.
+    """
 
     floor: float = 0.0
     """Least mean gain that is still acceptable; 0 asks only whether steering harms."""
@@ -56,7 +60,11 @@ class Monitor:
             )
 
     def update(self, gain: float) -> "Monitor":
-        """Take in one audited pair: steered minus unsteered, in [-1, 1]."""
+        """Take in one audited pair: steered minus unsteered, in [-1, 1].
+
+        Raises:
+            ValueError: if the gain is not in that range.
+        """
         if not -1 <= gain <= 1:  # also refuses NaN
             raise ValueError(
                 f"A gain of {gain!r} is not in [-1, 1]; pass steered minus unsteered correctness "

@@ -28,7 +28,12 @@ PAPER_THRESHOLDS: tuple[float, ...] = tuple(round(0.001 + 0.989 * i / 9, 12) for
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a certificate, fixed before any calibration outcome is seen."""
+    """The terms of a certificate, fixed before any calibration outcome is seen.
+
+    Raises:
+        ValueError: if a probability is none, there is no such metric or bound, the bound does not
+            fit the metric, or the weights do not share delta.
+    """
 
     delta: float = 0.05
     """Greatest probability, over the draw of the calibration examples, of a wrong promise."""

@@ -133,7 +133,11 @@ class Outcomes:
         return base.error.double() - self.error.double()
 
     def transitions(self, base: "Outcomes") -> dict[str, int]:
-        """Count examples by correctness before and after, e.g. `0->1` for the recovered."""
+        """Count examples by correctness before and after, e.g. `0->1` for the recovered.
+
+        Raises:
+            ValueError: if the other outcomes are of other rows.
+        """
         _require_same_rows(self, base)
         before, after = base.correct.int(), self.correct.int()
         return {

@@ -42,10 +42,12 @@ def load_saes(
     they reconstruct less well: look at `reconstruction` first.
 
     Raises:
-        ValueError: if sae-lens is not installed, the source or a layer of it is not there, or an
-            SAE does not fit the model.
+        ValueError: if sae-lens is not installed, the layers are none, the source or a layer of it
+            is not there, or an SAE does not fit the model.
     """
     sae_class = require_sae_lens().SAE
+    if layers not in ("all", "best") and not isinstance(layers, tuple):
+        raise ValueError(f'layers={layers!r} is not "all" or a tuple of layer numbers, as (1, 2).')
     folder = ORGANISM_FOLDER / "saes" if str(source) == "organism" else Path(source)
     if folder.is_dir():
         wanted = _layers_of(folder, layers)

@@ -193,7 +193,11 @@ OWN: Mapping[str, type[Space]] = {
 @final
 @dataclass(frozen=True, eq=False)
 class SAESpace(Space):
-    """Latents of sparse autoencoders, one for each of some layers; see `sae.load_saes`."""
+    """Latents of sparse autoencoders, one for each of some layers; see `sae.load_saes`.
+
+    Raises:
+        ValueError: if there is no SAE, their widths differ, or there is no such correction.
+    """
 
     name = "sae"
 

@@ -27,7 +27,12 @@ from mera_tl.steering.spaces import ResidualSpace, Space
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """What to steer, which way, how far and where; steers nothing until it is given a limit."""
+    """What to steer, which way, how far and where; steers nothing until it is given a limit.
+
+    Raises:
+        ValueError: if a part is not of its kind, the direction has not the probe's shape, or the
+            probe (or the space) has no such layer.
+    """
 
     probe: LinearProbe
     direction: Float[Tensor, "*option layer d_model"] | None = None

@@ -71,6 +71,11 @@ def read_wishes(wanted: Mapping[str, int | str | None]) -> dict[str, int | Range
 
 def _read_wish(role: str, value: int | str) -> int | Ranges:
     """Read a count, also one written as text, or "0-599,700-799"."""
+    if not isinstance(value, int | str):
+        raise ValueError(
+            f"`{role}={value!r}` is no number of examples; give a whole one, as 600, or rows, as "
+            '"0-599".'
+        )
     if isinstance(value, int) or re.fullmatch(r"\s*-?\d{1,15}\s*", value, re.ASCII):
         if int(value) < 1:
             raise ValueError(f"`{role}={value}`, but each split needs an example; give 1 or more.")
