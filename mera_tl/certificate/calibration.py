@@ -30,6 +30,7 @@ from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
+from mera_tl.tasks import splitting
 from mera_tl.tasks.splitting import key_of
 from mera_tl.tasks.task import Calibration as CalibrationRole
 from mera_tl.tasks.task import Task
@@ -161,10 +162,8 @@ def certify(
 
 
 def distinct(texts: Sequence[str], seed: int) -> list[int]:
-    """Return the places of one example per text, by a seeded choice that sees nothing else."""
-    order: list[int] = np.random.default_rng(seed).permutation(len(texts)).tolist()
-    first = {key_of(texts[place]): place for place in reversed(order)}
-    return sorted(first.values())
+    """Return the places of one example per text, by the seeded choice that splits make."""
+    return splitting.distinct(map(key_of, texts), seed)
 
 
 def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:
