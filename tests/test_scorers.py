@@ -142,6 +142,40 @@ def test_code_of_a_task_runs_only_where_it_is_trusted(folder):
         load_task(str(path), trust_task_code=True).examples[0].score("x")
 
 
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        'scorer = "function"\nfile = {file}\ncall = "grade"',
+        'scorer = "every"\nscorers = [{{name = "function", file = {file}, call = "grade"}}]',
+    ],
+)
+def test_code_does_not_run_under_the_name_of_the_scorer_that_runs_it(folder, scorer):
+    ran, code, path = (folder / name for name in ("ran", "evil.py", "evil.toml"))
+    code.write_text(f"open({str(ran)!r}, 'w')\ndef grade(reply, reference):\n    return 1\n")
+    scorer = scorer.format(file=json.dumps(str(code)))
+    path.write_text(f'data = "rows.jsonl"\ntemplate = "{{q}}"\n{scorer}\n')
+    with pytest.raises(ValueError, match="code of its own .*evil.py"):
+        load_task(str(path)).examples[0].score("x")
+    assert not ran.exists()
+    load_task(str(path), trust_task_code=True).examples[0].score("x")
+    assert ran.exists()  # the control
+
+
+def test_a_task_is_another_one_when_the_code_that_scores_it_changes(folder):
+    (folder / "own.toml").write_text(
+        'data = "rows.jsonl"\ntemplate = "{q}"\nscorer = "own.py:grade"\n'
+    )
+
+    def found(code):
+        (folder / "own.py").write_text(f"def grade(reply, reference):\n    {code}\n")
+        task = load_task(str(folder / "own.toml"), trust_task_code=True)
+        return task.data_hash, task.examples[0].score("x")
+
+    first, again, changed = map(found, ("return 1", "return 1", "return 0.25"))
+    assert first == again and changed[0] != first[0]
+    assert (first[1], changed[1]) == (1, 0.25)
+
+
 def test_rows_of_ifeval_are_scored_where_every_instruction_is_known(tmp_path):
     none = dict.fromkeys(("end_phrase", "keywords", "relation", "num_words"))
     rows = [

@@ -91,19 +91,20 @@ def _scored_definition(keys: Mapping[str, Any], title: str, trusted: bool) -> Da
             )
     path, colon, call = name.rpartition(":")
     if colon and path.endswith(".py"):
-        if not trusted:
-            raise ValueError(
-                f"{title} scores replies by code of its own, {name}; read it, and pass "
-                "--trust-task-code (trust_task_code=True) to let it run."
-            )
         scorer = Scorer("function", {"file": str(Path(title).parent / path), "call": call})
     else:
         taken = arguments_of(name) if name in SCORERS else ()
         given = {key: rest.pop(key) for key in taken if key in rest}
         try:
             scorer = Scorer(name, given)
+            _ = scorer.own_code  # names and arguments of several scorers are looked at, too
         except ValueError as error:
             raise ValueError(f"{title}: {error}") from None
+    if scorer.own_code and not trusted:
+        raise ValueError(
+            f"{title} scores replies by code of its own ({', '.join(scorer.own_code)}); read it, "
+            "and pass --trust-task-code (trust_task_code=True) to let it run."
+        )
     told = {key: rest.pop(key) for key in ("instruction", "reference") if key in rest}
     for key, value in told.items():
         if not isinstance(value, str) or not value.strip():

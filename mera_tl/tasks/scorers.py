@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from mera_tl import storage
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
@@ -74,9 +77,18 @@ class Scorer:
             raise ValueError(f"it returned {kind}, which is no number from 0 to 1")
         return score
 
+    @property
+    def own_code(self) -> tuple[str, ...]:
+        """The user's Python files that it runs, also as one of several scorers."""
+        if self.name == "function":
+            return (str(self.arguments["file"]),)
+        parts = (each for each in self.arguments.get("scorers", ()) if isinstance(each, Mapping))
+        return tuple(file for part in parts for file in make_scorer(part).own_code)
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, for a hash or a file."""
-        return {"name": self.name, **self.arguments}
+        """Return plain values, for a hash or a file, with hashes of the code that it runs."""
+        code = [storage.file_hash(Path(file)) for file in self.own_code]
+        return {"name": self.name, **self.arguments} | ({"code": code} if code else {})
 
 
 # --- what a reply says -------------------------------------------------------------------------
@@ -237,11 +249,11 @@ def every(reply: str, reference: str, scorers: list) -> float:
 
 def function(reply: str, reference: str, file: str, call: str) -> float:
     """Ask a function of the user's, `reply, reference -> float`, in a Python file."""
-    return float(_loaded(file, call)(reply, reference))
+    return float(_loaded(file, call, storage.file_hash(Path(file)))(reply, reference))
 
 
 @cache
-def _loaded(file: str, name: str) -> Callable[..., Any]:
+def _loaded(file: str, name: str, code: str) -> Callable[..., Any]:  # noqa: ARG001  the file's hash
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("task_scorer", file)
