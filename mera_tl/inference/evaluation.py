@@ -103,7 +103,8 @@ def check_hooks(fwd_hooks: Any) -> None:
         complaint = "is no list of hooks; pass pairs of a hook name and a function."
     if complaint:
         raise ValueError(f"{_kind(fwd_hooks)} {complaint}")
-    for hook in fwd_hooks:
+    hooks: Any = fwd_hooks
+    for hook in hooks:
         if not (isinstance(hook, tuple | list) and len(hook) == 2 and callable(hook[1])):
             raise ValueError(
                 f"{_kind(hook)} is no hook; pass pairs of a hook name and a function, as "

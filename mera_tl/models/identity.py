@@ -42,7 +42,7 @@ def manifest_of(model: Any) -> dict[str, Any]:
             f"{model!r:.60} is no model; pass what mera_tl.load_model(...) returns, or a model of "
             "transformers or TransformerLens."
         )
-    inner = getattr(model, "original", None) or vars(model).get("original_model") or model
+    inner: Any = getattr(model, "original", None) or vars(model).get("original_model") or model
     name = type(model).__name__
     if hasattr(inner, "hook_dict"):  # a HookedTransformer, whose weights may have been processed
         sizes = {"n_layers": inner.cfg.n_layers, "d_model": inner.cfg.d_model}
