@@ -49,7 +49,7 @@ def test_log_likelihoods_do_not_depend_on_the_batch(models, positions):
         assert [greedy for _, greedy in other] == [greedy for _, greedy in values[0]]
     plain = SteeredLM(model).loglikelihood(requests("loglikelihood", arguments), disable_tqdm=True)
     assert max(abs(a[0] - b[0]) for a, b in zip(plain, values[0], strict=True)) > 0.01
-    endless = replace(steering_of(model, positions), rule=Additive(torch.inf))
+    endless = replace(steering_of(model, positions), rule=Additive(3e38))
     with pytest.raises(ValueError, match="log-likelihoods that are not finite"):
         SteeredLM(model, endless).loglikelihood(requests("loglikelihood", arguments))
 

@@ -171,7 +171,7 @@ def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
 def test_what_is_not_finite_is_refused_as_alone(models, positions, readout):
     """Not taken for an answer: the likeliest of options that are all NaN is the first."""
     model, read = models["llama"], replace(QUIET, readout=readout)
-    steering = Steering(random_probe(model), rule=Additive(torch.inf), layers=(1,))
+    steering = Steering(random_probe(model), rule=Additive(3e38), layers=(1,))
     steering, task = replace(steering, positions=positions), talking_task(model)
     with pytest.raises(ValueError, match="not finite from layer 1 on"):
         evaluate(model, task, steering.fwd_hooks(), settings=read)
