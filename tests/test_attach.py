@@ -443,6 +443,26 @@ def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(
     assert "3 audited pairs (0 better, 3 worse)" in capsys.readouterr().out
 
 
+def test_a_log_does_not_say_of_rows_that_it_lost_that_nothing_was_moved(
+    models, originals, tmp_path
+):
+    """By hand, with finished rows left out: what is said not to have fired counts as no harm."""
+    model, hf = models["llama"], originals["llama"]
+    ids, mask = padded(model.tokenize(PROMPTS[:2]))
+    longer = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)[1:]
+
+    def two_passes(log):
+        with steering_for(model).attach(hf, log=log) as attached:
+            cache = hf(ids, attention_mask=mask, use_cache=True).past_key_values
+            cache.batch_select_indices(torch.tensor([1]))
+            hf(ids[1:, -1:], attention_mask=longer, past_key_values=cache)
+        return attached.n_steered
+
+    assert two_passes(None) > 0  # the control: counted, if not row by row
+    with pytest.raises(ValueError, match="from 2 to 1 rows .* the log must know"):
+        two_passes(tmp_path / "audit.jsonl")
+
+
 def test_fixed_strengths_are_attached_too(models, originals):
     model, hf = models["llama"], originals["llama"]
     steering = replace(steering_for(model), rule=Additive(0.5), layers=(1,))

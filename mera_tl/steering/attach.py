@@ -327,10 +327,12 @@ class Attachment:
             self._current = Generation.begin(prompts, len(real), real.device)
         if self._per_answer and self._answers is None:
             self._answers = self._ask(real, n_prompt)
-        if self._answers is not None and len(self._answers) != n_rows:
+        begun = len(self._current.max_score)
+        if begun != n_rows and (self._answers is not None or self._log is not None):
+            needs = "the log" if self._answers is None else "a steering by the answer"
             raise ValueError(
-                f"The batch changed from {len(self._answers)} to {n_rows} rows while decoding, so "
-                "the answers on which this steering depends are not known; use `generate`."
+                f"The batch changed from {begun} to {n_rows} rows while decoding, so which row is "
+                f"of which prompt is not known, and {needs} must know; use `generate`."
             )
         n_before = max(0, n_past - (self._n_prompt or 0))
         return Window(real, n_prompt, self._answers, ends=ends, n_before=n_before)
