@@ -97,7 +97,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
         f"{rows[0]['model']}, {rows[0]['task']}",
         str(len(splits)),
         f"{_mean(splits, 'accuracy_unsteered'):.2f} ({_mean(splits, 'majority'):.2f})",
-        f"{_mean(splits, 'unanswered'):.0%}",
+        f"{100 * _mean(splits, 'unanswered'):.0f} %",
         f"{_mean(splits, 'auroc'):.2f}",
         ", ".join(told) or "all abstain",
         f"{cpu + _mean(splits, 'cpu_seconds_unsteered'):.0f}",

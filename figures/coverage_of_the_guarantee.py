@@ -36,7 +36,7 @@ def coverage(df: pd.DataFrame, *, delta: float = 0.05, n: int = 250) -> go.Figur
     tickvals = sorted(set(df["n"]))
     figure.update_xaxes(title="calibration examples", type="log", tickvals=tickvals, row=1, col=1)
     figure.update_xaxes(title="gain at the best of ten thresholds (points)", row=1, col=2)
-    figure.update_yaxes(title="share of calibrations", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title="share of calibrations", rangemode="tozero")
     figure.update_yaxes(range=[0, 1.3 * delta], dtick=0.01, row=1, col=1)
     draws = int(df["draws"].min())
     caption = (

@@ -6,7 +6,7 @@ from figures import results, save
 from mera_tl.plots import steering_curve
 
 SHOWN = {
-    "first": ("spam_cue", "A planted failure is corrected: {before:.0%} to {after:.0%} right"),
+    "first": ("spam_cue", "A planted failure is corrected: {before:.0f} % to {after:.0f} % right"),
     "abstains": ("sentiment_noise", "Errors of chance cannot be corrected: the tool abstains"),
 }
 METHOD = "controlled_contrastive, grid"
@@ -21,7 +21,8 @@ def main() -> None:
     for name, (task, finding) in SHOWN.items():
         rows = pd.DataFrame(evidence[(evidence["task"] == task) & (evidence["method"] == METHOD)])
         before, best = float(rows["base"].iloc[0]), float(rows["gain"].max())
-        words = {"task": task, "n": rows["n"].iloc[0], "before": before, "after": before + best}
+        words = {"task": task, "n": rows["n"].iloc[0], "before": 100 * before}
+        words["after"] = 100 * (before + best)
         words["certified"] = int((rows["lower"] >= rows["min_gain"]).sum())
         title, line = finding.format(**words), SETTINGS.format(**words)
         save(steering_curve(rows), name, finding=title, settings=line)

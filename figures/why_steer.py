@@ -45,14 +45,14 @@ def gain_against_harm(df: pd.DataFrame) -> go.Figure:
     for method in sums.index:
         look = {"color": style.colour_of(method), "symbol": style.symbol_of(method), "size": 12}
         figure.add_scatter(
-            x=[broken[method]],
-            y=[recovered[method]],
+            x=[100 * broken[method]],
+            y=[100 * recovered[method]],
             mode="markers",
             name=method,
             marker=look,
         )
-    figure.update_xaxes(title="right answers that became wrong", tickformat=".1%")
-    figure.update_yaxes(title="wrong answers that became right", tickformat=".0%")
+    figure.update_xaxes(title="right answers that became wrong", ticksuffix=" %")
+    figure.update_yaxes(title="wrong answers that became right", ticksuffix=" %")
     n = len(df.groupby(["model", "task", "seed"]))
     caption = f"sums over {n} (task, split) cells, test examples; top left is better"
     told = {"height": 620, "margin": {"b": 190}}
