@@ -10,10 +10,15 @@ by that probe, and by the scorer itself. Instructions were chosen by how often t
 follows them on 32 training prompts (.03 to .59), before anything was steered; three were left out
 that it never follows there (all lower case, a closing phrase, JSON of a message).
 
-Expected: `instruction` gains where the model half understands. An hour on one core. Replies and
+gemma-3-270m, a base model, gets the first two of the six that it follows on .03 to .60 of 32
+training prompts.
+
+Expected: `instruction` gains where the model half understands. Two hours on one core. Replies and
 trials are kept as they come: a run that is killed goes on, and splits share what they can.
 
     python -m experiments.steer_free_text --model FOLDER
+    python -m experiments.steer_free_text --model GEMMA --once --test 60 --system None \\
+        --tasks ifeval_like_words ifeval_like_numbered_list
     python -m experiments.steer_free_text --model organism --tasks spam_sentence --once \\
         --directions kind_controlled contrastive prompt_controlled --strengths 1 2 4 --train 400 \\
         --calibration 300 --test 400 --reply-tokens 6 --dtype float32 --system None
