@@ -145,6 +145,17 @@ def test_stopping_at_a_layer_gives_its_residual_stream(kind, folder_of):
     assert not any(point.functions for point in model.hooked.hook_dict.values())
 
 
+def test_the_head_gets_its_rows_in_one_piece(folder_of):
+    """A slice of the stream takes torch 5 times as long, and 500 times in bfloat16."""
+    model = load_model(folder_of("gemma3"), device="cpu", engine="hugging_face", check=False)
+    head, came, passed = model.hooked.original.get_output_embeddings(), [], []
+    head.register_forward_pre_hook(lambda _, x: came.append(x[0].is_contiguous()), prepend=True)
+    head.register_forward_pre_hook(lambda _, x: passed.append(x[0].is_contiguous()))
+    in_a_batch(model, steered=True, cached=True)
+    assert len(passed) == 3 and all(passed)
+    assert not all(came)  # otherwise this shows nothing
+
+
 def test_what_is_no_plain_decoder_is_refused(tmp_path):
     from transformers import MambaConfig
 
