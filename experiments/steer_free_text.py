@@ -4,11 +4,13 @@ Six kinds of checkable instruction on short questions, SmolLM2-135M-Instruct, th
 direction is learned from prompts with and without the instruction (`instruction`), from wrong and
 right replies (`contrastive`), or from wrong and right replies to the same prompt
 (`prompt_controlled`). Layer, strength, scope and gate are chosen on training prompts; one candidate
-is certified on others; all is measured on a third part. Beside it on the same prompts: a firmer
-wording of the instruction, a second reply where a probe expects an error, the best of four replies
-by that probe, and by the scorer itself. Instructions were chosen by how often the unsteered model
-follows them on 32 training prompts (.03 to .59), before anything was steered; three were left out
-that it never follows there (all lower case, a closing phrase, JSON of a message).
+is certified on others; all is measured on a third part. A scorer looks at the form alone: `held`
+says whether replies still answer the question, where that takes a word or two
+(`short_answers.toml`). Beside it on the same prompts: a firmer wording of the instruction, a second
+reply where a probe expects an error, the best of four replies by that probe, and by the scorer
+itself. Instructions were chosen by how often the unsteered model follows them on 32 training
+prompts (.03 to .59), before anything was steered; three were left out that it never follows there
+(all lower case, a closing phrase, JSON of a message).
 
 gemma-3-270m, a base model, gets the first two of the six that it follows on .03 to .60 of 32
 training prompts.
@@ -24,9 +26,10 @@ trials are kept as they come: a run that is killed goes on, and splits share wha
         --calibration 300 --test 400 --reply-tokens 6 --dtype float32 --system None
 """
 
+import tomllib
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +55,7 @@ from mera_tl.benchmark import paired_change, scores, some_prompts
 from mera_tl.inference import reply_text
 from mera_tl.methods import REMINDERS, Draws, ReplyChoices, Search, draw_replies, search_replies
 from mera_tl.probes import fit_error_probe
+from mera_tl.tasks import Scorer
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 N_DRAWS = 4
@@ -204,6 +208,32 @@ def reminded(cell: Cell, splits: Any) -> tuple[Outcomes, dict[str, Any]]:
     return test, {"reminder": REMINDERS[best], "tried": tried}
 
 
+@cache
+def short_answers() -> dict[str, dict[str, str]]:
+    """Return what answers a question, by its kind and its subject."""
+    lists = tomllib.loads(Path(__file__).with_name("short_answers.toml").read_text("utf-8"))
+    pairs = {kind: (each.split(":") for each in text.split(";")) for kind, text in lists.items()}
+    return {k: {" ".join(s.split()): a.strip() for s, a in some} for k, some in pairs.items()}
+
+
+def held(task: Task[Any], outcomes: Outcomes) -> dict[str, float]:
+    """Return the shares of replies that hold a right answer, and that also have the form.
+
+    Of the `n` whose question has a short one.
+    """
+    occurs, found = Scorer("contains"), list[tuple[float, float]]()
+    replies = zip(task.examples, outcomes.replies, outcomes.correct.tolist(), strict=True)
+    for example, reply, has_form in replies:
+        question, known = example.without_instruction().prompt, short_answers().get(example.kind)
+        answers = [a for subject, a in (known or {}).items() if occurs(question, subject)]
+        if answers:
+            answered = occurs(reply or "", "|".join(answers))
+            found.append((answered, answered * has_form))
+    n = len(found)
+    answer, both = (sum(each) / max(1, n) for each in zip(*found, (0.0, 0.0), strict=True))
+    return {"n": n, "answer": answer, "both": both}
+
+
 def prompt_tokens(cell: Cell, task: Task[Any], remind: str = "") -> float:
     """Return how long prompts are on average: a firmer wording is paid for there."""
     some = task.with_instruction(remind) if remind else task
@@ -228,6 +258,7 @@ def run(cell: Cell, known: Container[str]) -> Iterator[dict[str, Any]]:
         found |= {"tokens": outcomes.n_generated.double().mean().item()}
         found |= {"prompt_tokens": prompt_tokens(cell, splits.test, told.get("reminder", ""))}
         found |= {n: text[n] for n in ("perplexity", "distinct_2")}
+        found |= {"held": held(splits.test, outcomes)}
         return {**place, "method": name, **found, **told}
 
     kinds = (*config.directions, *(config.once if cell.seed == config.seeds[0] else ()))
