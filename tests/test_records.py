@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from test_race import some_outcomes
 
-from mera_tl.benchmark import idle, scores, table
+from mera_tl.benchmark import idle, scores, table, unlikely
 
 
 def test_a_steering_that_moves_no_probability_is_told():
@@ -18,6 +18,15 @@ def test_a_steering_that_moves_no_probability_is_told():
     probs = moved.probs.clone()
     probs[0] += torch.tensor([-0.1, 0.1, 0.0])
     assert idle("additive_probe", replace(moved, probs=probs), base) == ()
+
+
+def test_replies_that_are_hardly_text_are_told():
+    base = {"perplexity": 2.4}
+    (sentence,) = unlikely("searched", {"perplexity": 6.92}, base)
+    assert "6.92, its own 2.4" in sentence and "read some of them" in sentence
+    for text in (base, {"perplexity": 4.7}, {"perplexity": float("nan")}, None):
+        assert unlikely("searched", text, base) == ()
+    assert unlikely("searched", {"perplexity": 6.92}, None) == ()
 
 
 def test_what_moves_nothing_has_no_share_of_moved_tokens():

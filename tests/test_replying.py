@@ -251,7 +251,9 @@ def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
     assert tokens["no_steering"] <= tokens["retry"] < tokens["best_of_k"]
     best = records["best_of_k_scorer"]
     assert best["accuracy"] >= max(records[m]["accuracy"] for m in ("no_steering", "best_of_k"))
-    assert records["no_steering"]["free_text"]["n_tokens"] > 0
+    for name, text in ((name, record["free_text"]) for name, record in records.items()):
+        odd = text["perplexity"] > 2 * records["no_steering"]["free_text"]["perplexity"]
+        assert odd == any(f"Replies under {name} are odd" in w for w in records[name]["warnings"])
     assert records["kind_controlled"]["decision"] == "STEER"
     assert {name for name, record in records.items() if record["elsewhere"]} == {"kind_controlled"}
     model, hooks = run.model, run.treat("kind_controlled").fwd_hooks

@@ -16,6 +16,7 @@ from .recommendation import recommend as recommend
 from .records import idle as idle
 from .records import scores as scores
 from .records import table as table
+from .records import unlikely as unlikely
 from .run import Run as Run
 from .run import load_configured as load_configured
 from .run import open_run as open_run

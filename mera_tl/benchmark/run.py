@@ -32,7 +32,7 @@ from mera_tl.benchmark.config import (
 from mera_tl.benchmark.duration import method_seconds
 from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
-from mera_tl.benchmark.records import decision_of, idle, scores, versions
+from mera_tl.benchmark.records import decision_of, idle, scores, unlikely, versions
 from mera_tl.benchmark.resources import choose_threads
 from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
@@ -430,11 +430,12 @@ class Run(methods.Run):
         outcomes = self._apply(name, treatment) if treatment.acts else base
         seconds, asks = time.perf_counter() - started, METHODS[name].certifies
         storage.write_records(self.folder / "outcomes" / f"{name}.jsonl", outcomes.to_records())
-        in_vain = idle(name, outcomes, base)
-        for sentence in in_vain:
+        text = self._free_text(treatment, outcomes)
+        odd = idle(name, outcomes, base) + unlikely(name, text, self._base_text)
+        for sentence in odd:
             logger.warning("%s", sentence)
         lacks = (treatment.lacks,) if treatment.lacks else ()
-        told = (*(self.earlier if asks else ()), *in_vain, *lacks)
+        told = (*(self.earlier if asks else ()), *odd, *lacks)
         return {
             "format": FORMAT,
             "model": self.model.name,
@@ -446,7 +447,7 @@ class Run(methods.Run):
             **decision_of(treatment),
             "familywise_delta": self.familywise_delta,
             "warnings": [*self.preflight.warnings, *told],
-            "free_text": self._free_text(treatment, outcomes),
+            "free_text": text,
             "elsewhere": self._elsewhere(treatment.fwd_hooks),
             "tokens_generated": outcomes.n_generated.double().mean().item(),
             "details": treatment.details,
@@ -476,6 +477,8 @@ class Run(methods.Run):
 
         Replies that have been scored are measured as they are.
         """
+        if self.splits.test.scored and outcomes is self.base:
+            return self._base_text
         if self.splits.test.scored:
             return asdict(reply_text(self.model, self.splits.test, outcomes, settings=self.read))
         if not self.config.free_text:
@@ -485,6 +488,14 @@ class Run(methods.Run):
         if treatment.instruction is not None:
             task = task.with_instruction(treatment.instruction)
         return asdict(free_text(self.model, task, treatment.fwd_hooks, settings=self.read))
+
+    @cached_property
+    def _base_text(self) -> dict[str, Any] | None:
+        """The unsteered replies to a scored task, measured as text."""
+        test = self.splits.test
+        if not test.scored:
+            return None
+        return asdict(reply_text(self.model, test, self.base, settings=self.read))
 
     def _elsewhere(self, hooks: FwdHooks) -> dict[str, dict[str, Any]]:
         """Answer a few prompts of other tasks under a steering, where that was asked for.
