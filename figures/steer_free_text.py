@@ -27,6 +27,7 @@ def main() -> None:
     df = results(NAME)
     settings = f"{models_of(df, 'n')}, one mark for each split, whole replies; open: not certified"
     save(gain_and_cost(df), NAME, settings=settings)
+    save(form_and_answer(df), f"{NAME}_answers")
 
 
 def gain_and_cost(df: pd.DataFrame) -> go.Figure:
@@ -72,6 +73,43 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="gain, points", col=1)
     title = "Steered along an instruction, replies follow it more often than when asked more firmly"
     return style.finish(figure, title, "open: not certified", height=130 + 250 * n_rows)
+
+
+def form_and_answer(df: pd.DataFrame) -> go.Figure:
+    """Draw how many replies have the form over how many still hold a right answer.
+
+    Of SmolLM2, means over splits; answers of the questions that have a short one.
+    """
+    df = pd.DataFrame(df[df["held"].notna() & (df["model"] == "smollm2")])
+    df = df.assign(answer=[100 * held["answer"] for held in df["held"]], form=100 * df["accuracy"])
+    means = df.groupby(["task", "method"])[["answer", "form"]].mean()
+    figure = go.Figure()
+    looks = {"no_steering": "circle-open", "instruction": "circle", "prompt_steering": "diamond"}
+    for place, task in enumerate(dict.fromkeys(df["task"])):
+        colour = style.TEMPLATE.layout.colorway[place % 7]
+        name = task.removeprefix("ifeval_like_").replace("_", " ")
+        for method, dash in (("instruction", "solid"), ("prompt_steering", "dot")):
+            some = means.loc[task].loc[["no_steering", method]]
+            figure.add_scatter(
+                x=some["answer"],
+                y=some["form"],
+                mode="lines+markers",
+                name=name,
+                legendgroup=name,
+                showlegend=method == "instruction",
+                line={"color": colour, "dash": dash},
+                marker={"symbol": [looks[each] for each in some.index], "size": 11},
+                hovertext=list(some.index),
+            )
+    figure.update_xaxes(title="replies that hold a right answer", ticksuffix=" %", range=[0, 65])
+    figure.update_yaxes(title="replies that have the form asked for", ticksuffix=" %")
+    n = df[df["method"] == "no_steering"].groupby("task")["n"].sum()
+    caption = (
+        f"SmolLM2, {n.min()} to {n.max()} replies a task over three splits;<br>from unsteered "
+        "(open) to steered along the instruction (line) or asked more firmly (dotted)"
+    )
+    title = "A form is easily had at the cost of the answer"
+    return style.finish(figure, title, caption, height=560, margin_t=115)
 
 
 def _symbols(rows: pd.DataFrame, symbol: str) -> list[str]:
