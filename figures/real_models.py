@@ -16,24 +16,20 @@ def main() -> None:
         f"splits {rows['seed'].min()} to {rows['seed'].max()}" if rows["seed"].any() else "split 0"
     )
     settings = f"{models_of(rows)}, {splits}, readout options;<br>"
-    settings += "a method is drawn where it is certified to act"
+    settings += "a mark for each split; a method is drawn where it is certified to act"
     save(accuracy_by_task(rows), "real_models", settings=settings)
 
 
 def accuracy_by_task(rows: pd.DataFrame) -> go.Figure:
-    """Draw a line per task and model, a mark per split; a method where it is certified to act.
-
-    A majority is drawn once, as a mean: it differs by a few examples.
-    """
+    """Draw a line per task and model, a mark per split; a method where it is certified to act."""
     base = rows[rows["method"] == "no_steering"]
     asked = rows[rows["decision"].notna()]
     acting = pd.DataFrame(asked[asked["decision"] != "ABSTAIN"])
-    majority = base.groupby("where", sort=False)["majority"].mean()
     marks = {"mode": "markers", "orientation": "h"}
     figure = go.Figure()
     figure.add_scatter(
-        x=majority,
-        y=majority.index,
+        x=base["majority"],
+        y=base["where"],
         name="always the most frequent answer",
         marker={"symbol": "line-ns-open", "size": 16, "color": style.INK, "line": {"width": 2}},
         **marks,

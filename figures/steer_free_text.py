@@ -25,7 +25,9 @@ MODELS = ("smollm2", "gemma3", "organism")
 
 def main() -> None:
     df = results(NAME)
-    settings = f"{models_of(df, 'n')}, one mark for each split, whole replies; open: not certified"
+    settings = (
+        f"{models_of(df, 'n')},<br>one mark for each split, whole replies; open: not certified"
+    )
     save(gain_and_cost(df), NAME, settings=settings)
     save(form_and_answer(df), f"{NAME}_answers")
 
@@ -71,7 +73,7 @@ def gain_and_cost(df: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="generated tokens, relative to unsteered", row=n_rows)
     figure.update_yaxes(range=[-22, 48], tickvals=[-20, 0, 20, 40])
     figure.update_yaxes(title="gain, points", col=1)
-    title = "Steered along an instruction, replies follow it more often than when asked more firmly"
+    title = "Steered along an instruction, replies have its form more often than when asked firmly"
     return style.finish(figure, title, "open: not certified", height=130 + 250 * n_rows)
 
 
