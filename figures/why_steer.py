@@ -13,7 +13,7 @@ NAME = "why_steer"
 def main() -> None:
     table = results(NAME, "table/*.jsonl")
     labels = results(NAME, "labels/*.jsonl")
-    told = f"{models_of(table, 'n')}, two splits of the organism, readout options"
+    told = f"{models_of(table, 'n')}, three splits of the organism, readout options"
     finding = "A classifier corrects most; the search and the flip come close"
     settings = f'{told};<br>mean SPI; "-": every split abstained; blue is better, orange is worse'
     shown = spi_heatmap(with_verdict(table).assign(space="raw"))
@@ -21,7 +21,7 @@ def main() -> None:
     cells = len(table.groupby(["model", "task", "seed"]))
     settings = f"{told};<br>sums over {cells} (task, split) cells; top left is better"
     save(gain_against_harm(table), "why_steer_harm", settings=settings)
-    settings = f"{models_of(labels, 'n')}, one split, readout options; SPI by training labels"
+    settings = f"{models_of(labels, 'n')}, two splits, readout options; SPI by training labels"
     save(few_labels(labels), "why_steer_labels", settings=settings)
 
 
