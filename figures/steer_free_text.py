@@ -107,8 +107,9 @@ def form_and_answer(df: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(title="replies that have the form asked for", ticksuffix=" %")
     n = df[df["method"] == "no_steering"].groupby("task")["n"].sum()
     caption = (
-        f"SmolLM2, {n.min()} to {n.max()} replies a task over three splits;<br>from unsteered "
-        "(open) to steered along the instruction (line) or asked more firmly (dotted)"
+        f"smollm2, {n.min()} to {n.max()} test examples a task over three splits;<br>"
+        "from unsteered (open) to steered along the instruction (line) or asked more firmly "
+        "(dotted)"
     )
     title = "A form is easily had at the cost of the answer"
     return style.finish(figure, title, caption, height=560, margin_t=115)
