@@ -181,13 +181,14 @@ def _fit(
 
 
 def _say_unread(unread: Sequence[bool], kinds: str, position: Position) -> None:
-    layers = ", ".join(str(layer) for layer, is_unread in enumerate(unread) if is_unread)
+    layers = [str(layer) for layer, is_unread in enumerate(unread) if is_unread]
+    where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
     if layers:
         logger.log(
             logging.WARNING if all(unread) else logging.INFO,
             "Nothing could be read in %s (%s, position %r): weights are zero there, and nothing is "
             "steered.",
-            "any layer" if all(unread) else f"layers {layers}",
+            "any layer" if all(unread) else where,
             kinds,
             position,
         )
