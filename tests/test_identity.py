@@ -78,6 +78,17 @@ def test_weights_that_are_written_past_torch_are_noticed(folder, checkpoints):
         load_steering(folder).attach(model)
 
 
+def test_weights_that_change_places_are_noticed(folder, checkpoints):
+    """Their sum stays what it was."""
+    model = loaded(checkpoints["llama"])
+    load_steering(folder).attach(model)
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight[[0, 1]] = weight[[1, 0]]
+    with pytest.raises(ValueError, match="other than those in"):
+        load_steering(folder).attach(model)
+
+
 def test_an_adapter_between_the_layers_is_another_model(folder, checkpoints):
     class Adapted(torch.nn.Module):
         def __init__(self, base):

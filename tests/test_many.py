@@ -167,6 +167,21 @@ def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
     assert one <= ten <= 4 * one
 
 
+def test_steerings_that_are_made_one_by_one_share_their_prompts():
+    """Each has a residual space of its own, equal to the others'."""
+    model, splits = organism(), organism_task()
+    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    grid = [Steering(probe, layers=(2,), positions="last").at(t) for t in DEFAULT_THRESHOLDS]
+    assert len({id(each.space) for each in grid}) == len(grid)
+    one, ten = (
+        tokens_through_blocks(
+            model, lambda n=n: evaluate_many(model, splits.calibration, grid[:n], settings=QUIET)
+        )
+        for n in (1, 10)
+    )
+    assert one < ten < 2 * one
+
+
 @pytest.mark.parametrize(("positions", "readout"), [("last", "options"), ("generated", "exact")])
 def test_what_is_not_finite_is_refused_as_alone(models, positions, readout):
     """Not taken for an answer: the likeliest of options that are all NaN is the first."""

@@ -82,14 +82,16 @@ def _remembered(module: nn.Module) -> str:
 
 
 def _held(module: nn.Module) -> list[int]:
-    """Return a number per block of memory that holds weights, which any change of one changes.
+    """Return numbers that a change of weights changes: how often they were written to, and sums.
 
-    Torch counts what is written to a tensor, but not by way of its `data`. So the bytes are added
-    up, as whole numbers of eight of them, which takes as long as one token.
+    Torch counts what is written to a tensor, but not by way of its `data`. So the bytes of each
+    block of memory are added up, too, as whole numbers of eight of them, which takes as long as one
+    token. What changes places by way of `data` is not seen.
     """
-    weights = (weight for weight in module.parameters() if not weight.is_meta)
+    weights = [weight for weight in module.parameters() if not weight.is_meta]
+    # Tensors of inference mode count no writes, and allow none.
+    sums = [sum(weight._version for weight in weights if not weight.is_inference())]
     blocks = {w.untyped_storage().data_ptr(): w.untyped_storage() for w in weights}
-    sums = []
     for block in blocks.values():
         held = torch.empty(0, dtype=torch.uint8, device=block.device).set_(block)
         whole = len(held) // 8 * 8

@@ -73,9 +73,9 @@ def evaluate_many(
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)
     n_new, outcomes = n_after(model, task, settings), dict[int, Outcomes]()
-    # One hook a layer reads and writes one space.
-    for space in {id(each.space): each.space for each in steerings}.values():
-        numbers = [i for i, each in enumerate(steerings) if each.space is space]
+    # One hook a layer reads and writes one space; steerings made one by one have equal ones.
+    for space in dict.fromkeys(each.space for each in steerings):
+        numbers = [i for i, each in enumerate(steerings) if each.space == space]
         stack = Stack(tuple(steerings[i] for i in numbers))
         prefix = None if stack.everywhere else Prefix.of(model, prompts, n_new)
         batches = _Batch(model, stack, options, settings, prefix, decide)
