@@ -15,10 +15,10 @@ from plotly.offline import get_plotlyjs
 
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig
+from mera_tl.certificate import percent
 from mera_tl.report import (
     RunFolder,
     find_runs,
-    percent,
     records_frame,
     render,
     report,

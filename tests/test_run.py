@@ -93,33 +93,21 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
         path.touch()  # a copy of the same weights
     with open_run(config, out, progress=False) as run:
         assert run.record("no_steering") == first
-    told = model / "tokenizer.json"
-    tokens = told.read_text("utf-8")
-    told.write_text(tokens.replace('"red"', '"kite"'), "utf-8")
-    with (
-        pytest.raises(ValueError, match=r"changed: its tokenizer\)"),
-        open_run(config, out, progress=False),
-    ):
-        pass
-    told.write_text(tokens, "utf-8")
-    data = tmp_path / "toy.csv"
-    text = data.read_text("utf-8")
-    data.write_text(text.replace("red", "blue"), "utf-8")
-    with (
-        pytest.raises(ValueError, match=r"changed: data\)"),
-        open_run(config, out, progress=False),
-    ):
-        pass
-    data.write_text(text, "utf-8")
+    data, told = tmp_path / "toy.csv", model / "tokenizer.json"
     weights = model / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-2] ^= 1  # one bit of one neuron
-    weights.write_bytes(changed)
-    with (
-        pytest.raises(ValueError, match=r"changed: the model's weights\)"),
-        open_run(config, out, progress=False),
+    one_bit = bytearray(weights.read_bytes())
+    one_bit[-2] ^= 1  # of one neuron
+    for path, other, what in (
+        (told, told.read_bytes().replace(b'"red"', b'"kite"'), "its tokenizer"),
+        (data, data.read_bytes().replace(b"red", b"blue"), "data"),
+        (weights, bytes(one_bit), "the model's weights"),
     ):
-        pass
+        before = path.read_bytes()
+        path.write_bytes(other)
+        refused = pytest.raises(ValueError, match=rf"changed: {what}\)")
+        with refused, open_run(config, out, progress=False):
+            pass
+        path.write_bytes(before)
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "config.json", "content.json"])

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
+from mera_tl.certificate.certificate import percent
 from mera_tl.inference.answers import OptionTokens, ReadSettings, by_length, option_tokens
 from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -61,19 +62,19 @@ class Preflight:
             return self._of_replies()
         if self.unanswered > MOSTLY:
             found.append(
-                f"{100 * self.unanswered:.0f} % of replies are no answer; look at them, and read "
+                f"{percent(self.unanswered)} of replies are no answer; look at them, and read "
                 "whole options instead (--readout options)."
             )
         if self.answers and max(self.answers.values()) >= ONE_ANSWER:
             one = max(self.answers, key=self.answers.__getitem__)
             found.append(
-                f"{100 * self.answers[one]:.0f} % of answers are {one!r}: the model hardly "
+                f"{percent(self.answers[one])} of answers are {one!r}: the model hardly "
                 "tells the classes apart, and what is called error is the class."
             )
         # Half an example more: equal to the majority is no better than it, but not below.
         if self.accuracy < self.majority - 0.5 / self.n:
             found.append(
-                f"Accuracy {100 * self.accuracy:.0f} % is below {100 * self.majority:.0f} %, which "
+                f"Accuracy {percent(self.accuracy)} is below {percent(self.majority)}, which "
                 "always giving the most frequent answer would reach; a gain up to there is no "
                 "skill."
             )
@@ -111,17 +112,15 @@ class Preflight:
         return cls(**parts)
 
     def __str__(self) -> str:
-        shares = ", ".join(
-            f"{option} {100 * share:.0f} %" for option, share in self.answers.items()
-        )
+        shares = ", ".join(f"{option} {percent(share)}" for option, share in self.answers.items())
         lines = [
             f"{self.model} on {self.task}: {self.n} prompts, readout {self.readout}",
-            f"accuracy {100 * self.accuracy:.0f} % (always the most frequent: "
-            f"{100 * self.majority:.0f} %), unanswered {100 * self.unanswered:.0f} %",
+            f"accuracy {percent(self.accuracy)} (always the most frequent: "
+            f"{percent(self.majority)}), unanswered {percent(self.unanswered)}",
             f"answers: {shares or 'none'}",
         ]
         if self.readout == "reply":
-            lines[1:] = [f"right replies: {100 * self.accuracy:.0f} %"]
+            lines[1:] = [f"right replies: {percent(self.accuracy)}"]
         lines += [f"{o} is read as {', '.join(map(repr, v))}" for o, v in self.reading.items()]
         for one in self.shown:
             said = "answers" if one["reply"] is None else f"replies {one['reply']!r}, read as"

@@ -18,8 +18,10 @@ from mera_tl.inference.outcomes import (
 from mera_tl.methods.treatment import Treatment
 
 UNLIKELY = 2.0
-"""Times the unsteered perplexity above which replies are warned of. On SmolLM2 and gemma-3 those
-that read as text had .9 to 1.4 times, those that did not 2.1 to 4.9 (`steer_free_text`)."""
+"""Times the unsteered perplexity above which replies are warned of. In `steer_free_text` (eight
+replies of each measured) steering to five words had 3.0 to 4.9 times on five of six splits, and
+next to no right answers left; everything else that was steered had .8 to 1.4, also steering to one
+word, which had lost answers, too."""
 MOVE_NOTHING = ("prompt_steering", "flip", "withhold", "class_probe", "retry", "best_of_k")
 MOVE_NOTHING += ("best_of_k_scorer",)
 """Methods that change answers and no activation."""

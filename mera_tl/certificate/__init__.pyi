@@ -14,6 +14,7 @@ from .calibration import distinct as distinct
 from .calibration import setup_of as setup_of
 from .certificate import Calibration as Calibration
 from .certificate import Decision as Decision
+from .certificate import percent as percent
 from .certificate import promised_points as promised_points
 from .evidence import Evidence as Evidence
 from .monitor import BETS as BETS

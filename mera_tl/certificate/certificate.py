@@ -374,6 +374,13 @@ def promised_points(gain: float) -> str:
     return f"{math.floor(1000 * gain + 1e-9) / 10:+.1f}"
 
 
+def percent(share: float) -> str:
+    """Return a share in whole percent; in tenths where that would hide a last error or success."""
+    whole = round(100 * share)
+    hidden = whole in (0, 100) and abs(100 * share - whole) > 1e-6
+    return f"{100 * share:.1f} %" if hidden else f"{whole} %"
+
+
 def _counts(row: Evidence) -> str:
     return f"{row.recoveries} better, {row.regressions} worse"
 
@@ -384,7 +391,7 @@ def _steer_sentence(calibration: Calibration) -> str:
     moved = f"observed gain {_points(best.gain)} points"
     if base is not None:
         after = base + best.gain if correct else base - best.gain
-        moved = f"{'' if correct else 'mean error '}{100 * base:.0f} % -> {100 * after:.0f} %"
+        moved = f"{'' if correct else 'mean error '}{percent(base)} -> {percent(after)}"
     kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
     fall = "" if correct else " less error"
     promise = promised_points(calibration.promised)

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from scipy import special
 
 from mera_tl.certificate.bounds import check_probability, upper_share
+from mera_tl.certificate.certificate import percent
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Withholding:
             )
         return (
             f"WITHHOLD above a predicted error of {row.threshold:.3g}: "
-            f"{100 * row.answered / self.n:.0f} % answered, certified at most "
+            f"{percent(row.answered / self.n)} answered, certified at most "
             f"{100 * self.alpha:.1f} % of them wrong (observed {row.wrong} of {row.answered}).\n"
             f"{terms}"
         )

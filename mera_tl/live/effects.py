@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl import plots
+from mera_tl.certificate.certificate import percent
 from mera_tl.inference.answers import option_tokens
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.live.bench import Bench, Choices
@@ -178,7 +179,7 @@ class _Last:
 def _said(ledger: Ledger) -> str:
     before, after = ledger.answers
     sure = [
-        "" if answer is None else f"{100 * probs[ledger.options.index(answer)]:.0f} %"
+        "" if answer is None else percent(probs[ledger.options.index(answer)])
         for answer, probs in zip(ledger.answers, ledger.probs, strict=True)
     ]
     said = [f"{a} ({p})" if a else "no answer" for a, p in zip(ledger.answers, sure, strict=True)]

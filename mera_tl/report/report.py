@@ -18,7 +18,7 @@ import torch
 
 from mera_tl import plots, storage
 from mera_tl.benchmark.records import promise, table
-from mera_tl.certificate.certificate import promised_points
+from mera_tl.certificate.certificate import percent, promised_points
 from mera_tl.plots.style import knob_axis
 from mera_tl.report.html import Block, Table, block_of, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
@@ -225,7 +225,7 @@ def _winner(run: RunFolder) -> Iterator[str]:
     )
     if record["steered_share"]:
         yield (
-            f"Cost: {100 * record['steered_share']:.0f} % of the examples are moved, by "
+            f"Cost: {percent(record['steered_share'])} of the examples are moved, by "
             f"{record['relative_shift']:.2f} of the residual's norm on average."
         )
 

@@ -18,7 +18,7 @@ from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
 from mera_tl.benchmark.recommendation import Recommendation, read_run, recommend
 from mera_tl.benchmark.run import FORMAT
-from mera_tl.certificate.certificate import Calibration, promised_points
+from mera_tl.certificate.certificate import Calibration, percent, promised_points
 from mera_tl.inference.activations import Activations
 from mera_tl.methods.race import Search
 from mera_tl.models.model import resid_post
@@ -331,13 +331,6 @@ def _other_axis(
     rest = centred - centred @ probes.T @ probes
     _, vectors = torch.linalg.eigh(rest.T @ rest)
     return torch.cat([probes, vectors[:, -1:].T]), vectors[:, -1]
-
-
-def percent(share: float) -> str:
-    """Return a share in whole percent; in tenths where that would hide a last error or success."""
-    whole = round(100 * share)
-    hidden = whole in (0, 100) and share not in (0, 1)
-    return f"{100 * share:.1f} %" if hidden else f"{whole} %"
 
 
 def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
