@@ -1,16 +1,22 @@
 """Replies to scored tasks: what is decoded is what is scored, in batches, alone and steered."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_task, random_probe
 
-from mera_tl import ReadSettings, collect, evaluate, evaluate_many, explain, generate
+from mera_tl import ReadSettings, collect, evaluate, evaluate_many, explain, generate, load_task
 from mera_tl.inference import Outcomes
 from mera_tl.models import resid_post
 from mera_tl.steering import Gated, Steering
 from mera_tl.tasks import Scorer, Task
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.steer_free_text import held, short_answers  # noqa: E402
 
 SETTINGS = ReadSettings(reply_tokens=6, batch_size=5, progress=False)
 
@@ -151,3 +157,21 @@ def test_explain_shows_both_replies(asked):
     assert ledger.replies == (runs[0].replies[0], runs[1].replies[0])
     said = [task.options[int(run.predictions[0])] for run in runs]
     assert list(ledger.answers) == said and repr(ledger.replies[0])[:80] in str(ledger)
+
+
+def test_a_reply_in_form_need_not_hold_the_answer():
+    """Of questions with a short answer; the list of answers names each subject that is asked."""
+    task = load_task("ifeval_like_words")
+    asked = [example.without_instruction().prompt for example in task.examples]
+    known = [list(short_answers().get(example.kind, ())) for example in task.examples]
+    n = sum(map(bool, known))
+    assert n == sum(len(answers) for answers in short_answers().values()) == 225
+    for question, subjects in zip(asked, known, strict=True):
+        assert not subjects or any(subject in question for subject in subjects)
+    capitals = (f"What is the capital of {country}?" for country in ("France", "Japan", "Egypt"))
+    three = task.subset([asked.index(question) for question in capitals])
+    said = SimpleNamespace(
+        replies=("Ascendant.", "Tokyo", "It is Cairo, as everyone knows."),
+        correct=torch.tensor([True, True, False]),
+    )
+    assert held(three, said) == {"n": 3, "answer": 2 / 3, "both": 1 / 3}
