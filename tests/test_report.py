@@ -116,7 +116,7 @@ def test_of_many_examples_those_that_changed_are_kept_and_it_is_said(folder, mon
     monkeypatch.setattr(report, "MOST_EXAMPLES", 20)
     run = RunFolder.open(folder)
     changes = run.changes(str(run.main_method))
-    told = report._examples(run)["explorer"]
+    told = report._examples(run, changes)["explorer"]
     changed = set(changes[changes["change"].isin(["0->1", "1->0"])]["row"])
     assert 0 < len(changed) < 20 == len(told["rows"])
     assert changed <= {row["row"] for row in told["rows"]}
@@ -142,7 +142,7 @@ def test_a_shift_of_fixed_length_is_called_so_and_nothing_is_claimed_of_it(page,
     assert all("fixed length" in caption for caption in captions.values())
     assert "It is not certified; it is shown because" in text
     other = replace(run, records=tuple(r | {"details": {}} for r in run.records))
-    block = report._moved(other, report._Figures(page.parent / "other"), "")["by_layer"][0][1]
+    block = report._moved(other, report._Figures(page.parent / "other"))["by_layer"][0][1]
     assert "fixed length" not in block.caption  # the control
 
 

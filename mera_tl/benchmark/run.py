@@ -113,16 +113,7 @@ class Run(methods.Run):
     @cached_property
     def splits(self) -> Splits:
         """Train, calibration and test, disjoint."""
-        config = self.config
-        task = load_task(
-            config.task,
-            data_dir=config.data_dir,
-            template=config.template,
-            trust_task_code=config.trust_task_code,
-        )
-        return task.split(
-            config.seed, train=config.train, calibration=config.calibration, test=config.test
-        )
+        return load_splits(self.config)
 
     @cached_property
     def others(self) -> dict[str, Task[Any]]:
@@ -531,6 +522,15 @@ def load_configured(config: RunConfig) -> Model:
         n_devices=config.n_devices,
         engine=config.engine,
     )
+
+
+def load_splits(config: RunConfig) -> Splits:
+    """Load the task that a configuration names, and split it."""
+    c = config
+    task = load_task(
+        c.task, data_dir=c.data_dir, template=c.template, trust_task_code=c.trust_task_code
+    )
+    return task.split(c.seed, train=c.train, calibration=c.calibration, test=c.test)
 
 
 @contextmanager

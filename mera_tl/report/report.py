@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,23 @@ def write_report(
     return out
 
 
+@dataclass(frozen=True)
 class _Figures:
     """The figures of a page, each written as JSON and CSV when it is placed."""
 
-    def __init__(self, folder: Path, *, images: bool = False) -> None:
-        if (folder / "records.jsonl").exists():
-            raise ValueError(f"{folder} is the folder of a run; give the page another name.")
-        self.folder, self.images = folder, images
-        self.figures: dict[str, go.Figure] = {}
+    folder: Path
+    images: bool = False
+    prefix: str = ""
+    """Begins the names of one run's figures, where there are several runs."""
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.folder / "records.jsonl").exists():
+            raise ValueError(f"{self.folder} is the folder of a run; give the page another name.")
 
     def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> Block:
         """Keep a figure and return its place in the page."""
+        name = self.prefix + name
         self.figures[name] = figure
         storage.write_text(self.folder / f"{name}.json", str(figure.to_json(pretty=True)))
         storage.write_text(self.folder / f"{name}.csv", frame.to_csv(index=False))
@@ -122,13 +129,14 @@ for kind in ("svg", "png"):
 # --- one run ------------------------------------------------------------------------------------
 
 
-def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, Any]:
+def _run(run: RunFolder, figures: _Figures) -> dict[str, Any]:
     """Gather what the page of a run shows, from top to bottom."""
     first, verdict, frame = run.records[0], run.verdict, records_frame(run.records)
     main, asked = run.main_method, _asked(run)
+    changes = run.changes(main or "")
     certificate = run.certificates[verdict.method] if verdict.method else None
     return {
-        "id": prefix,
+        "id": figures.prefix,
         "title": run.title,
         "verdict": verdict,
         "what": run.recommendation.what,
@@ -137,22 +145,22 @@ def _run(run: RunFolder, figures: _Figures, *, prefix: str = "") -> dict[str, An
         "constant": _constant(run),
         "winner": [*_winner(run), *filter(None, [run.trust, promise(run.records)])],
         "certificate": str(certificate or ""),
-        "evidence": list(_evidence(run, figures, prefix, asked)) if asked else [],
+        "evidence": list(_evidence(run, figures, asked)) if asked else [],
         "ways": Table.of(_ways(run)),
-        "slider": _slider(run, prefix, asked) if asked else None,
+        "slider": _slider(run, figures.prefix, asked) if asked else None,
         "shown_method": main,
-        **_examples(run),
-        "scatter": _scatter(run, figures, prefix),
+        **_examples(run, changes),
+        "scatter": list(_scatter(changes, figures, str(main))),
         "methods": Table.of(_methods(run)),
         "n_methods": len(run.records),
         "comparison": [
-            figures.place(f"{prefix}spi", plots.spi_dots(frame), frame),
-            figures.place(f"{prefix}transitions", plots.transitions(frame), frame),
+            figures.place("spi", plots.spi_dots(frame), frame),
+            figures.place("transitions", plots.transitions(frame), frame),
         ],
-        "others": list(_others(run, figures, prefix)),
-        "reading": list(_reading(run, figures, prefix)),
+        "others": list(_others(run, figures, asked)),
+        "reading": list(_reading(run, figures)),
         "failures": Table.of(_failures(run)),
-        **_moved(run, figures, prefix),
+        **_moved(run, figures),
         "side": Table.of(_side_effects(run)),
         # An option a line: a narrow page would break them at their hyphens.
         "command": run.command.replace(" --", " \\\n  --") + f"\nmera report {run.path.name}",
@@ -263,17 +271,17 @@ def _asked(run: RunFolder) -> str | None:
     return run.verdict.method or max(best, key=lambda method: best[method], default=None)
 
 
-def _evidence(run: RunFolder, figures: _Figures, prefix: str, method: str) -> Iterator[Block]:
+def _evidence(run: RunFolder, figures: _Figures, method: str) -> Iterator[Block]:
     """Yield what a decision rests on: the search's own figure, or curve and bars of a grid."""
     tried = run.tried(method)
     if not tried.empty:
-        yield figures.place(f"{prefix}search_{method}", plots.search_table(tried), tried)
+        yield figures.place(f"search_{method}", plots.search_table(tried), tried)
         if "foreseen" in tried and len(tried["foreseen"].dropna()):
-            yield figures.place(f"{prefix}foresight_{method}", plots.foresight(tried), tried)
+            yield figures.place(f"foresight_{method}", plots.foresight(tried), tried)
     elif len(run.certificates[method].evidence) > 1:
         frame = run.evidence(method)
-        yield figures.place(f"{prefix}curve_{method}", plots.steering_curve(frame), frame)
-        yield figures.place(f"{prefix}evidence_{method}", plots.calibration_evidence(frame), frame)
+        yield figures.place(f"curve_{method}", plots.steering_curve(frame), frame)
+        yield figures.place(f"evidence_{method}", plots.calibration_evidence(frame), frame)
 
 
 def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
@@ -320,7 +328,7 @@ def _siblings(tried: pd.DataFrame, chosen: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(tried[same]).sort_values("threshold")
 
 
-def _others(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[dict[str, Any]]:
+def _others(run: RunFolder, figures: _Figures, asked: str | None) -> Iterator[dict[str, Any]]:
     """Yield the other certificates, those that abstain last."""
     others = [m for m in run.certificates if m != run.verdict.method]
     for method in sorted(others, key=lambda m: run.certificates[m].abstained):
@@ -332,22 +340,22 @@ def _others(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[dict[str
                 f"On the test examples: accuracy {record['accuracy']:.3f} "
                 f"(SPI {record['spi']:+.2f}), {moved['0->1']} recovered, {moved['1->0']} regressed."
             )
-        shown = method == _asked(run)  # its evidence stands above
         yield {
             "method": method,
             "decision": certificate.decision.value,
             "abstained": certificate.abstained,
             "sentence": str(certificate),
             "result": result,
-            "figures": [] if shown else list(_evidence(run, figures, prefix, method)),
+            # What was asked for has its evidence above.
+            "figures": [] if method == asked else list(_evidence(run, figures, method)),
         }
 
 
-def _reading(run: RunFolder, figures: _Figures, prefix: str) -> Iterator[Block]:
+def _reading(run: RunFolder, figures: _Figures) -> Iterator[Block]:
     frame = run.probe_errors()
     for metric in ("rmse", "auroc") if len(frame) else ():
         figure = plots.probe_error(frame, metric=metric, n=run.records[0]["n_train"])
-        yield figures.place(f"{prefix}probe_{metric}", figure, frame)
+        yield figures.place(f"probe_{metric}", figure, frame)
 
 
 def _failures(run: RunFolder) -> pd.DataFrame:
@@ -370,7 +378,7 @@ def _or_none(auroc: float | None) -> str:
     return "no pair to compare" if auroc is None else f"{auroc:.2f}"
 
 
-def _moved(run: RunFolder, figures: _Figures, prefix: str) -> dict[str, Any]:
+def _moved(run: RunFolder, figures: _Figures) -> dict[str, Any]:
     """Gather whom a steering reaches: by predicted error in each layer, by token, in the plane.
 
     Of the verdict's method, or of the certified one that moves activations.
@@ -392,45 +400,36 @@ def _moved(run: RunFolder, figures: _Figures, prefix: str) -> dict[str, Any]:
         figure = plots.predicted_error(
             predicted, threshold=record["threshold"], layer=layer, **about
         )
-        name = f"{prefix}predicted" + ("" if layer == main else f"_{layer}")
+        name = "predicted" if layer == main else f"predicted_{layer}"
         by_layer.append((layer, figures.place(name, figure, predicted)))
     if cloud is not None:
         plane = cloud.plane(seed=run.config.seed)
         figure = plots.geometry(plane, limit=cloud.limit, layer=main, **about)
-        places.append(figures.place(f"{prefix}geometry", figure, plane))
+        places.append(figures.place("geometry", figure, plane))
     share = reach.positions()
     figure = plots.steered_share(share, method=method, n=len(reach.before))
-    places.append(figures.place(f"{prefix}share", figure, share))
+    places.append(figures.place("share", figure, share))
     return {"moved": places, "by_layer": by_layer, "moved_layer": main}
 
 
 # --- tables and examples ------------------------------------------------------------------------
 
+_CHANGES = {"0->1": "recovered", "1->0": "regressed"}
+
 
 def _methods(run: RunFolder) -> pd.DataFrame:
     """Tabulate methods, the decision first: a phone shows the first columns."""
-    frame = table(run.records)
+    first = ["method", "decision", "accuracy", "SPI", "recovered", "regressed"]
+    named = table(run.records).rename(columns=_CHANGES)
+    frame = pd.DataFrame(named[[*first, "steered", "threshold"]])
     # What a method costs, where replies are generated to be scored.
     tokens = [record.get("tokens_generated", 0.0) for record in run.records]
-    return pd.DataFrame(
-        {
-            "method": frame["method"],
-            "decision": frame["decision"],
-            "accuracy": frame["accuracy"],
-            "SPI": frame["SPI"],
-            "recovered": frame["0->1"],
-            "regressed": frame["1->0"],
-            "steered": frame["steered"],
-            "threshold": frame["threshold"],
-            **({"tokens a reply": tokens} if any(tokens) else {}),
-        }
-    )
+    return frame.assign(**{"tokens a reply": tokens}) if any(tokens) else frame
 
 
-def _examples(run: RunFolder) -> dict[str, Any]:
+def _examples(run: RunFolder, changes: pd.DataFrame) -> dict[str, Any]:
     """Gather examples with their options' probabilities before and after, changed ones first."""
-    method, nothing = run.main_method, {"explorer": None, "no_examples": ""}
-    changes = pd.DataFrame() if method is None else run.changes(method)
+    nothing = {"explorer": None, "no_examples": ""}
     if changes.empty:
         return nothing | {"no_examples": "No method changed whether an answer is correct."}
     try:
@@ -438,7 +437,7 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
     prompts = {example.row: example.prompt for example in test.examples}
-    predicted = _predictions(run, str(method), changes)
+    predicted = _predictions(run, changes)
     rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
     said = "reply" if test.scored else "prediction"  # replies stand side by side as they are
     # Drawn by seed, not chosen; a stable sort keeps the draw within each kind.
@@ -466,9 +465,9 @@ def _examples(run: RunFolder) -> dict[str, Any]:
     return {"explorer": explorer, "no_examples": ""}
 
 
-def _predictions(run: RunFolder, method: str, changes: pd.DataFrame) -> dict[int, list[Any]]:
+def _predictions(run: RunFolder, changes: pd.DataFrame) -> dict[int, list[Any]]:
     """Return, by row, each steered layer with its predicted error before and after."""
-    reach = run.reach(method)
+    reach = run.reach(run.main_method or "")
     if reach is None:
         return {}
     pairs = torch.stack([reach.before, reach.after], -1).tolist()
@@ -483,16 +482,12 @@ def _short(share: float) -> float:
     return round(share, 4)
 
 
-def _scatter(run: RunFolder, figures: _Figures, prefix: str) -> list[Block]:
+def _scatter(changes: pd.DataFrame, figures: _Figures, method: str) -> Iterator[Block]:
     """Draw every example's error before and after; its points open the explorer's examples."""
-    method = run.main_method
-    changes = pd.DataFrame() if method is None else run.changes(method)
-    if changes.empty:
-        return []
-    names = {"row": "row", "error_before": "before", "error_after": "after", "change": "change"}
-    errors = pd.DataFrame({new: changes[old] for old, new in names.items()})
-    figure = plots.error_before_after(errors, method=str(method))
-    return [figures.place(f"{prefix}errors", figure, errors)]
+    if not changes.empty:
+        errors = pd.DataFrame(changes[["row", "error_before", "error_after", "change"]])
+        errors = errors.rename(columns={"error_before": "before", "error_after": "after"})
+        yield figures.place("errors", plots.error_before_after(errors, method=method), errors)
 
 
 def _side_effects(run: RunFolder) -> pd.DataFrame:
@@ -548,7 +543,7 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
         "spi_dots": plots.spi_dots(frame),
         "transitions": plots.transitions(frame),
     }
-    numbers = table(records).rename(columns={"0->1": "recovered", "1->0": "regressed"})
+    numbers = table(records).rename(columns=_CHANGES)
     same = [c for c in ("model", "space", "seed", "n") if len(set(numbers[c])) == 1]
     first = ["task", "method", "decision"]
     numbers = numbers.drop(columns=[*same, "error"])
@@ -557,5 +552,5 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
         "models": sorted({record["model"] for record in records}),
         "comparison": [figures.place(name, figure, frame) for name, figure in drawn.items()],
         "numbers": Table.of(pd.DataFrame(numbers[[*first, *others]])),
-        "runs": [_run(run, figures, prefix=f"run{i}_") for i, run in enumerate(runs)],
+        "runs": [_run(run, replace(figures, prefix=f"run{i}_")) for i, run in enumerate(runs)],
     }

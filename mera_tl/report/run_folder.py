@@ -17,7 +17,7 @@ from torch import Tensor
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
 from mera_tl.benchmark.recommendation import Recommendation, read_run, recommend
-from mera_tl.benchmark.run import FORMAT
+from mera_tl.benchmark.run import FORMAT, load_splits
 from mera_tl.certificate.certificate import Calibration, percent, promised_points
 from mera_tl.inference.activations import Activations
 from mera_tl.methods.race import Search
@@ -27,7 +27,6 @@ from mera_tl.steering.directions import fit_direction
 from mera_tl.steering.reach import Reach
 from mera_tl.steering.rules import Adaptive, Additive
 from mera_tl.steering.steering import Steering
-from mera_tl.tasks.loading import load_task
 from mera_tl.tasks.task import Task
 
 MOST_POINTS = 800
@@ -105,8 +104,8 @@ class RunFolder:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What its pre-flight found wrong with the baseline."""
-        return warnings_of(self.records)
+        """What is wrong with its baseline or with single methods, each sentence once."""
+        return tuple(dict.fromkeys(w for r in self.records for w in r.get("warnings", ())))
 
     @property
     def trust(self) -> str:
@@ -183,7 +182,7 @@ class RunFolder:
     def tried(self, method: str) -> pd.DataFrame:
         """Return the candidates of a method's search on training data; empty if it made none."""
         path = self.path / "searches" / method / "candidates.jsonl"
-        return pd.DataFrame(storage.read_records(path) if path.exists() else [])
+        return pd.DataFrame(storage.read_records(path))
 
     def changes(self, method: str) -> pd.DataFrame:
         """Return what a method did to each test example: answers and errors before and after."""
@@ -257,15 +256,11 @@ class RunFolder:
         Raises:
             ValueError: if the data is gone or has changed since.
         """
-        c = self.config
-        where: dict[str, Any] = {"data_dir": c.data_dir, "template": c.template}
-        task = load_task(c.task, **where, trust_task_code=c.trust_task_code)
-        test = task.split(c.seed, train=c.train, calibration=c.calibration, test=c.test).test
-        wanted = self.records[0]["hashes"]["data"]["test"]
+        test, wanted = load_splits(self.config).test, self.records[0]["hashes"]["data"]["test"]
         if test.data_hash != wanted:
             raise ValueError(
-                f"The test split of {c.task} has hash {test.data_hash}, the run saw {wanted}; "
-                "bring the data back that it was made with."
+                f"The test split of {self.config.task} has hash {test.data_hash}, the run saw "
+                f"{wanted}; bring the data back that it was made with."
             )
         return test
 
@@ -345,11 +340,6 @@ def records_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         ends.append(known or (np.nan, np.nan))
     low, high = zip(*ends, strict=True)
     return pd.DataFrame(list(records)).assign(spi_low=low, spi_high=high)
-
-
-def warnings_of(records: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """Return what is wrong with the baselines of records, each sentence once."""
-    return tuple(dict.fromkeys(w for record in records for w in record.get("warnings", ())))
 
 
 def find_runs(folders: str | Path | Sequence[str | Path]) -> list[RunFolder]:
