@@ -13,12 +13,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from mera_tl.inference.answers import ReadSettings, by_length
+from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.decoding import left_pad
-from mera_tl.inference.evaluation import tokenize_task
-from mera_tl.inference.progress import is_watched
+from mera_tl.inference.evaluation import run_batches, tokenize_task
 from mera_tl.models.model import Model, resid_post
 from mera_tl.sae.loading import Layers, require_sae_lens, starts_with_bos
 from mera_tl.tasks.task import Task
@@ -113,20 +111,14 @@ def _read_tokens(
         chosen.append(list(prompt))
         n_tokens += len(prompt)
     has_bos = starts_with_bos(model)
-    name, rows, seen = resid_post(layer), [], {}
 
-    def keep(resid: Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen["resid"] = resid
-
-    batches = list(by_length(chosen, settings))
-    hidden = not (settings.progress and is_watched())
-    for batch in tqdm(batches, desc=f"read layer {layer}", disable=hidden):
+    def run(batch: list[int]) -> Float[Tensor, "some d_model"]:
         tokens, mask = left_pad([chosen[i] for i in batch], model.device)
-        with model.hooked.hooks(fwd_hooks=[(name, keep)]):
-            model.hooked(tokens, attention_mask=mask, stop_at_layer=layer + 1)
+        resid: Any = model.hooked(tokens, attention_mask=mask, stop_at_layer=layer + 1)
         words = mask.bool() & ~((mask.cumsum(-1) == 1) & has_bos)
-        rows.append(seen["resid"][words].float())
-    return torch.cat(rows)
+        return resid[words].float()
+
+    return torch.cat([rows for _, rows in run_batches(chosen, run, settings, f"layer {layer}")])
 
 
 def _train(
