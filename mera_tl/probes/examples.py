@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mera_tl.inference.activations import Activations
+from mera_tl.inference.activations import Activations, Position
 
 logger = logging.getLogger(__name__)
 
-Position = Literal["last", "exact", "generated"]
 Mixture = Activations | Sequence[Activations]
 """The activations of one task, or of several, which are then mixed."""
 

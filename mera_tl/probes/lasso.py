@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mera_tl.probes.least_squares import Problems, Solution, relative
+from mera_tl.probes.least_squares import Problems, Solution, relative, solve_factored
 
 
 def lasso_path(problems: Problems, penalties: Sequence[float]) -> Solution:
@@ -199,7 +199,7 @@ def _signed_step(
     # With its signs given the objective is one parabola, and a Newton step goes to its minimum.
     factor, failed = torch.linalg.cholesky_ex(hessian)
     downhill = torch.where(inside, -gradient - l1 * sign, 0.0)
-    newton = _solve(factor, downhill)
+    newton = solve_factored(factor, downhill)
     # Not positive definite for all that: coordinate by coordinate is still downhill.
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     newton = torch.where(failed[:, None] > 0, downhill / diagonal, newton)
@@ -247,16 +247,10 @@ def _without_crossing(
         on = staying[again]
         reduced = torch.where(on[:, :, None] & on[:, None], hessian[again], 0.0)
         reduced.diagonal(dim1=-2, dim2=-1).add_(torch.where(on, 0.0, 1.0))
-        solved = _solve(torch.linalg.cholesky_ex(reduced).L, torch.where(on, wanted[again], 0.0))
+        factor = torch.linalg.cholesky_ex(reduced).L
+        solved = solve_factored(factor, torch.where(on, wanted[again], 0.0))
         target = target.index_copy(0, again, torch.where(on, solved, 0.0))
     return target
-
-
-def _solve(
-    factor: Float[Tensor, "live chosen chosen"], wanted: Float[Tensor, "live chosen"]
-) -> Float[Tensor, "live chosen"]:
-    half = torch.linalg.solve_triangular(factor, wanted[..., None], upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
 
 
 def _line_minimum(

@@ -9,7 +9,7 @@ products of the examples with each other are enough, and the features' Gram matr
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from einops import einsum
@@ -203,17 +203,21 @@ def _inverse(
     factor, failed = torch.linalg.cholesky_ex(shifted)
     pivots = factor.diagonal().square()
     if not failed and pivots.min() > 10 * floor * pivots.max():
-        # Two triangular solves, since `cholesky_solve` copies the factor.
-        def solve(wanted: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-            half = torch.linalg.solve_triangular(factor, wanted[:, None], upper=False)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
-
-        return solve
+        return partial(solve_factored, factor)
     # Cholesky cannot tell small from absent: the eigenvalues can, at ten times the price.
     variances, axes = torch.linalg.eigh(lower)
     present = variances > floor * variances[-1].clamp(min=0)
     inverse = torch.where(present, 1 / (variances + penalty), 0.0)
     return lambda wanted: axes @ (inverse * (axes.T @ wanted))
+
+
+def solve_factored(
+    factor: Float[Tensor, "*problem n n"], wanted: Float[Tensor, "*problem n"]
+) -> Float[Tensor, "*problem n"]:
+    """Solve `L L' v = wanted` for a Cholesky factor L."""
+    # Two triangular solves, since `cholesky_solve` copies the factor.
+    half = torch.linalg.solve_triangular(factor, wanted[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
 
 
 def _lower_products(x: Float[Tensor, "row column"], size: int = 256) -> Float[Tensor, "row row"]:
