@@ -146,17 +146,13 @@ class Outcomes:
 
     def weighted_scores(self) -> dict[str, float]:
         """Return precision, recall and F1, averaged over options with weights n(true option)."""
-        totals = {"precision": 0.0, "recall": 0.0, "f1": 0.0}
-        for option in range(len(self.options)):
-            true, said = self.labels == option, self.predictions == option
-            hits = (true & said).sum().item()
-            precision = hits / max(1, said.sum().item())
-            recall = hits / max(1, true.sum().item())
-            f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-            weight = true.double().mean().item()
-            for name, value in (("precision", precision), ("recall", recall), ("f1", f1)):
-                totals[name] += weight * value
-        return totals
+        from sklearn.metrics import precision_recall_fscore_support
+
+        options: Any = {"labels": list(range(len(self.options))), "zero_division": 0}
+        scores = precision_recall_fscore_support(
+            self.labels.numpy(), self.predictions.numpy(), average="weighted", **options
+        )
+        return dict(zip(("precision", "recall", "f1"), map(float, scores[:3]), strict=True))
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one JSON-ready row per example."""
