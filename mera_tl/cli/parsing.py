@@ -156,11 +156,9 @@ def _overview(by_name: Mapping[str, type]) -> str:
         lines += [f"\n{title}:"] if names else []
         for name in names.split():
             first = (by_name[name].__doc__ or "").partition("\n")[0]
-            lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:<11}", **_HANGING))
+            hanging: Any = {"initial_indent": f"  {name:<11}", "subsequent_indent": " " * 13}
+            lines.append(textwrap.fill(first, 80, **hanging))
     return "\n".join([*lines, f"\n{EXIT_CODES}"])
-
-
-_HANGING: dict[str, Any] = {"subsequent_indent": " " * 13}
 
 
 def _about(kind: type) -> str:

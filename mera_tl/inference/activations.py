@@ -8,7 +8,6 @@ come, so memory grows with the batch and not with the number of examples.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.answers import OptionTokens, Reading, ReadSettings, option_tokens, read_batch
+from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -143,12 +142,11 @@ def collect(
     """
     check_call(model, task)
     settings = ReadSettings.of(task, settings)
-    manifest, prompts = _manifest(model, task, settings), tokenize_task(model, task, settings)
+    manifest = _manifest(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
-    answer = partial(_answer, model, task, settings, prompts, option_tokens(model, task, settings))
     if out is not None:
         with storage.TensorFile(Path(out) / "activations.safetensors", shapes) as file:
-            outcomes = answer(file.write)
+            outcomes = _answer(model, task, settings, file.write)
         _save_rest(Path(out), outcomes, manifest)
         return Activations.load(out)
     kept = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -156,18 +154,12 @@ def collect(
     def keep(position: str, row: int, values: np.ndarray) -> None:
         kept[position][row] = torch.from_numpy(values)
 
-    return Activations(kept, answer(keep), manifest)
+    return Activations(kept, _answer(model, task, settings, keep), manifest)
 
 
-def _answer(
-    model: Model,
-    task: Task[Any],
-    settings: ReadSettings,
-    prompts: Sequence[Sequence[int]],
-    options: OptionTokens,
-    write_row: WriteRow,
-) -> Outcomes:
+def _answer(model: Model, task: Task[Any], settings: ReadSettings, write_row: WriteRow) -> Outcomes:
     """Answer a task unsteered; whatever is gathered on the way goes to `write_row`."""
+    prompts, options = tokenize_task(model, task, settings), option_tokens(model, task, settings)
     prefix = Prefix.of(model, prompts, n_after(model, task, settings))
     whole = settings.readout == "reply"
 

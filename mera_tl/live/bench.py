@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+import torch
+
 from mera_tl.benchmark.run import Run
 from mera_tl.certificate.saving import load_steering
 from mera_tl.inference.answers import ReadSettings
@@ -72,7 +74,8 @@ class Bench:
         way = self.ways[name]
         threshold = 0.5
         if name == CERTIFIED and isinstance(way.rule, Adaptive):
-            threshold = threshold_of(way.rule)
+            limit = torch.tensor(way.rule.limit, dtype=torch.float64)
+            threshold = float(torch.sigmoid(limit))  # in units of predicted error
         return Choices(name, threshold=threshold, layers=way.layer_numbers, positions=way.positions)
 
     def steering(self, choices: Choices) -> Steering | None:
@@ -97,13 +100,6 @@ class Bench:
         rule = Adaptive() if choices.rule == "threshold" else Additive(choices.strength)
         way = replace(way, rule=rule, layers=layers, positions=choices.positions)
         return way.at(choices.threshold) if choices.rule == "threshold" else way
-
-
-def threshold_of(rule: Adaptive) -> float:
-    """Return the threshold of a rule, in units of predicted error."""
-    import torch
-
-    return float(torch.sigmoid(torch.tensor(rule.limit, dtype=torch.float64)))
 
 
 def open_bench(

@@ -47,7 +47,8 @@ def panel(
     Raises:
         ValueError: if the prompt is empty or exceeds the context, or options cannot be read.
     """
-    options = _checked(prompt, bench.options if options is None else options)
+    _require_prompt(prompt)
+    options = bench.options if options is None else options
     if not bench.ways or len(options) < 2:
         return Panel("Without a probe and options there are replies only.")
     key = (bench, prompt, options, choices)
@@ -73,7 +74,7 @@ def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
     Raises:
         ValueError: if the prompt is empty or exceeds the context.
     """
-    _checked(prompt, ())
+    _require_prompt(prompt)
     with bench.lock:
         steering, n = bench.steering(choices), choices.max_new_tokens
         wanted = [None] if steering is None else [None, choices]
@@ -87,10 +88,9 @@ def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
         return _REPLIES[keys[0]], _REPLIES[keys[-1]]
 
 
-def _checked(prompt: str, options: tuple[str, ...]) -> tuple[str, ...]:
+def _require_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise ValueError("There is no prompt; type one.")
-    return options
 
 
 _UNSTEERED: OrderedDict[Any, Pass] = OrderedDict()
