@@ -18,6 +18,7 @@ from conftest import (
 from mera_tl import Adaptive, Additive, Steering, calibrate, evaluate, generate, load_model
 from mera_tl.inference import Decoding, ReadSettings, hooked_pass, option_tokens, read_batch
 from mera_tl.models import resid_post
+from mera_tl.steering import attach_hooks
 
 N_NEW = 6
 PROMPTS = [
@@ -281,6 +282,10 @@ def test_exceptions_leave_no_hook_and_steering_twice_is_refused(models, original
         with pytest.raises(ValueError, match="steered already"), steering.attach(hf):
             pass
         assert hf(torch.tensor([[4, 5]])).logits.isfinite().all()
+    for other in (steering, replace(steering, layers=(0,), positions="generated")):
+        hooks = [*replace(steering, layers=(1,)).fwd_hooks(), *other.fwd_hooks()]
+        with pytest.raises(ValueError, match="hooks of several"), attach_hooks(hf, hooks):
+            pass
     with steering.attach(hf):  # and free again
         hf(torch.tensor([[4, 5]]))
 

@@ -92,3 +92,6 @@ def test_hooks_that_steer_nothing_are_refused(models):
     model = models["llama"]
     with pytest.raises(ValueError, match="no steering hook"):
         evaluate_reach(model, talking_task(model, 4), [], settings=SETTINGS, title="test")
+    twice = 2 * steerings(model)["last"].fwd_hooks()
+    with pytest.raises(ValueError, match="of two steerings"):
+        evaluate_reach(model, talking_task(model, 4), twice, settings=SETTINGS, title="test")

@@ -308,6 +308,21 @@ def test_what_was_moved_is_counted_as_by_hand(model, positions):
     assert evaluate(model, task, settings=QUIET).relative_shift == 0  # control: nothing moved
 
 
+def test_two_hooks_on_one_layer_count_each_for_itself(models):
+    """Hooks that only read come last, and say of their own that they moved nothing."""
+    model = models["llama"]
+    task, one = talking_task(model), steered(model, 0.3, layers=(0, 1), positions="last")
+    reading = replace(one, positions="all").reading_hooks()
+    alone, both = (
+        evaluate(model, task, [*one.fwd_hooks(), *more], settings=QUIET) for more in ([], reading)
+    )
+    assert torch.equal(both.probs, alone.probs) and alone.n_steered.any()
+    for name in ("n_steered", "n_tokens", "n_layers", "shift"):
+        assert torch.equal(getattr(both, name), getattr(alone, name)), name
+    assert (both.n_steerable > alone.n_steerable).all()
+    assert (both.max_score >= alone.max_score).all()
+
+
 def test_a_rule_without_a_limit_has_no_threshold(model):
     steering = Steering(random_probe(model), rule=Additive(0.3))
     with pytest.raises(ValueError, match="has no threshold"):

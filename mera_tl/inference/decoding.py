@@ -69,8 +69,9 @@ class Decoding:
 
     `rows` are the batch rows still on their way. Of what steering hooks did, per batch row:
     `n_steered` and `n_steerable` count the (layer, token) pairs that they moved or could have
-    moved, `n_tokens` the tokens and `n_layers` the layers among those moved; `shift` sums up
-    |shift| / |h| over the moved pairs; `max_score` is the highest score that they saw.
+    moved, each hook for itself where a layer has several; `n_tokens` counts the tokens and
+    `n_layers` the layers among those moved; `shift` sums up |shift| / |h| over the moved pairs;
+    `max_score` is the highest score that they saw.
     """
 
     def __init__(
@@ -346,14 +347,14 @@ class Decoding:
         here, rows = self.rows.device, self.rows  # a row may be there several times, in branches
         moved = torch.zeros(mask.shape, dtype=torch.bool, device=here)
         for layer, point in enumerate(self._points):
-            if "moved" in (left := point.ctx):
-                by_layer = left.pop("moved").to(here)
+            for left in point.ctx.pop("left", ()):  # by every hook that the layer has
+                by_layer = left["moved"].to(here)
                 moved |= by_layer
                 self._moved[rows[by_layer.any(-1)], layer] = True
                 self.n_steered.index_add_(0, rows, by_layer.sum(-1))
-                self.n_steerable.index_add_(0, rows, left.pop("steerable").to(here))
-                self.shift.index_add_(0, rows, left.pop("shift").to(here))
-                self.max_score.scatter_reduce_(0, rows, left.pop("max_score").to(here), "amax")
+                self.n_steerable.index_add_(0, rows, left["steerable"].to(here))
+                self.shift.index_add_(0, rows, left["shift"].to(here))
+                self.max_score.scatter_reduce_(0, rows, left["max_score"].to(here), "amax")
         self.n_tokens.index_add_(0, rows, moved.sum(-1))
 
 

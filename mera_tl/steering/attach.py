@@ -84,10 +84,13 @@ def _check(host: Host, hooks: Sequence[SteerHook], options: OptionTokens | None)
             f"This steering moves layer {beyond[0]}, but {host.name} has {len(host.layers)} "
             f"layers, numbered 0 to {len(host.layers) - 1}; attach it to the model it was made for."
         )
-    if host.layers[0] in _STEERED:
+    is_one = len({hook.layer for hook in hooks}) == len(hooks)
+    is_one = is_one and len({(hook.positions, hook.first_k) for hook in hooks}) == 1
+    if host.layers[0] in _STEERED or not is_one:
+        what = "is being steered already" if is_one else "was given hooks of several steerings"
         raise ValueError(
-            f"{host.name} is being steered already; leave that `with` block first, since the "
-            "effect of two steerings at once is not what either was certified for."
+            f"{host.name} {what}; attach one steering at a time, since the effect of two at once "
+            "is not what either was certified for."
         )
     if options is None and any(hook.per_answer for hook in hooks):
         raise ValueError(

@@ -59,7 +59,7 @@ class SteerHook:
         window = hook.ctx.get("window")
         move = self.move(resid, window, self.scope(resid.shape[1], window))
         if move is not None and window is not None:
-            hook.ctx.update(move.counts())
+            hook.ctx.setdefault("left", []).append(move.counts())
         return resid if move is None else move.resid
 
     def scope(self, n_columns: int, window: Window | None) -> "Scope":

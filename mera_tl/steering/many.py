@@ -263,20 +263,23 @@ class RowHook:
         )
         steered = resid.clone()
         steered[here[row], column] = after
-        hook.ctx["shift"].index_add_(0, here[row], relative_shift(after, before))
+        hook.ctx["left"][-1]["shift"].index_add_(0, here[row], relative_shift(after, before))
         return steered
 
     @staticmethod
     def _leave(hook: Any, pace: "_Pace", n_rows: int, here: Tensor) -> None:
         """Leave for the decoding what it counts."""
         device, n_columns = here.device, pace.score.shape[1]
-        hook.ctx["moved"] = torch.zeros(n_rows, n_columns, dtype=torch.bool, device=device)
-        hook.ctx["moved"][here] = pace.amount != 0
-        hook.ctx["shift"] = torch.zeros(n_rows, device=device)
-        hook.ctx["steerable"] = torch.zeros(n_rows, dtype=torch.long, device=device)
-        hook.ctx["steerable"][here] = pace.scope.sum(-1)
-        hook.ctx["max_score"] = torch.full((n_rows,), -torch.inf, device=device)
-        hook.ctx["max_score"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
+        left = {
+            "moved": torch.zeros(n_rows, n_columns, dtype=torch.bool, device=device),
+            "shift": torch.zeros(n_rows, device=device),
+            "steerable": torch.zeros(n_rows, dtype=torch.long, device=device),
+            "max_score": torch.full((n_rows,), -torch.inf, device=device),
+        }
+        left["moved"][here] = pace.amount != 0
+        left["steerable"][here] = pace.scope.sum(-1)
+        left["max_score"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
+        hook.ctx.setdefault("left", []).append(left)
 
 
 @dataclass(frozen=True, eq=False)

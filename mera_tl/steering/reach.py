@@ -32,7 +32,13 @@ Seen = Callable[[SteerHook, Tensor, Tensor, Window], None]
 
 
 def around(readers: Sequence[SteerHook], fwd_hooks: FwdHooks, seen: Seen) -> FwdHooks:
-    """Return hooks with a look at the layer of every reader before them and after them."""
+    """Return hooks with a look at the layer of every reader before them and after them.
+
+    Raises:
+        ValueError: if a layer has two readers: which of them moved what is not seen.
+    """
+    if len({reader.layer for reader in readers}) < len(readers):
+        raise ValueError("A layer has hooks of two steerings; look at one steering at a time.")
     into: dict[int, Tensor] = {}
 
     def before(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
