@@ -1,16 +1,29 @@
 """Withholding as a method: what is answered is right as often as promised."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import run_in
+from conftest import make_outcomes, organism, random_probe, run_in
 
-from mera_tl import storage
+from mera_tl import Terms, load_task, storage
 from mera_tl.benchmark import RunConfig, open_run
 from mera_tl.certificate import Withholding, withholding_thresholds
+from mera_tl.inference import Activations
+from mera_tl.methods import (
+    Candidate,
+    ClassProbe,
+    Search,
+    certify_class_probe,
+    certify_flip,
+    certify_trust,
+)
+from mera_tl.probes import LinearProbe
 from mera_tl.report import RunFolder
+from mera_tl.steering import Steering
 
 CONFIG = RunConfig(
     model="organism",
@@ -54,6 +67,36 @@ def test_it_is_found_again_and_its_decision_follows_from_its_counts(folder):
     for row in plain["rows"]:
         row["wrong"] = row["answered"]
     assert Withholding.from_json(plain).threshold is None  # not by its bounds
+
+
+def test_it_names_what_it_holds_for_and_refuses_another_model(folder):
+    found = Withholding.from_json(storage.read_json(folder / "withholding" / "withholding.json"))
+    model, setup = organism(), found.setup
+    assert (setup["task"], setup["options"]) == ("spam_cue", ["spam", "ham"])
+    assert {"template", "readout", "answers", "data", "tokenizer"} <= set(setup)
+    probe = LinearProbe.load(folder / "probes" / "ridge")
+    assert setup["reads"]["layers"] == [probe.best_layer] and len(setup["reads"]["probe"]) == 16
+    found.check(model)
+    for other in (replace(model, fingerprint="f00d"), replace(model, system="Be brief.")):
+        with pytest.raises(ValueError, match="was certified on organism"):
+            found.check(other)
+
+
+def test_every_certificate_needs_the_calibration_split():
+    """Whatever else is wrong: it is looked at first, before anything is run."""
+    ones = torch.ones(2)
+    model, terms = organism(), Terms()
+    steering, classes = Steering(random_probe(model)), ClassProbe(torch.zeros(2, 8), ones, 0, 1.0)
+    found = Search(Candidate("flip", 3.0, (1,), "final", 0.5), steering, pd.DataFrame(), {})
+    learned = Activations({}, make_outcomes("ab", ones.long(), ones.long(), torch.ones(2, 2)))
+    for task in load_task("spam_cue").split(train=20, calibration=10, test=10)[::2]:
+        for certify in (
+            partial(certify_flip, model, task, found),
+            partial(certify_class_probe, model, task, classes),
+            partial(certify_trust, model, task, steering, learned, alpha=0.1),
+        ):
+            with pytest.raises(ValueError, match=f"got the {task.role} split"):
+                certify(terms=terms)
 
 
 def test_it_is_said_in_table_report_and_explanation(mera, folder):

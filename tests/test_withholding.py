@@ -81,9 +81,18 @@ def test_bounds_are_clopper_pearsons_and_sentences_say_what_is_promised():
         "WITHHOLD above a predicted error of 0.1: 33 % answered, certified at most 5.0 % of them"
     )
     assert Withholding.from_json(found.to_json()) == found
-    beyond = {"threshold": 0.9, "answered": 300, "wrong": 0, "wrong_at_most": 0.0}
-    edited = {**found.to_json(), "rows": [*found.to_json()["rows"], beyond]}
+    first, *_ = found.to_json()["rows"]
+    second, third = (
+        {"threshold": t, "answered": n, "wrong": 6, "wrong_at_most": 0.0}
+        for t, n in ((0.4, 110), (0.9, 300))
+    )
+    edited = {**found.to_json(), "rows": [first, second, third]}
     assert Withholding.from_json(edited).threshold == 0.1  # the second row ended the sequence
+    assert Withholding.from_json({**edited, "rows": [third]}).threshold == 0.9  # control
+    for name, value in (("wrong", 0), ("answered", 301), ("threshold", 0.4)):
+        rows = [first, second, {**third, name: value}]
+        with pytest.raises(ValueError, match="counts are not those"):
+            Withholding.from_json({**edited, "rows": rows})
     none = certify_withholding(predicted, correct, alpha=0.01, thresholds=(0.1, 0.4))
     assert none.threshold is None and "at least 299 answers must be tested" in str(none)
     assert certify_withholding(predicted, correct, alpha=0.9, thresholds=(1.0,)).threshold == 1.0

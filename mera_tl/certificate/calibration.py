@@ -60,11 +60,6 @@ def calibrate(
             `evaluate` and `certify`.
     """
     check_call(model, task)
-    if task.role != "calibration":
-        raise ValueError(
-            f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
-            "pass task.split(...).calibration."
-        )
     _check_terms(terms)
     if terms is not None and delta not in (None, terms.delta):
         raise ValueError(
@@ -76,9 +71,7 @@ def calibrate(
     steerings = _candidates(candidates)
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run
-    kept = distinct([example.key for example in task.examples], terms.seed)
-    unused = len(task) - len(kept)
-    task = task.subset(kept) if unused else task
+    n_given, task = len(task), evidence_of(task, terms.seed)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     asked, counts = [unsteered, *steerings], terms.metric == "correct"
     base, *runs = evaluate_many(model, task, asked, settings=settings, decide=counts)
@@ -86,6 +79,7 @@ def calibrate(
     decision = certify_outcomes(
         task, base, runs, candidates=descriptions, terms=terms, min_gain=min_gain, setup=about
     )
+    unused = n_given - len(task)
     return replace(decision, unused=unused, steerings=dict(enumerate(steerings)))
 
 
@@ -164,6 +158,20 @@ def certify(
 def distinct(texts: Sequence[str], seed: int) -> list[int]:
     """Return the places of one example per text, by the seeded choice that splits make."""
     return splitting.distinct(map(key_of, texts), seed)
+
+
+def evidence_of(task: Task[CalibrationRole], seed: int) -> Task[CalibrationRole]:
+    """Return the examples of a calibration split that are evidence: one of each text.
+
+    Raises:
+        ValueError: if it is another split.
+    """
+    if task.role != "calibration":
+        raise ValueError(
+            f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
+            "pass task.split(...).calibration."
+        )
+    return task.subset(distinct([example.key for example in task.examples], seed))
 
 
 def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:

@@ -169,16 +169,7 @@ class Calibration:
         Raises:
             ValueError: naming what differs.
         """
-        from mera_tl.models.identity import identity_of
-
-        got = identity_of(model)
-        for key, words in _IDENTITY.items():
-            if key in self.setup and key in got and self.setup[key] != got[key]:
-                raise ValueError(
-                    f"This steering was certified on {self.setup.get('model')} with {words} "
-                    f"{self.setup[key]}, but {got['model']} has {got[key]}; use that model, or "
-                    "load it with anyway=True, without its certificate."
-                )
+        check_model(self.setup, model, "load it with anyway=True, without its certificate")
 
     @property
     def needed(self) -> int | None:
@@ -351,6 +342,23 @@ def _follows(issued: Calibration) -> bool:
     again = issued._derived(issued.terms, issued.min_gain)
     pairs = zip(issued.evidence, again.evidence, strict=True)
     return all(said.agrees(derived) for said, derived in pairs)
+
+
+def check_model(setup: Mapping[str, Any], model: Any, instead: str) -> None:
+    """Refuse a model other than the one that a certificate is about.
+
+    Raises:
+        ValueError: naming what differs, and what to do `instead` of taking that model.
+    """
+    from mera_tl.models.identity import identity_of
+
+    got = identity_of(model)
+    for key, words in _IDENTITY.items():
+        if key in setup and key in got and setup[key] != got[key]:
+            raise ValueError(
+                f"This was certified on {setup.get('model')} with {words} {setup[key]}, but "
+                f"{got['model']} has {got[key]}; use that model, or {instead}."
+            )
 
 
 def check_min_gain(min_gain: float) -> None:

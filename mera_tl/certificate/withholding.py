@@ -9,7 +9,7 @@ take quantiles of the predicted error on training examples. Imports neither torc
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from scipy import special
 
 from mera_tl.certificate.bounds import check_probability, upper_share
-from mera_tl.certificate.certificate import percent
+from mera_tl.certificate.certificate import check_model, percent
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Withholding:
     """Share of incorrect answers where nothing is withheld."""
     rows: tuple[Answered, ...]
     """The thresholds that were tested, in order; all but perhaps the last are certified."""
+    setup: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the promise is about: as of a `Calibration`, and under `reads` what predicts the error,
+    by hashes; empty for predictions of unknown origin."""
 
     @property
     def chosen(self) -> Answered | None:
@@ -67,19 +70,40 @@ class Withholding:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Withholding":
-        """Rebuild what `to_json` returned, deriving every bound again from its counts."""
-        rows = []
+        """Rebuild what `to_json` returned, deriving every bound again from its counts.
+
+        Raises:
+            ValueError: if thresholds do not rise, or counts are not those of ever more examples.
+        """
+        rows, before = [], Answered(-math.inf, 0, 0, 0.0)
         for row in value["rows"]:
+            more, wrong = row["answered"] - before.answered, row["wrong"] - before.wrong
+            rises = row["threshold"] > before.threshold and row["answered"] <= value["n"]
+            if not (rises and 0 <= wrong <= more):
+                raise ValueError(
+                    "This is no certificate of withholding: its counts are not those of "
+                    "thresholds that rise on one set of examples; certify again."
+                )
             bound = upper_share(row["wrong"], row["answered"], value["delta"])
-            rows.append(Answered(row["threshold"], row["answered"], row["wrong"], bound))
+            before = Answered(row["threshold"], row["answered"], row["wrong"], bound)
+            rows.append(before)
         return cls(**{**value, "rows": tuple(rows)})
+
+    def check(self, model: Any) -> None:
+        """Refuse a model, tokenizer, chat template or system prompt other than those certified for.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        check_model(self.setup, model, "certify withholding on this one")
 
     def __str__(self) -> str:
         row = self.chosen
         terms = (
             f"Confidence {1 - self.delta:.4g} over the draw of {self.n} calibration examples; "
             "exact binomial test, thresholds in a fixed order; wrong where nothing is withheld: "
-            f"{100 * self.base:.1f} %."
+            f"{100 * self.base:.1f} %. Holds on average for data drawn as these were, not for a "
+            "subgroup, other prompts or another model."
         )
         if row is None:
             first = self.rows[0]

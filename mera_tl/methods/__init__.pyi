@@ -40,3 +40,4 @@ from .second_best import search_flip as search_flip
 from .treatment import Method as Method
 from .treatment import Run as Run
 from .treatment import Treatment as Treatment
+from .trusting import certify_trust as certify_trust

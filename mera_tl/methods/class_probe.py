@@ -19,7 +19,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.certificate.calibration import certify_outcomes, distinct, setup_of
+from mera_tl.certificate.calibration import certify_outcomes, evidence_of, setup_of
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
@@ -158,7 +158,7 @@ def certify_class_probe(
 ) -> Calibration:
     """Certify on held-out examples that the classifier beats the model, or abstain."""
     settings = settings or ReadSettings()
-    task = task.subset(distinct([example.key for example in task.examples], terms.seed))
+    task = evidence_of(task, terms.seed)
     read = collect(model, task, settings=settings)
     return certify_outcomes(
         task,

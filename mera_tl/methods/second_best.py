@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.certificate.calibration import certify_outcomes, distinct, setup_of
+from mera_tl.certificate.calibration import certify_outcomes, evidence_of, setup_of
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations
@@ -86,7 +86,7 @@ def certify_flip(
 ) -> Calibration:
     """Certify the one flip that was chosen, on held-out examples, or abstain."""
     settings = settings or ReadSettings()
-    task = task.subset(distinct([example.key for example in task.examples], terms.seed))
+    task = evidence_of(task, terms.seed)
     base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
     threshold = found.chosen.threshold
     return certify_outcomes(

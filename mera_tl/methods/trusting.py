@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mera_tl.certificate.calibration import distinct
+from mera_tl.certificate.calibration import evidence_of, setup_of
+from mera_tl.certificate.description import describe
 from mera_tl.certificate.terms import Terms
 from mera_tl.certificate.withholding import Withholding, certify_withholding, withholding_thresholds
 from mera_tl.inference.activations import Activations
@@ -54,8 +55,12 @@ def certify_trust(
 
     `learned` are activations of the training split, whose predicted errors fix the thresholds. Of
     examples with the same text one is used, by a seeded choice.
+
+    Raises:
+        ValueError: if the task is not a calibration split, or as `evaluate`.
     """
-    task = task.subset(distinct([example.key for example in task.examples], terms.seed))
+    settings = settings or ReadSettings()
+    task = evidence_of(task, terms.seed)
     probe, (layer,) = steering.probe, steering.layer_numbers
     seen = predicted_error(probe.score(learned.resid("last"))[layer])
     right = learned.correct.numpy()
@@ -63,4 +68,7 @@ def certify_trust(
     thresholds = withholding_thresholds(seen, len(task), **asked, correct=right)
     read = evaluate(model, task, reading_hooks(steering), settings=settings, title="withhold")
     predicted, correct = predicted_error(read.max_score), read.correct.numpy()
-    return certify_withholding(predicted, correct, **asked, thresholds=thresholds)
+    found = certify_withholding(predicted, correct, **asked, thresholds=thresholds)
+    (about,) = describe([replace(steering, positions="final")])
+    reads = {name: about[name] for name in ("probe", "layers", "positions", "space")}
+    return replace(found, setup={**setup_of(model, task, settings), "reads": reads})
