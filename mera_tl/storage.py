@@ -90,6 +90,21 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); delete it.") from None
 
 
+def run_python(path: str | Path) -> dict[str, Any]:
+    """Run a user's Python file as it is now; return what it defines.
+
+    Not by an import: that takes compiled code of the file that may be older than its last change.
+
+    Raises:
+        ValueError: if the file is missing or unreadable; and whatever it raises.
+    """
+    with _told(path, "read"):
+        source = Path(path).read_bytes()
+    defined: dict[str, Any] = {"__name__": Path(path).stem, "__file__": str(path)}
+    exec(compile(source, str(path), "exec"), defined)
+    return defined
+
+
 def read_json(path: str | Path) -> Json:
     """Read a JSON file that holds an object.
 

@@ -348,11 +348,23 @@ def test_collect_to_a_folder_equals_collect_in_memory(model, task, tmp_path):
     again = Activations.load(tmp_path)
     assert torch.equal(again.outcomes.predictions, in_memory.outcomes.predictions)
     assert again.manifest["model_fingerprint"] == model.fingerprint
+    assert again.texts == in_memory.texts == list(range(len(task)))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "activations.safetensors",
         "manifest.json",
         "outcomes.jsonl",
     ]
+
+
+def test_collected_examples_know_whose_text_is_the_same(models, tmp_path):
+    """Case and the width of white space make no other text."""
+    texts = ("good film", "red tree", "Good  Film", "good film .", "good\tfilm")
+    examples = [Example(7 + i, f"{t} answer :", ("yes", "no"), 0) for i, t in enumerate(texts)]
+    task = Task("copies", tuple(examples), "all")
+    collect(models["llama"], task, settings=EXACT, out=tmp_path)
+    again = Activations.load(tmp_path)
+    assert again.texts == [7, 8, 7, 10, 7]
+    assert again.subset(torch.tensor([4, 3, 0])).texts == [7, 10, 7]
 
 
 def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Methods: the table is whole, a user's own joins it, and each finds its work again."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -125,6 +126,22 @@ def test_records_of_methods_unknown_here_survive(own, tmp_path):
     list(run.records(["no_steering"]))
     kept = (tmp_path / "run" / "records.jsonl").read_text()
     assert '"method": "louder"' in kept and kept.index("no_steering") < kept.index("louder")
+
+
+def test_what_a_users_method_did_before_it_was_edited_is_no_result_of_it(own, tmp_path):
+    run, name = run_of(tmp_path, train="30", calibration="15", test="15"), f"{own}:louder"
+    run.splits = run.splits._replace(test=run.splits.test.subset(range(15)))
+    first, before = run.record(name), own.stat()
+    assert run.record(name) == first
+    own.write_text(OWN.replace("LOUDER", "FASTER"))
+    # Of the same size, within the same second: an import would take the code of before.
+    os.utime(own, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert find_method(name).treat(run).instruction == "FASTER."
+    for ask in (run.record, run.treat, lambda name: list(run.records([name]))):
+        with pytest.raises(ValueError, match="what louder did before its code was changed"):
+            ask(name)
+    own.write_text(OWN)  # control
+    assert run.record(name) == first
 
 
 def test_a_method_named_twice_or_nowhere_is_refused():

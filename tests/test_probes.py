@@ -131,6 +131,29 @@ def test_folds_hold_out_thirty_percent_and_balance_the_classes():
     assert not torch.equal(use, cross_validation.folds(incorrect, seed=4))
 
 
+def test_copies_of_a_text_are_never_held_out_from_each_other():
+    """Noise, six times each: a copy among the fitted ones would make it look like signal."""
+    one = planted(n=30, layer=1)
+    shuffled = Examples(one.resid("last")[[0, 2]], one.error, ~one.correct).shuffled(0)
+    order = torch.arange(30).repeat(6)
+    copied = answers(shuffled.resid.transpose(0, 1)[order], shuffled.error[order])
+    same = [[text + 30 * copy for copy in range(6)] for text in range(30)]
+    told = replace(copied, manifest=MANIFEST | {"repeats": same})
+    some = told.subset(torch.arange(179, -1, -1))  # rows keep their texts in any order
+    for each in (told, some):
+        examples = read_examples(each, "last")
+        assert examples.texts is not None and len(examples.texts.unique()) == 30
+        use = cross_validation.folds(examples.incorrect, 0, examples.texts)
+        for text in range(30):
+            assert (use[:, examples.texts == text].double().std(1) == 0).all()
+        assert abs(use.double().mean() - 0.7) < 0.02
+    grid = {"least_squares": (0.0,)}
+    believed = [probe_path(each, grid=grid)["auroc"].mean() for each in (told, some, copied)]
+    assert max(believed[:2]) < 0.65 < 0.75 < believed[2]  # control: nothing said of copies
+    kept = fit_error_probe(told).manifest
+    assert kept == MANIFEST
+
+
 def test_metrics_agree_with_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     error = torch.rand(200, generator=generator).double()
@@ -268,6 +291,10 @@ def test_nan_few_examples_and_mixed_models_are_errors():
         fit_error_probe(broken)
     with pytest.raises(ValueError, match="at least 10 examples.*got 9"):
         fit_error_probe(planted(n=9))
+    alike = replace(planted(n=20), manifest={"repeats": [list(range(11))]})
+    with pytest.raises(ValueError, match="different texts.*got 9"):
+        fit_error_probe(replace(alike, manifest={"repeats": [list(range(12))]}))
+    assert fit_error_probe(alike).n_layers == 3  # ten texts are enough
     other = replace(planted(), manifest=MANIFEST | {"model_fingerprint": "beef"})
     with pytest.raises(ValueError, match="come from 2"):
         fit_error_probe([planted(), other])

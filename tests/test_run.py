@@ -49,6 +49,10 @@ def test_certificates_that_nobody_announced_are_counted(tmp_path):
         given = [run.calibrate(name, steering) for name in ("mine", "mine", "another", "third")]
         assert [decision.terms.delta for decision in given] == [0.05] * 4
         assert run.familywise_delta == pytest.approx(0.15)
+        other = replace(steering, probe=random_probe(run.model, seed=1))
+        for asked in (steering.at(0.4), other, [steering, other], replace(steering, layers="all")):
+            with pytest.raises(ValueError, match="mine certifies other steerings"):
+                run.calibrate("mine", asked)
 
 
 def test_a_search_budget_ends_with_the_best_so_far_which_is_certified_as_usual(tmp_path):

@@ -37,7 +37,7 @@ from mera_tl.benchmark.resources import choose_threads
 from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.description import describe_space
+from mera_tl.certificate.description import describe_space, is_about
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -157,7 +157,8 @@ class Run(methods.Run):
         _ = self.others  # one that does not exist is named before anything is spent
         if any(each.certifies for each in found):
             self.splits.train.require_classes()
-        self.shares.announce([each.name for each in found if each.certifies])
+        code = {each.name: each.code for each in found if each.code}
+        self.shares.announce([each.name for each in found if each.certifies], code)
 
     @property
     def shares(self) -> Shares:
@@ -355,7 +356,14 @@ class Run(methods.Run):
             terms=self.terms(name),
             settings=self.read,
         )
-        return self.decide(name, certify)
+        decision = self.decide(name, certify)
+        steerings = [candidates] if isinstance(candidates, Steering) else candidates
+        if not is_about([row.steering for row in decision.evidence], steerings):
+            raise ValueError(
+                f"{self.folder / 'certificates' / name} certifies other steerings than these; "
+                "give these another name, which then has a delta of its own."
+            )
+        return decision
 
     def decide(self, name: str, certify: Callable[[], Calibration]) -> Calibration:
         """Certify in another way than `calibrate`, once per name."""
@@ -381,7 +389,7 @@ class Run(methods.Run):
             "data": [task.name, task.role, task.data_hash],
             "tokens": storage.fingerprint(prompts),
             "read": read,
-            "versions": versions() | {"format": FORMAT},
+            "versions": versions() | {"format": FORMAT, "repeats": 1},
         }
 
     # --- records --------------------------------------------------------------------------------
@@ -401,8 +409,9 @@ class Run(methods.Run):
         (method,) = find_methods([name], self.config.space)
         path = self.folder / "records.jsonl"
         done = {record["method"]: record for record in storage.read_records(path)}
-        if method.name not in done:
+        if method.code or method.name not in done:  # a user's own code may have changed
             self.announce([name])
+        if method.name not in done:
             done[method.name] = self._evaluate(method.name)
             order = [*METHODS, *done]
             ordered = sorted(done.values(), key=lambda record: order.index(record["method"]))

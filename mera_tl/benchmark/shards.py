@@ -112,7 +112,7 @@ def join(run: Run, shards: Sequence[Shard], folder: Path) -> Activations:
                 for place, row in zip(shard.places, values, strict=True):
                     file.write(name, place, row.numpy())
     storage.write_records(folder / "outcomes.jsonl", [records[place] for place in sorted(records)])
-    whole = {"data_hash": task.data_hash, "n": len(task)}
+    whole = {"data_hash": task.data_hash, "n": len(task), "repeats": task.repeats}
     storage.write_json(folder / "manifest.json", {**manifest, **whole})
     shutil.rmtree(folder / "shards")
     return Activations.load(folder)

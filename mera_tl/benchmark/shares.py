@@ -1,7 +1,7 @@
 """What the certificates of a run's folder, and of the folders beside it, may promise together."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,12 @@ class Shares:
         return storage.read_json(path)["families"] if path.exists() else []
 
     @property
+    def code(self) -> dict[str, str]:
+        """Hashes of the code of users' own methods."""
+        path = self.folder / "shares.json"
+        return storage.read_json(path).get("code", {}) if path.exists() else {}
+
+    @property
     def familywise_delta(self) -> float:
         """Greatest probability that any certificate of the folder is wrong."""
         return self.delta * len(self.families)
@@ -42,12 +48,23 @@ class Shares:
         family = next((each for each in reversed(self.families) if method in each), {})
         return family.get(method, self.delta), len(family) > 1
 
-    def announce(self, methods: Sequence[str]) -> None:
+    def announce(self, methods: Sequence[str], code: Mapping[str, str] | None = None) -> None:
         """Share delta among methods that ask for a certificate; those that are known keep theirs.
 
+        `code` are hashes of the code of those that are a user's own.
+
         Raises:
-            ValueError: if the primary method is not among them.
+            ValueError: if the primary method is not among them, or a method that has a share has
+                other code by now: what it did before is no result of it.
         """
+        code, kept = code or {}, self.code
+        changed = [name for name in code if kept.get(name, code[name]) != code[name]]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds what {changed[0]} did before its code was changed; choose "
+                "another --out, or give the changed function another name: it is then another "
+                "method, with a delta of its own."
+            )
         known = {name for family in self.families for name in family}
         new = [name for name in methods if name not in known]
         primary = self.primary if self.primary not in known else None
@@ -59,7 +76,8 @@ class Shares:
         if not new:
             return
         families = [*self.families, share_delta(new, self.delta, primary=primary)]
-        storage.write_json(self.folder / "shares.json", {"families": families})
+        content = {"families": families, "code": {**kept, **code}}
+        storage.write_json(self.folder / "shares.json", content)
         if len(families) > 1:
             logger.warning(
                 "%s: %s came after %s on the same calibration examples; the promises of all hold "
@@ -75,18 +93,20 @@ def others_on_the_same(
 
     `model` is the fingerprint of its weights.
     """
-    mine = (config.to_json(), Shares(folder, config.delta, config.primary).families)
+    shares = Shares(folder, config.delta, config.primary)
+    mine = (config.to_json(), shares.families, shares.code)
     told: list[str] = []
     for path in sorted(folder.resolve().parent.glob("*/shares.json")):
         try:
-            families = storage.read_json(path)["families"]
+            plain = storage.read_json(path)
+            families, code = plain["families"], plain.get("code", {})
             about = storage.read_json(path.with_name("content.json"))
             theirs = storage.read_json(path.with_name("config.json"))
             same = about["data"]["calibration"] == calibration.data_hash
             same = same and (about["model"], theirs["task"]) == (model, config.task)
         except (ValueError, KeyError, TypeError, OSError):
             continue  # the folder of something else, or one that is just begun
-        if same and mine != (theirs, families):
+        if same and mine != (theirs, families, code):
             names = ", ".join(name for family in families for name in family)
             told.append(
                 f"{path.parent.name} was certified on {len(calibration)} of the same calibration "

@@ -7,7 +7,7 @@ bit for bit. Together with the tensors a description is the steering: `rebuild` 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering import rules
-from mera_tl.steering.spaces import OWN, SAESpace, Space
+from mera_tl.steering.spaces import OWN, ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Steering
 
 
@@ -56,6 +56,24 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
         "probe": once(probe, lambda p: tensor_hash(p.weights, p.bias, p.resid_norm)),
         "direction": None if direction is None else once(direction, tensor_hash),
     }
+
+
+def is_about(descriptions: Sequence[Mapping[str, Any]], steerings: Sequence[Steering]) -> bool:
+    """Whether descriptions that were read from a file may be of these steerings.
+
+    By rule, scope and probe: a direction that is computed again elsewhere may differ in its last
+    digits, and hashing SAEs takes long.
+    """
+    raw = [
+        replace(each, space=ResidualSpace(), layers=each.layer_numbers, direction=None)
+        for each in steerings
+    ]
+    both = ([*descriptions], json.loads(json.dumps(describe(raw))))
+    told, asked = (
+        [{k: v for k, v in each.items() if k not in ("space", "direction")} for each in some]
+        for some in both
+    )
+    return told == asked
 
 
 def describe_space(space: Space) -> dict[str, Any]:

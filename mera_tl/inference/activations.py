@@ -80,6 +80,12 @@ class Activations:
         """The true options' indices."""
         return self.outcomes.labels
 
+    @property
+    def texts(self) -> list[int]:
+        """A row number for each example, the same for examples with the same text."""
+        first = {row: same[0] for same in self.manifest.get("repeats", ()) for row in same}
+        return [first.get(row, row) for row in self.outcomes.rows.tolist()]
+
     def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
         """Return the activations of some examples."""
         kept = {name: resid[indices] for name, resid in self.by_position.items()}
@@ -199,6 +205,7 @@ def _manifest(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str
         "readout": settings.readout,
         "answer_prefix": settings.prefix(model),
         "n": len(task),
+        "repeats": task.repeats,
     }
 
 

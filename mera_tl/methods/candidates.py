@@ -72,12 +72,10 @@ class ProbeSet:
         probes = []
         for answer in range(len(activations.outcomes.options)):
             chosen = activations.outcomes.predictions == answer
-            wrong = int((chosen & ~activations.correct).sum())
-            if min(wrong, int(chosen.sum()) - wrong) < MIN_ERRORS:
-                probes.append(pooled)
-                continue
             part = activations.subset(chosen.nonzero()[:, 0])
-            probes.append(_fit(part, space, kind="logistic", seed=seed))
+            n_of_each = [int((part.correct == right).sum()) for right in (False, True)]
+            few = min(n_of_each) < MIN_ERRORS or len(set(part.texts)) < 2 * MIN_ERRORS
+            probes.append(pooled if few else _fit(part, space, kind="logistic", seed=seed))
         directions = fit_directions(features(activations, space), pooled, kinds)
         return ProbeSet(LinearProbe.of_answers(pooled, probes), directions)
 

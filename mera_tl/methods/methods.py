@@ -6,7 +6,7 @@ direction, so a new one is a row; a user's own is a function under `@method`.
 """
 
 import difflib
-import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -68,8 +68,21 @@ def method(function: Treat) -> Treat:
     if name in BUILT_IN:
         raise ValueError(f"{name} is a method of mera_tl; give your function another name.")
     about = (function.__doc__ or "A method without a docstring.").strip().splitlines()[0]
-    METHODS[name] = Method(name, about, function, on="both")
+    METHODS[name] = Method(name, about, function, on="both", code=_code_of(function))
     return function
+
+
+def _code_of(function: Treat) -> str:
+    """Return the hash of the file that defines a function, or of its text in a notebook."""
+    try:
+        path = Path(inspect.getfile(function))
+        return (
+            storage.file_hash(path)
+            if path.is_file()
+            else storage.fingerprint(inspect.getsource(function))
+        )
+    except (OSError, TypeError):  # made by code, or typed: there is no text of it
+        return ""
 
 
 def find_method(name: str) -> Method:
@@ -129,15 +142,12 @@ def require_suited(methods: Sequence[Method], task: Task[Any]) -> None:
 
 
 def _load_method(path: Path, name: str) -> Method:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         raise ValueError(f"There is no file {path}; pass the path of your method as FILE.py:NAME.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        function: Treat | None = storage.run_python(path).get(name)
     except Exception as error:
         raise ValueError(f"{path} does not run ({type(error).__name__}: {error}).") from error
-    function: Treat | None = getattr(module, name, None)
     if function is None or not callable(function):
         raise ValueError(f"{path} defines no function {name!r}; name one that takes the run.")
     if name not in METHODS or METHODS[name].treat is not function:

@@ -113,3 +113,5 @@ class Method:
     """Whether it asks for a certificate, which costs a share of delta."""
     on: Literal["options", "replies", "both"] = "options"
     """Whether it answers tasks with options, scored tasks, or both."""
+    code: str = ""
+    """Hash of the code of a user's own; what that imports is not looked at."""

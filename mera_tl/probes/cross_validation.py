@@ -1,9 +1,9 @@
 """Fit every kind of probe on shared folds, and measure each where it was not fitted.
 
-Examples are assigned to ten blocks; each of five folds fits on seven and holds out three, and one
-last fit uses them all. Every layer, kind and penalty meets the same folds, so that a comparison is
-paired and their sums are shared. Features are standardised once per layer, without a
-look at the targets, and the scale is folded back: a probe acts on raw `h`.
+Texts are assigned to ten blocks, with all their copies; each of five folds fits on seven and holds
+out three, and one last fit uses them all. Every layer, kind and penalty meets the same folds, so
+that a comparison is paired and their sums are shared. Features are standardised once per layer,
+without a look at the targets, and the scale is folded back: a probe acts on raw `h`.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Literal
 import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.probes import metrics
@@ -63,26 +63,34 @@ class Fits:
         return score + self.bias[:, fold, :, None].to(resid)
 
 
-def folds(incorrect: Bool[Tensor, " example"], seed: int) -> Bool[Tensor, "fold example"]:
+def folds(
+    incorrect: Bool[Tensor, " example"],
+    seed: int,
+    texts: Int[Tensor, " example"] | None = None,
+) -> Bool[Tensor, "fold example"]:
     """Return which examples each fold fits on: seven tenths, the held-out three moving round.
 
-    Examples are assigned to ten blocks at random, errors and correct ones evenly.
+    Texts are assigned to ten blocks at random, errors and correct ones evenly; `texts` numbers
+    them from 0. A copy of what was fitted to is nothing held out, so copies share a block.
 
     Raises:
-        ValueError: if there are fewer examples than blocks.
+        ValueError: if there are fewer texts than blocks.
     """
-    n = len(incorrect)
+    texts = torch.arange(len(incorrect)) if texts is None else texts.cpu()
+    n = len(texts.unique())
     if n < N_BLOCKS:
         raise ValueError(
-            f"A probe needs at least {N_BLOCKS} examples, to hold some out, but got {n}; "
-            "collect more."
+            f"A probe needs at least {N_BLOCKS} examples of different texts, to hold some out, "
+            f"but got {n}; collect more."
         )
+    # A text whose copies are answered differently counts by whether any of them is wrong.
+    wrong = torch.zeros(n, dtype=torch.long).index_add(0, texts, incorrect.cpu().long()) > 0
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    by_class = shuffled[incorrect.cpu()[shuffled].long().argsort(stable=True)]
+    by_class = shuffled[wrong[shuffled].long().argsort(stable=True)]
     block = torch.empty(n, dtype=torch.long)
     block[by_class] = torch.arange(n) % N_BLOCKS
     first = torch.arange(N_FOLDS)[:, None] * HELD_OUT_BLOCKS
-    return ((block - first) % N_BLOCKS >= HELD_OUT_BLOCKS).to(incorrect.device)
+    return ((block[texts] - first) % N_BLOCKS >= HELD_OUT_BLOCKS).to(incorrect.device)
 
 
 def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: bool = True) -> Fits:
@@ -94,7 +102,7 @@ def fit_grid(examples: Examples, grid: Grid, *, clip: float, seed: int, refit: b
         ValueError: if examples are too few, or a logistic probe has only one class to learn.
     """
     _require_targets(examples, grid)
-    use = folds(examples.incorrect, seed)
+    use = folds(examples.incorrect, seed, examples.texts)
     use = torch.cat([use, torch.ones_like(use[: int(refit)])])
     n_layers, _, width = examples.resid.shape
     per_chunk = max(1, CHUNK_BYTES // (8 * width * width * (N_BLOCKS + 2 * N_FOLDS)))
@@ -211,7 +219,7 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
     Each metric has three columns: its mean over the folds, its spread `*_sd`, and `*_dummy`, the
     same for the constant prediction "the mean error of the fold". `nonzero` counts the weights.
     """
-    held_out = ~folds(examples.incorrect, seed)
+    held_out = ~folds(examples.incorrect, seed, examples.texts)
     error, incorrect = examples.error.double(), examples.incorrect
     measured, dummies = [], []
     for fold, rows in enumerate(held_out):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mera_tl.inference.activations import Activations, Position
@@ -25,6 +25,8 @@ class Examples:
     error: Float[Tensor, " example"]
     """1 - P(true option), in [0, 1]."""
     incorrect: Bool[Tensor, " example"]
+    texts: Int[Tensor, " example"] | None = None
+    """Numbers of their texts, from 0 in the order in which they come first; None: all differ."""
 
     def __len__(self) -> int:
         return len(self.error)
@@ -64,10 +66,18 @@ def read_examples(activations: Mixture, position: Position) -> Examples:
             "answers, or use position='last'."
         )
     pairs = list(zip(parts, usable, strict=True))
+    names = [
+        (number, text)
+        for number, (part, rows) in enumerate(pairs)
+        for text, is_usable in zip(part.texts, rows.tolist(), strict=True)
+        if is_usable
+    ]
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return Examples(
         torch.cat([part.resid(position)[:, rows] for part, rows in pairs], dim=1),
         torch.cat([part.error[rows] for part, rows in pairs]),
         torch.cat([~part.correct[rows] for part, rows in pairs]),
+        torch.tensor([number_of[name] for name in names]),
     )
 
 

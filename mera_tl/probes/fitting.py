@@ -197,7 +197,9 @@ def _say_unread(unread: Sequence[bool], kinds: str, position: Position) -> None:
 def _manifest(activations: Mixture) -> dict[str, Any]:
     """Return the activations' manifest; of a mixture the first, with what the others are."""
     parts = as_parts(activations)
+    # Which texts are repeated may be a long list, and says nothing about a probe.
+    first = {name: value for name, value in parts[0].manifest.items() if name != "repeats"}
     if len(parts) == 1:
-        return dict(parts[0].manifest)
+        return first
     mixture = [{k: a.manifest.get(k) for k in ("task", "data_hash", "n")} for a in parts]
-    return {**parts[0].manifest, "mixture": mixture}
+    return {**first, "mixture": mixture}

@@ -254,14 +254,7 @@ def function(reply: str, reference: str, file: str, call: str) -> float:
 
 @cache
 def _loaded(file: str, name: str, code: str) -> Callable[..., Any]:  # noqa: ARG001  the file's hash
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("task_scorer", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Any = getattr(module, name, None)
+    found: Any = storage.run_python(file).get(name)
     if not callable(found):
         raise ValueError(f"{file} defines no function {name!r}")
     return found

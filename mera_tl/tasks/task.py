@@ -189,6 +189,14 @@ class Task(Generic[RoleT]):
                 row += [example.scorer.to_json(), example.reference, example.instruction]
         return fingerprint(rows)
 
+    @property
+    def repeats(self) -> list[list[int]]:
+        """The rows that share a text, a list for each text that is there more than once."""
+        rows: dict[str, list[int]] = {}
+        for example in self.examples:
+            rows.setdefault(example.key, []).append(example.row)
+        return [same for same in rows.values() if len(same) > 1]
+
     def require_classes(self) -> None:
         """Check that at least two classes occur; a scored task has none.
 
