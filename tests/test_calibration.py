@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -324,15 +322,6 @@ def test_bad_questions_are_refused(gains, options, sentence):
 def test_bad_terms_are_refused(terms, sentence):
     with pytest.raises(ValueError, match=sentence):
         Terms(**terms)
-
-
-def test_planning_and_monitoring_load_neither_torch_nor_pandas():
-    code = (
-        "import sys, mera_tl.certificate.monitor, mera_tl.certificate.certificate;"
-        "print([m for m in ('torch', 'pandas', 'plotly', 'transformers') if m in sys.modules])"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
 
 
 # --- calibrating a model --------------------------------------------------------------------------

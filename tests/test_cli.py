@@ -81,28 +81,6 @@ def test_abstaining_equals_the_unsteered_run_bit_for_bit(checkpoints, toy, tmp_p
     assert lines[0] == lines[1]
 
 
-MISTAKES = {
-    "model": ({"model": "google/gemma-2-2"}, "google/gemma-2-2b"),
-    "task": ({"task": "sms_spem"}, "sms_spam"),
-    "layers": ({"layers": "7"}, "numbered 0 to 2"),
-    "layer words": ({"layers": "first"}, "such as 0,2-4"),
-    "too few": ({"train": 400}, "400"),
-    "overlap": ({"train": "0-29", "calibration": "20-39", "test": "40-50"}, "20"),
-    "missing data": ({"task": "boolq.toml"}, "boolq.toml"),
-    "template": ({"template": "nowhere.txt"}, "nowhere.txt"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence_and_exit_code_2(mera, name, checkpoints, toy, tmp_path):
-    changes, words = MISTAKES[name]
-    error = mera("run", *arguments(checkpoints, toy, tmp_path / "run", **changes), code=2).err
-    assert words in error
-    assert error.splitlines()[-1].startswith("mera: ")
-    assert "Traceback" not in error
-    assert not (tmp_path / "run" / "config.json").exists()  # nothing half-written
-
-
 def test_an_unknown_method_costs_nothing_and_names_the_nearest(mera, checkpoints, toy, tmp_path):
     told = arguments(checkpoints, toy, tmp_path / "run")
     said = mera("run", *told, "--methods", "no_steering", "optimal_prob", code=2).err

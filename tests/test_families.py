@@ -94,13 +94,6 @@ def test_a_cache_of_turned_keys_keeps_logits_bit_equal(family, models):
     assert same == (family == "gpt2")  # which has no rotary embedding: nothing to turn
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_dtype_is_an_argument(checkpoints, dtype):
-    model = load_model(str(checkpoints["qwen2"]), dtype=dtype, device="cpu")
-    logits = model.next_token_logits(TOKENS, torch.ones_like(TOKENS))
-    assert logits.dtype == getattr(torch, dtype)
-
-
 # --- several devices, none at all ---------------------------------------------------------------
 
 

@@ -94,7 +94,9 @@ def steerings(model):
 
 @pytest.mark.parametrize("readout", ["options", "last", "exact"])
 def test_going_on_from_a_prompt_that_was_run_equals_running_it_again(model, readout):
-    task = talking_task(model, 16)
+    """Whatever the rows: all, or a few that are there several times, one for each candidate."""
+    words = ("very good film", "blue bird")
+    task = make_task(16, options=words) if readout == "options" else talking_task(model, 16)
     prompts = model.tokenize([example.prompt for example in task.examples])
     settings = replace(QUIET, readout=readout)
     options = option_tokens(model, task, settings)
@@ -102,14 +104,17 @@ def test_going_on_from_a_prompt_that_was_run_equals_running_it_again(model, read
         decoding = Decoding(model, prompts, ())
         answers = about_to_answer(decoding, decoding.prompt(), options, settings)
     plain = read_batch(model, prompts, options, settings)
-    for rows in (torch.arange(16), torch.tensor([3, 4, 9])):
+    assert readout == "exact" or torch.equal(answers, plain.predictions)
+    for rows in (torch.arange(16), torch.tensor([3, 0, 0, 5, 3, 3])):
         for name, steering in steerings(model).items():
             hooks = steering.fwd_hooks()
             cheap = read_again(decoding, rows, options, settings, hooks, answers=answers[rows])
             whole = read_batch(model, prompts, options, settings, hooks)
             assert torch.equal(cheap.predictions, whole.predictions[rows]), name
             assert (cheap.probs - whole.probs[rows]).abs().max() < 1e-4, name
-            assert torch.equal(cheap.n_steered, whole.n_steered[rows]), name
+            for count in ("n_steered", "n_steerable", "n_tokens", "n_layers"):
+                assert torch.equal(getattr(cheap, count), getattr(whole, count)[rows]), name
+            assert torch.allclose(cheap.max_score, whole.max_score[rows], atol=1e-4), name
             assert (whole.probs - plain.probs).abs().max() > 1e-3, name  # they do something
 
 
