@@ -8,9 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import csv
 import json
 import logging
+import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,15 @@ def original(path):
     return AutoModelForCausalLM.from_pretrained(path).eval()
 
 
+def padded(prompts, side: str = "left"):
+    """Tokens and mask of prompts of unequal length."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    stack = partial(pad_sequence, batch_first=True, padding_side=side)
+    return stack(rows), stack([torch.ones_like(row) for row in rows])
+
+
 @cache
 def organism():
     """The embedded model, loaded once; a test that changes it loads its own."""
@@ -215,6 +225,14 @@ def arguments(checkpoints, toy, out, **changes):
     return [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
 
 
+def python(code: str, *, flags=(), arguments=(), **options):
+    """Run code in a process of its own; what it printed is returned."""
+    command = [sys.executable, *flags, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def call_mera(monkeypatch, *arguments):
     """Run the command in this process; return its exit code."""
     from mera_tl.cli import app
@@ -295,6 +313,14 @@ def read_again(decoding, rows, options, settings, fwd_hooks, *, answers):
     with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
         fork = decoding.fork(rows, fwd_hooks)
         return read_from(fork, fork.prompt_again(answers, whole=False), options, settings)
+
+
+def certified(model, task, steering):
+    """A decision for a steering: there is hardly a gain that is not promised."""
+    from mera_tl import calibrate
+
+    split = task.subset(range(12), role="calibration")
+    return calibrate(model, split, steering, min_gain=-0.99)
 
 
 def random_probe(model, *, seed: int = 0, scale: float = 1.0):

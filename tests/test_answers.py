@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, SHARED, make_task, random_probe, read_again, talking_task
+from conftest import FAMILIES, SHARED, make_task, original, random_probe, talking_task
 from jaxtyping import TypeCheckError
 
 from mera_tl.inference import (
     Activations,
     Decoding,
     ReadSettings,
-    about_to_answer,
     answered_option,
     collect,
     evaluate,
@@ -23,7 +22,6 @@ from mera_tl.inference import (
     is_over,
     multiple_choice,
     option_tokens,
-    tokenize_task,
 )
 from mera_tl.models import Model, load_model, resid_post
 from mera_tl.steering import Steering
@@ -36,10 +34,8 @@ cached_task = cache(talking_task)
 
 @pytest.fixture(scope="module")
 def originals(checkpoints):
-    from transformers import AutoModelForCausalLM
-
     torch.set_grad_enabled(False)
-    yield {f: AutoModelForCausalLM.from_pretrained(path) for f, path in checkpoints.items()}
+    yield {family: original(path) for family, path in checkpoints.items()}
     torch.set_grad_enabled(True)
 
 
@@ -52,14 +48,14 @@ PAIRS = {
 }
 
 
-def summed_by_hand(original, tokenizer, prompt: list[int], option: str) -> float:
+def summed_by_hand(theirs, tokenizer, prompt: list[int], option: str) -> float:
     """Sum P(variant | prompt) over an option's variants with the original model, no cache."""
     forms = {option, option.lower(), option.upper(), option.capitalize()}
     texts = [space + form for form in forms for space in ("", " ")]
     total = 0.0
     for ids in {tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts}:
         if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
-            logits = original(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            logits = theirs(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
             logs = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
             total += logs.sum().exp().item()
     return total
@@ -125,10 +121,8 @@ def test_a_branch_is_not_run_where_it_cannot_change_the_likeliest_option(models,
 
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="sms-llama is not at hand")
 def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
-    from transformers import AutoModelForCausalLM
-
     path = SHARED / "models" / "sms-llama"
-    model, original = load_model(str(path)), AutoModelForCausalLM.from_pretrained(path)
+    model, theirs = load_model(str(path)), original(path)
     for ending in ("Answer:", "Answer:\n "):
         texts = [
             f'This SMS: "{t}" is spam or ham? {ending}' for t in ("Win a prize!", "see u", "ok")
@@ -141,7 +135,7 @@ def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
         for i, text in enumerate(texts):
             prompt = model.tokenize([text])[0]
             with torch.inference_mode():
-                sums = [summed_by_hand(original, model.tokenizer, prompt, o) for o in task.options]
+                sums = [summed_by_hand(theirs, model.tokenizer, prompt, o) for o in task.options]
             assert (run.probs[i] - torch.tensor(sums) / sum(sums)).abs().max() < 2e-5
 
 
@@ -155,32 +149,6 @@ def test_options_of_one_token_cost_no_further_pass_and_each_prefix_is_fed_once(m
     model = models["llama"]
     passes = {name: n_passes(model, make_task(4, options=o)) for name, o in PAIRS.items()}
     assert passes == {"single tokens": 1, "a shared first token": 2, "unequal lengths": 3}
-
-
-def test_a_fork_may_name_rows_several_times(model):
-    """Rows of one batch may be examples times candidates: each reads as it does alone."""
-    task = make_task(6, options=PAIRS["unequal lengths"])
-    options, prompts = option_tokens(model, task, QUIET), tokenize_task(model, task, QUIET)
-    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.01)
-    rows = torch.tensor([3, 0, 0, 5, 3, 3])
-    with torch.inference_mode(), hooked_pass(model, ()):
-        decoding = Decoding(model, prompts, ())
-        answers = about_to_answer(decoding, decoding.prompt(), options, QUIET)
-    hooks = steering.fwd_hooks()
-    forked = read_again(decoding, rows, options, QUIET, hooks, answers=answers[rows])
-    whole = evaluate(model, task, hooks, settings=QUIET)
-    for name in (
-        "probs",
-        "predictions",
-        "n_steered",
-        "n_steerable",
-        "n_tokens",
-        "n_layers",
-        "max_score",
-    ):
-        assert torch.allclose(getattr(forked, name), getattr(whole, name)[rows], atol=1e-5), name
-    assert (forked.probs - evaluate(model, task, settings=QUIET).probs[rows]).abs().max() > 1e-4
-    assert torch.equal(answers.cpu(), evaluate(model, task, settings=QUIET).predictions)
 
 
 def test_what_hooks_do_to_option_tokens_counts_for_their_prompt(models):

@@ -10,6 +10,8 @@ from conftest import (
     FAMILIES,
     make_task,
     mixed_options,
+    original,
+    padded,
     random_probe,
     save_random_checkpoint,
     talking_task,
@@ -56,24 +58,10 @@ def every(models, others):
 @pytest.fixture(scope="module")
 def originals(checkpoints, others):
     """The same checkpoints as a user of transformers has them, and their ends never sampled."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = {}
-    for family, path in (checkpoints | others).items():
-        loaded[family] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        loaded[family].generation_config.eos_token_id = None
+    loaded = {family: original(path) for family, path in (checkpoints | others).items()}
+    for model in loaded.values():
+        model.generation_config.eos_token_id = None
     return loaded
-
-
-def padded(prompts: list[list[int]], side: str = "left"):
-    width = max(map(len, prompts))
-    pads = [[0] * (width - len(p)) for p in prompts]
-    ones = [[1] * len(p) for p in prompts]
-    pairs = [(p, row) for p, row in zip(pads, prompts, strict=True)]
-    masks = [(p, row) for p, row in zip(pads, ones, strict=True)]
-    order = (0, 1) if side == "left" else (1, 0)
-    stack = lambda rows: torch.tensor([r[order[0]] + r[order[1]] for r in rows])  # noqa: E731
-    return stack(pairs), stack(masks)
 
 
 def ours(model, prompts, steering) -> torch.Tensor:
@@ -418,10 +406,7 @@ def test_a_certified_steering_by_the_answer_knows_its_options(
     assert not torch.equal(torch.stack(wrong), torch.stack(expected))  # the control
 
 
-def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(
-    models, originals, tmp_path, monkeypatch, capsys
-):
-    from mera_tl.cli import main
+def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(models, originals, tmp_path, mera):
     from mera_tl.steering import hash_of_prompt
 
     model, hf, path = models["llama"], originals["llama"], tmp_path / "audit.jsonl"
@@ -441,11 +426,8 @@ def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(
     audits = tmp_path / "outcomes.jsonl"
     rows = [{"prompt": hash_of_prompt(p), "steered": 0, "unsteered": 1} for p in prompts]
     audits.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    state = tmp_path / "monitor.json"
-    arguments = ["mera", "monitor", audits, "--log", path, "--state", state]
-    monkeypatch.setattr("sys.argv", list(map(str, arguments)))
-    main()
-    assert "3 audited pairs (0 better, 3 worse)" in capsys.readouterr().out
+    said = mera("monitor", audits, "--log", path, "--state", tmp_path / "monitor.json").out
+    assert "3 audited pairs (0 better, 3 worse)" in said
 
 
 def test_a_log_does_not_say_of_rows_that_it_lost_that_nothing_was_moved(

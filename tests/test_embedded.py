@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import padded
 
 from mera_tl import storage
 from mera_tl.models import load_model, resid_post
@@ -33,10 +34,7 @@ def test_hugging_faces_generate_runs_on_it(engines):
     """Left-padded, on its cache, in a batch: the tokens of a plain loop without either."""
     original = engines[0].hooked.original
     prompts = engines[0].tokenize([e.prompt for e in load_task("spam_cue").examples[:4]])
-    width = max(map(len, prompts))
-    tokens, mask = torch.zeros(2, 4, width, dtype=torch.long)
-    for number, row in enumerate(prompts):
-        tokens[number, -len(row) :], mask[number, -len(row) :] = torch.tensor(row), 1
+    tokens, mask = padded(prompts)
     out = original.generate(
         tokens, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0
     )
@@ -44,7 +42,7 @@ def test_hugging_faces_generate_runs_on_it(engines):
         for step in range(3):
             with torch.no_grad():
                 logits = original(torch.tensor([row])).logits[0, -1]
-            assert out[number, width + step] == logits.argmax()
+            assert out[number, tokens.shape[1] + step] == logits.argmax()
             row = [*row, int(logits.argmax())]
 
 

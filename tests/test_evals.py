@@ -5,10 +5,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import make_task, random_probe
+from conftest import certified, make_task, random_probe
 
-from mera_tl import Adaptive, Steering, calibrate
-from mera_tl.cli import main
+from mera_tl import Adaptive, Steering
 from mera_tl.evals import Continuation, SteeredLM, compare_on_tasks, log_likelihoods
 from mera_tl.inference import ReadSettings, option_tokens, read_batch
 from mera_tl.steering import Additive, Sampling, reply_to
@@ -159,19 +158,12 @@ def test_local_tasks_are_compared_with_paired_intervals(models, toy):
         compare_on_tasks(model, steering_of(model), ["nowhere.yaml"])
 
 
-def test_the_command_line_shows_side_effects(
-    models, checkpoints, toy, tmp_path, monkeypatch, capsys
-):
-    model, task = models["llama"], make_task(12).subset(range(12), role="calibration")
-    decision = calibrate(model, task, steering_of(model), min_gain=-0.99)
-    command = ["mera", "eval", "--steering", str(decision.save(tmp_path / "steering"))]
-    command += ["--model", str(checkpoints["llama"]), "--tasks", str(toy[0]), "--limit", "20"]
+def test_the_command_line_shows_side_effects(models, checkpoints, toy, tmp_path, mera):
+    model = models["llama"]
+    folder = certified(model, make_task(12), steering_of(model)).save(tmp_path / "steering")
+    command = ["eval", "--steering", folder, "--model", checkpoints["llama"], "--tasks"]
     (effect,) = compare_on_tasks(model, steering_of(model), [str(toy[0])], limit=20)
-    monkeypatch.setattr("sys.argv", [*command, "--json"])
-    main()
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(mera(*command, toy[0], "--limit", 20, "--json").out)
     assert row == pytest.approx(asdict(effect) | {"difference": effect.difference})
-    monkeypatch.setattr("sys.argv", [*command[:-4], "--tasks", "nowhere.yaml"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "There is no task file nowhere.yaml" in " ".join(capsys.readouterr().err.split())
+    said = mera(*command, "nowhere.yaml", code=2).err
+    assert "There is no task file nowhere.yaml" in " ".join(said.split())

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_probe, talking_task
+from conftest import certified, random_probe, talking_task
 
-from mera_tl import Adaptive, Additive, Steering, calibrate
-from mera_tl.cli import main
-from mera_tl.inference import ReadSettings
+from mera_tl import Adaptive, Additive, Steering
 from mera_tl.steering import control_vectors, export_control_vector, generate
 
 
@@ -40,16 +38,11 @@ def test_a_control_vector_is_read_back_as_the_shift_of_every_token(models, addit
     torch.testing.assert_close(*both)
 
 
-def test_the_command_line_exports_what_was_certified(
-    models, additive, tmp_path, monkeypatch, capsys
-):
+def test_the_command_line_exports_what_was_certified(models, additive, tmp_path, mera):
     gguf = pytest.importorskip("gguf")
-    task = talking_task(models["llama"]).subset(range(12), role="calibration")
-    decision = calibrate(models["llama"], task, additive, min_gain=-0.99)
+    decision = certified(models["llama"], talking_task(models["llama"]), additive)
     folder, path = decision.save(tmp_path / "steering"), tmp_path / "vector.gguf"
-    monkeypatch.setattr("sys.argv", ["mera", "export", "--steering", str(folder), "-o", str(path)])
-    main()
-    assert capsys.readouterr().out.strip() == str(path)
+    assert mera("export", "--steering", folder, "-o", path).out.strip() == str(path)
     tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(path).tensors}
     for layer, vector in control_vectors(additive).items():
         assert torch.equal(tensors[f"direction.{layer}"], torch.tensor(vector))
@@ -82,13 +75,9 @@ def test_what_llama_cpp_cannot_apply_is_refused(additive, tmp_path, change, reas
 def test_the_lines_in_the_readme_generate_the_same_tokens(
     models, checkpoints, tmp_path, monkeypatch, family, positions
 ):
-    model = models[family]
-    task = talking_task(model).subset(range(12), role="calibration")
+    model, task = models[family], talking_task(models[family])
     steering = Steering(random_probe(model, scale=3.0), positions=positions).at(0.3)
-    decision = calibrate(
-        model, task, [steering], min_gain=-0.99, settings=ReadSettings(progress=False)
-    )
-    folder = decision.save(tmp_path / "steering")
+    folder = certified(model, task, steering).save(tmp_path / "steering")
     card = (folder / "README.md").read_text()
     code = card.split("Without `mera_tl`")[1].split("```python\n")[1].split("```")[0]
     lines = [x for x in code.splitlines() if x and not x.startswith(("import", "from"))]

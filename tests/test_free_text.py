@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task, mixed_options, random_probe
+from conftest import make_task, mixed_options, original, random_probe
 
 from mera_tl.inference import ReadSettings, evaluate, free_text
 from mera_tl.steering import Additive, Gated, Steering
@@ -13,10 +13,8 @@ QUIET = ReadSettings(progress=False)
 
 
 def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints):
-    from transformers import AutoModelForCausalLM
-
     family = next(name for name, other in models.items() if other is model)
-    hf = AutoModelForCausalLM.from_pretrained(checkpoints[family]).eval()
+    hf = original(checkpoints[family])
     task, logs, distinct = make_task(6), [], []
     for prompt in model.tokenize([example.prompt for example in task.examples]):
         ids = torch.tensor([prompt])

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task, random_probe
+from conftest import certified, make_task, random_probe
 
 import mera_tl
-from mera_tl import Additive, Steering, calibrate, generate
-from mera_tl.cli import carried, main
+from mera_tl import Additive, Steering, generate
+from mera_tl.cli import carried
 from mera_tl.inference import ReadSettings
 
 PROMPTS = [example.prompt for example in make_task(6).examples]
@@ -94,29 +94,20 @@ def test_what_cannot_be_generated_is_refused(models, steering):
 
 
 @pytest.fixture(scope="module")
-def folder(models, tmp_path_factory):
-    model, task = models["llama"], make_task(12)
-    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
-    split = task.subset(range(12), role="calibration")
-    decision = calibrate(model, split, [steering], min_gain=-0.99)
+def folder(models, steering, tmp_path_factory):
+    decision = certified(models["llama"], make_task(12), steering)
     return decision.save(tmp_path_factory.mktemp("saved") / "steering")
 
 
-def test_the_command_line_replies_side_by_side(
-    models, checkpoints, folder, steering, monkeypatch, capsys
-):
-    command = ["mera", "generate", PROMPTS[0], "--steering", str(folder)]
-    command += ["--model", str(checkpoints["llama"]), "--max-new-tokens", "6", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", [*command, "--json"])
-    main()
-    (row,) = json.loads(capsys.readouterr().out)
+def test_the_command_line_replies_side_by_side(models, checkpoints, folder, steering, mera):
+    command = ["generate", PROMPTS[0], "--steering", folder, "--model", checkpoints["llama"]]
+    command += ["--max-new-tokens", 6, "--device", "cpu"]
+    (row,) = json.loads(mera(*command, "--json").out)
     for name, each in (("unsteered", None), ("steered", steering)):
         (reply,) = generate(models["llama"], PROMPTS[:1], each, max_new_tokens=6)
         assert tuple(row[name]["tokens"]) == reply.tokens and row[name]["text"] == reply.text
     assert max(map(max, (r[:-1] for r in row["steered"]["shift"]))) > 0
-    monkeypatch.setattr("sys.argv", command)
-    main()
-    out = capsys.readouterr().out
+    out = mera(*command).out
     assert "unsteered" in out and "Moved 1 token of the prompt" in out and "STEER" in out
 
 
@@ -134,29 +125,22 @@ def test_a_reply_is_shown_whole_with_its_spaces(models, steering, capsys):
 
 
 def test_prompts_come_from_standard_input_or_a_file(
-    checkpoints, folder, tmp_path, monkeypatch, capsys
+    checkpoints, folder, tmp_path, monkeypatch, mera
 ):
-    command = ["mera", "generate", "--steering", str(folder), "--json", "--device", "cpu"]
-    command += ["--model", str(checkpoints["llama"]), "--max-new-tokens", "2"]
+    command = ["generate", "--steering", folder, "--device", "cpu"]
+    command += ["--model", checkpoints["llama"], "--max-new-tokens", 2]
     lines = "\n".join(PROMPTS[:3]) + "\n\n"
     (tmp_path / "prompts.txt").write_text(lines)
     told = []
-    for more in ([], ["--file", str(tmp_path / "prompts.txt")], PROMPTS[:3]):
-        monkeypatch.setattr("sys.argv", [*command, *more])
+    for more in ([], ["--file", tmp_path / "prompts.txt"], PROMPTS[:3]):
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-        main()
-        told.append(json.loads(capsys.readouterr().out))
+        told.append(json.loads(mera(*command, "--json", *more).out))
     assert [row["prompt"] for row in told[0]] == PROMPTS[:3]
     assert told[0] == told[1] == told[2]
     typed = io.StringIO(lines)
     typed.isatty = lambda: True
-    monkeypatch.setattr("sys.argv", command[:4] + command[5:])  # to a person, without --json
     monkeypatch.setattr("sys.stdin", typed)
-    main()
-    shown = capsys.readouterr().out
+    shown = mera(*command).out  # to a person, without --json
     assert [shown.count(prompt) for prompt in PROMPTS[:3]] == [1, 1, 1] and "prompt>" in shown
-    monkeypatch.setattr("sys.argv", command)
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    with pytest.raises(SystemExit):
-        main()
-    assert "There is no prompt" in " ".join(capsys.readouterr().err.split())
+    assert "There is no prompt" in " ".join(mera(*command, code=2).err.split())

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, timeless, write_task
+from conftest import SMALL, python, timeless, write_task
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid, run_name
@@ -205,11 +203,7 @@ while True:
 def test_killed_at_a_hundred_random_moments_it_ends_the_same(config, tmp_path, undisturbed):
     kills = int(os.environ.get("MERA_TEST_KILLS", "100"))
     folder = tmp_path / "grid"
-    arguments = [repr(config), str(folder), str(kills), "0", "0.5"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", HARNESS, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    python(HARNESS, arguments=(repr(config), folder, kills, 0, 0.5), flags=("-W", "ignore"))
     assert timeless(storage.read_records(folder / "records.jsonl")) == undisturbed
     assert not list(folder.rglob("*.tmp"))  # what the killed ones left is swept up
 

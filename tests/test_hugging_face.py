@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import GPT2, LLAMA3, SHAPE, save_random_checkpoint
+from conftest import GPT2, LLAMA3, SHAPE, original, padded, save_random_checkpoint
 
 from mera_tl.models import decoder_layers, load_model, resid_post
 
@@ -54,6 +54,7 @@ KINDS = {
 """What the checkpoint is, and the engine that "auto" chooses for it."""
 ROWS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(3)).tolist()
 ROWS = [ROWS[0], ROWS[1][:5], ROWS[2][:8]]
+known_original = cache(original)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +71,6 @@ def folder_of(tmp_path_factory):
     return make
 
 
-@cache
-def original(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
 def push(resid):
     """Shift along a fixed direction, by a length that depends on the activation."""
     step = torch.linspace(-1, 1, resid.shape[-1], dtype=resid.dtype) / resid.shape[-1] ** 0.5
@@ -85,7 +79,7 @@ def push(resid):
 
 def by_hand(folder, row, steered):
     """The original alone, without padding and cache, steered by plain forward hooks."""
-    model, streams = original(folder), []
+    model, streams = known_original(folder), []
 
     def hook(module, args, output):
         stream = output[0] if isinstance(output, tuple) else output
@@ -103,10 +97,7 @@ def by_hand(folder, row, steered):
 
 def in_a_batch(model, steered, cached):
     """Logits of the last token of every row, all of them left-padded in one batch."""
-    width, layers = max(map(len, ROWS)), range(model.n_layers)
-    tokens, mask = torch.zeros(2, len(ROWS), width, dtype=torch.long)
-    for number, row in enumerate(ROWS):
-        tokens[number, -len(row) :], mask[number, -len(row) :] = torch.tensor(row), 1
+    (tokens, mask), layers = padded(ROWS), range(model.n_layers)
     hooks = [(resid_post(n), lambda resid, hook: push(resid)) for n in layers] if steered else []
     with torch.no_grad(), model.hooked.hooks(fwd_hooks=hooks):
         if not cached:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import random_probe, talking_task
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from conftest import certified, random_probe, talking_task
+from conftest import original as loaded
+from transformers import LlamaForCausalLM
 
-from mera_tl import calibrate, collect, fit_error_probe, load_model, load_steering
-from mera_tl.inference import ReadSettings
+from mera_tl import collect, fit_error_probe, load_model, load_steering
 from mera_tl.models import manifest_of
 from mera_tl.steering import Steering
 
@@ -15,15 +15,12 @@ from mera_tl.steering import Steering
 def folder(models, tmp_path_factory):
     """A certified steering of the tiny Llama."""
     model = models["llama"]
-    task = talking_task(model).subset(range(12), role="calibration")
-    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
-    read = ReadSettings(progress=False)
-    decision = calibrate(model, task, steering, min_gain=-0.99, settings=read)
+    decision = certified(model, talking_task(model), steering_of(model))
     return decision.save(tmp_path_factory.mktemp("saved") / "steering")
 
 
-def loaded(path, **options):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+def steering_of(model):
+    return Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
@@ -107,10 +104,8 @@ def test_an_adapter_between_the_layers_is_another_model(folder, checkpoints):
 
 def test_a_loaded_model_that_was_changed_is_another_one(checkpoints):
     model = load_model(str(checkpoints["llama"]), device="cpu")
-    task = talking_task(model).subset(range(12), role="calibration")
-    steering = Steering(random_probe(model, scale=3.0), positions="last").at(0.3)
-    read = ReadSettings(progress=False)
-    before = calibrate(model, task, steering, min_gain=-0.99, settings=read)
+    task = talking_task(model)
+    before = certified(model, task, steering_of(model))
     before.check(model)  # the control
     weight = model.hooked.blocks[1].mlp.W_out
     kept = weight.data.clone()
@@ -118,8 +113,8 @@ def test_a_loaded_model_that_was_changed_is_another_one(checkpoints):
     with pytest.raises(ValueError, match="changed since it was loaded"):
         before.steering.check(model)
     # What is collected, fitted and certified on the changed model is good for that one.
-    probe = fit_error_probe(collect(model, task, settings=read))
-    after = calibrate(model, task, Steering(probe).at(0.3), min_gain=-0.99, settings=read)
+    probe = fit_error_probe(collect(model, task))
+    after = certified(model, task, Steering(probe).at(0.3))
     after.check(model)
     probe.check(model)
     weight.data.copy_(kept)

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import SHARED, original
+from conftest import SHARED, original, python
 
 from mera_tl.models import load_model
 
@@ -44,9 +42,7 @@ def test_a_hub_name_loads_from_the_hubs_cache_without_network(tmp_path, checkpoi
     )
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    offline, printed = done.stdout.splitlines()[-2:]
+    offline, printed = python(script, env=env).stdout.splitlines()[-2:]
     assert offline == "True"
     with torch.no_grad():
         wanted = original(checkpoints["qwen2"])(TOKENS).logits[:, -1]

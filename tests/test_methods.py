@@ -1,13 +1,11 @@
 """Methods: the table is whole, a user's own joins it, and each finds its work again."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import organism
+from conftest import organism, python
 from test_race import SMALL, WIDE, planted
 
 import mera_tl.methods
@@ -64,9 +62,8 @@ def test_a_direction_goes_through_the_same_calibration_as_the_papers(name, tmp_p
 
 
 def test_the_table_is_whole_whatever_is_imported_first():
-    script = "from mera_tl.methods import METHODS; print(*METHODS)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.split() == [name for name in METHODS if name in methods.BUILT_IN]
+    printed = python("from mera_tl.methods import METHODS; print(*METHODS)").stdout
+    assert printed.split() == [name for name in METHODS if name in methods.BUILT_IN]
     assert len(methods.BUILT_IN) == 37 and {"searched", "flip"} <= methods.BUILT_IN
 
 

@@ -2,7 +2,6 @@
 
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -57,15 +56,8 @@ def test_a_task_is_a_pure_function_of_its_seed(name):
 
 def test_prompts_do_not_depend_on_the_process():
     code = "from mera_tl.organism import generate; print(generate('spam_hint', 3, 0))"
-    fresh = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER
-    )
+    fresh = conftest.python(code, cwd=FOLDER)
     assert fresh.stdout.strip() == str(generate("spam_hint", 3, 0))
-
-
-def test_the_tasks_need_no_torch():
-    code = "import sys, mera_tl.organism; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_question_of_a_task_occurs_in_training():

@@ -2,10 +2,11 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_outcomes
+from conftest import make_outcomes, random_probe
 from pandas.testing import assert_frame_equal
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, r2_score, roc_auc_score
@@ -347,18 +348,10 @@ def test_a_saved_probe_comes_back_whole_and_knows_its_model(tmp_path, models):
 def test_a_probe_per_answer_is_a_probe(tmp_path):
     generator = torch.Generator().manual_seed(0)
     resid = torch.randn(2, 12, 3, generator=generator)
+    tiny = SimpleNamespace(n_layers=2, d_model=3)
     one, other = (
-        LinearProbe(
-            weights=torch.randn(2, 3, generator=generator),
-            bias=torch.randn(2, generator=generator),
-            resid_norm=torch.ones(2),
-            position="last",
-            kind="logistic",
-            penalty=1.0,
-            best_layer=1,
-            clip=0.01,
-        )
-        for _ in range(2)
+        replace(random_probe(tiny, seed=seed), bias=torch.randn(2, generator=generator))
+        for seed in (1, 2)
     )
     both = LinearProbe.of_answers(one, (one, other))
     answers = torch.tensor([0, 1, -1] * 4)

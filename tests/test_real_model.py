@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_probe
+from conftest import padded, random_probe
 
 from mera_tl import Additive, Steering, evaluate, generate, load_model
 from mera_tl.inference import ReadSettings
@@ -52,11 +52,10 @@ def task():
 
 
 def greedy(original, model, prompts, **options) -> list[list[int]]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids, mask = padded(prompts)
     plain = {"max_new_tokens": N_NEW, "do_sample": False, "pad_token_id": 0}
-    return original.generate(ids, attention_mask=mask, **plain, **options)[:, width:].tolist()
+    out = original.generate(ids, attention_mask=mask, **plain, **options)
+    return out[:, ids.shape[1] :].tolist()
 
 
 def test_generate_of_transformers_says_what_ours_does_in_any_batch(model, original, steering, task):
