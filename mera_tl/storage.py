@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def _told(path: str | Path, verb: str) -> Iterator[None]:
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name; rename it to `path` on success, remove it on failure."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not by the process's number: on several nodes of one file system they may be the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with _told(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -158,6 +158,20 @@ def test_local_tasks_are_compared_with_paired_intervals(models, toy):
         compare_on_tasks(model, steering_of(model), ["nowhere.yaml"])
 
 
+def test_two_ways_of_reading_a_reply_are_not_twice_the_examples(models, toy):
+    path, _ = toy
+    lines = path.read_text().replace("multiple_choice", "generate_until").splitlines()
+    kept = [line for line in lines if not line.startswith("doc_to_choice")]
+    filters = [f"  - {{name: {n}, filter: [{{function: take_first}}]}}" for n in ("one", "two")]
+    kept += ["generation_kwargs: {until: [], max_gen_toks: 4}", "filter_list:", *filters]
+    wanted = "\n".join(kept).replace("metric: acc", "metric: exact_match")
+    path.write_text(wanted.replace("doc_to_target: label", 'doc_to_target: "yes"'))
+    model = models["llama"]
+    effects = compare_on_tasks(model, steering_of(model), [str(path)], limit=10)
+    assert [(e.metric, e.n) for e in effects] == [("exact_match,one", 10), ("exact_match,two", 10)]
+    assert effects[0].low == effects[1].low
+
+
 def test_the_command_line_shows_side_effects(models, checkpoints, toy, tmp_path, mera):
     model = models["llama"]
     folder = certified(model, make_task(12), steering_of(model)).save(tmp_path / "steering")

@@ -10,14 +10,23 @@ SCHEMA = {"type": "object", "required": ["answer"], "properties": {"answer": {"t
 TABLE = [
     ("exact_match", {}, "Paris", {"paris": 1, " The  Paris. ": 1, "It is Paris": 0, "": 0}),
     ("exact_match", {}, "two|2", {"2": 1, "Two!": 1, "3": 0}),
+    ("exact_match", {}, "+", {"+": 1, " + ": 1, "": 0, "-": 0}),
     ("contains", {}, "cat", {"A Cat sat": 1, "concatenate": 0, "cats": 0, "cat.": 1}),
     ("contains", {"text": "indeed"}, "", {"Indeed, so": 1, "in deed": 0}),
+    ("contains", {"text": "?"}, "", {"Really?": 1, "Is it? Yes": 1, "no": 0}),
+    ("contains", {"text": "C++"}, "", {"in c++11 or so": 1, "ABC++": 0, "C": 0}),
     ("lacks", {"text": "war"}, "", {"peace": 1, "wary": 1, "the War": 0}),
+    ("lacks", {"text": "!"}, "", {"Yes.": 1, "Yes!": 0, "Oh! Well.": 0}),
     ("regex", {"pattern": r"^\d{4}$"}, "", {"1234": 1, "12345": 0}),
     ("numeric", {}, "so it is 1,204", {"1204": 1, "first 3, then 1,204.": 1, "12": 0, "no": 0}),
+    ("numeric", {}, "6", {"5-6": 1, "10-4=6": 1, "-6": 0, "it is -6": 0, "x-6": 1}),
     ("numeric", {"tolerance": 0.01}, "3.14", {"3.15": 1, "3.2": 0, "-3.14": 0}),
     ("begins_with", {}, "yes", {"Yes, it is": 1, '"yes"': 1, "yesterday": 0, "Oh yes": 0}),
     ("ends_with", {"text": "I hope this helps."}, "", {"So. I hope this helps!": 1, "helps.": 0}),
+    ("begins_with", {"text": "* "}, "", {"* one": 1, " *one": 1, "one": 0}),
+    ("begins_with", {"text": '"'}, "", {'"Yes"': 1, "Yes": 0}),
+    ("ends_with", {}, "8", {"It is 8.": 1, "8": 1, "It is 18.": 0}),
+    ("ends_with", {"text": "!"}, "", {"Yes!": 1, '"Yes!"': 1, "Yes.": 0, "": 0}),
     ("json_schema", {}, "", {'{"a": 1}': 1, "[]": 1, "3": 0, '{"a": NaN}': 0, "{'a': 1}": 0}),
     (
         "json_schema",
@@ -118,6 +127,11 @@ def test_a_task_file_names_a_scorer_and_its_arguments(folder):
     assert example.prompt == "What is 3 + 1? Reply with a number."
     assert example.options == ("wrong", "right") and example.reference == "4"
     assert example.score("It is 4.") == 1 and example.score("5") == 0
+    lines = [{"q": f"{a}?", "a": a} for a in (1, None, float("nan"), " ", 5)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = load_task(str(path))  # a reference that is missing is not the word None
+    assert [example.reference for example in task.examples] == ["1", "5"]
+    assert task.source["left_out"] == {"with a blank a": 3}
     path.write_text('data = "rows.jsonl"\ntemplate = "{q}"\nscorer = "numeric"\nreference = "b"\n')
     with pytest.raises(ValueError, match="no column 'b'"):
         load_task(str(path))

@@ -364,6 +364,30 @@ def test_a_number_that_is_none_is_a_blank(tmp_path: Path) -> None:
     assert task.source["left_out"] == {"with a blank text": 2}
 
 
+def test_a_label_or_a_choice_that_is_missing_is_not_the_word_none(tmp_path: Path) -> None:
+    rows_of = [{"text": "a", "how": "none"}, {"text": "b", "how": "mild"}]
+    keys = 'options = ["none", "mild"]\ntemplate = "{text}"\nlabel = "how"\ndata = "d.jsonl"\n'
+    path, data = tmp_path / "t.toml", tmp_path / "d.jsonl"
+    path.write_text(keys, encoding="utf-8")
+    data.write_text("\n".join(map(json.dumps, rows_of)), encoding="utf-8")
+    assert load_task(str(path)).labels == (0, 1)
+    for missing in (None, float("nan")):
+        lines = [*rows_of, {"text": "c", "how": missing}]
+        data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        with pytest.raises(ValueError, match="Row 2 of d.jsonl has the label"):
+            load_task(str(path))
+        path.write_text(f'{keys}keep = {{ how = "none|nan|mild" }}\n', encoding="utf-8")
+        assert rows(load_task(str(path))) == [0, 1]  # nor is it kept as one
+        path.write_text(keys, encoding="utf-8")
+    lettered = 'options = ["A", "B"]\ntemplate = "{c}"\nlabel = "how"\ndata = "d.jsonl"\n'
+    path.write_text(f'{lettered}columns = {{ c = ["x", "y"] }}\n', encoding="utf-8")
+    lines = [{"x": "1", "y": y, "how": "A"} for y in ("2", None, " ")]
+    data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    task = load_task(str(path))
+    assert rows(task) == [0] and task.examples[0].prompt == "A. 1\nB. 2"
+    assert task.source["left_out"] == {"without a choice for every option": 2}
+
+
 def test_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
     odd = "next\x85line, line\u2028separator, form\x0cfeed"
     lines = f"ham\t{odd}\n\nspam\tlast\n"

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, unsteered and steered beside each other."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,11 @@ def _names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
 def _samples(
     lm: SteeredLM, names: list[str], folders: list[str], limit: int | None, n_shots: int | None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Return the value of every example, by task and metric."""
+    """Return the value of every example, by task and metric.
+
+    A task that reads replies in several ways (filters) has every example once for each: these are
+    metrics of their own, not more examples.
+    """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -118,15 +122,20 @@ def _samples(
         bootstrap_iters=0,
         log_samples=True,
     )
-    return {
-        task: {
-            metric: np.array([float(sample[metric]) for sample in samples])
-            for metric in samples[0]["metrics"]
-            if isinstance(samples[0][metric], int | float | bool)
-        }
-        for task, samples in found["samples"].items()
-        if samples
-    }
+    return {task: _by_metric(samples) for task, samples in found["samples"].items() if samples}
+
+
+def _by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return one value per example, for each metric and way of reading."""
+    ways = list(dict.fromkeys(sample["filter"] for sample in samples))
+    values: dict[str, np.ndarray] = {}
+    for way in ways:
+        some = [sample for sample in samples if sample["filter"] == way]
+        for metric in some[0]["metrics"]:
+            if isinstance(some[0][metric], int | float | bool):
+                name = metric if len(ways) == 1 else f"{metric},{way}"
+                values[name] = np.array([float(sample[metric]) for sample in some])
+    return values
 
 
 def _effect(task: str, metric: str, unsteered: np.ndarray, steered: np.ndarray) -> SideEffect:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from mera_tl.tasks import scored
-from mera_tl.tasks.files import Row
+from mera_tl.tasks.files import Row, text_of
 from mera_tl.tasks.task import Example
 
 FIELD = re.compile(r"\{([^\W\d]\w*)\}")
@@ -287,8 +287,8 @@ def questions(
 ) -> tuple[list[Example], dict[str, int]]:
     """Ask every row that belongs to the task; also count, by reason, the rows left out.
 
-    Left out are rows that `keep` does not want, rows with a blank field in the prompt, and rows
-    whose lettered choices are more or fewer than the options.
+    Left out are rows that `keep` does not want, rows with a blank field in the prompt or a blank
+    reference, and rows whose lettered choices are blank, more or fewer than the options.
 
     Raises:
         ValueError: if a column is missing, a label is no option, or no row remains.
@@ -315,20 +315,19 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
     if form.prepare is not None:
         row = form.prepare(partial(_column, row, number=number, title=title))
     for column, pattern in form.keep.items():
-        value = str(_column(row, column, number, title)).strip()
+        value = text_of(_column(row, column, number, title))
         if not re.fullmatch(pattern, value, re.IGNORECASE):
             return "not of this task"
     texts: dict[str, str] = {}
     for name in FIELD.findall(form.template):
         value = _field(row, name, number, title, form)
         if isinstance(value, list | tuple):
-            if len(value) != len(options):
+            if len(value) != len(options) or not all(map(text_of, value)):
                 return "without a choice for every option"
             value = "\n".join(f"{letter}. {v}" for letter, v in zip(_LETTERS, value, strict=False))
         # Blanks around a field are accidents of its source: the same message ends in a line feed
         # on the hub and in spaces in the plain file.
-        # JSON and Parquet have numbers that are none: NaN, which no number equals, itself included.
-        texts[name] = "" if value is None or value != value else str(value).strip()
+        texts[name] = text_of(value)
         if not texts[name]:
             return f"with a blank {name}"
     label = scored.RIGHT  # of a scored row: what its reply should be
@@ -355,6 +354,8 @@ def _graded(question: Example, row: Row, grading: scored.Grading, title: str) ->
         told = {"reference": grading.reference_of(row), "instruction": grading.instruction}
     except ValueError as error:
         raise ValueError(f"Row {question.row} of {title}: {error}") from None
+    if grading.reference and not told["reference"]:
+        return f"with a blank {grading.reference}"
     return replace(question, prompt=prompt, scorer=scorer, **told)
 
 
@@ -387,8 +388,8 @@ def _field(row: Row, name: str, number: int, title: str, form: Form) -> Any:
 def _label(value: Any, labels: Mapping[str, str], options: tuple[str, ...]) -> int | None:
     """Find the option that a label names, by `labels` first, by the option's own text second."""
     whole = int(value) if isinstance(value, float) and value.is_integer() else value
-    key = str(whole).strip().casefold()
-    mapped = {str(given).casefold(): option for given, option in labels.items()}
+    key = text_of(whole).casefold()
+    mapped = {str(given).strip().casefold(): option for given, option in labels.items()}
     places = {option.casefold(): place for place, option in enumerate(options)}
     return places.get(mapped.get(key, key).casefold())
 

@@ -28,6 +28,14 @@ class Table:
     files: tuple[Path, ...] = ()
 
 
+def text_of(value: Any) -> str:
+    """Return a value as text without blanks around it; "" for none.
+
+    JSON and Parquet have numbers that are none: NaN, which no number equals, itself included.
+    """
+    return "" if value is None or value != value else str(value).strip()
+
+
 def read_files(paths: Sequence[Path], *, line: str = "", encoding: str = "utf-8") -> Table:
     """Read plain files, one after the other, in the order given.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_tl.organism import prompts as organism
+from mera_tl.tasks.files import text_of
 from mera_tl.tasks.scorers import Scorer
 from mera_tl.tasks.task import Example
 
@@ -54,7 +55,7 @@ class Grading:
                 f"There is no column {self.reference!r} of the reference; the columns are "
                 f"{', '.join(row)}."
             )
-        text = str(row[self.reference]).strip()
+        text = text_of(row[self.reference])
         return {k.casefold(): v for k, v in self.references.items()}.get(text.casefold(), text)
 
 

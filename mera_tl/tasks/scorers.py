@@ -22,7 +22,9 @@ from typing import Any
 from mera_tl import storage
 
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+"
+)
 _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 _ITEM = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+\S")
 _SENTENCE_END = re.compile(r"(?<!\d)(?<!\b[A-Z])[.!?]+(?=[\s\"'”’)]|$)|(?<=\d)[.!?]+(?=\s|$)")
@@ -95,9 +97,12 @@ class Scorer:
 
 
 def _normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and the width of white space: SQuAD's."""
+    """Lower case, without punctuation, articles and the width of white space: SQuAD's.
+
+    A text that is nothing else stays as it is: "+" is not the empty reply.
+    """
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(_ARTICLE.sub(" ", plain).split())
+    return " ".join(_ARTICLE.sub(" ", plain).split()) or text.strip().lower()
 
 
 def _answers(reference: str) -> list[str]:
@@ -111,8 +116,10 @@ def exact_match(reply: str, reference: str) -> bool:
 
 
 def _occurs(text: str, reply: str) -> bool:
-    """Whether a text occurs and neither a letter nor a digit touches it."""
-    return bool(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reply, re.IGNORECASE))
+    """Whether a text occurs, its words whole: no letter or digit goes on where one ends it."""
+    before = r"(?<!\w)" if text[:1].isalnum() else ""
+    after = r"(?!\w)" if text[-1:].isalnum() else ""
+    return bool(re.search(rf"{before}{re.escape(text)}{after}", reply, re.IGNORECASE))
 
 
 def contains(reply: str, reference: str, text: str = "") -> bool:
@@ -146,23 +153,31 @@ def last_number(text: str) -> float | None:
 
 def begins_with(reply: str, reference: str, text: str = "") -> bool:
     """Whether the first words are the reference, or a given text; case and quotes do not count."""
-    start = reply.lstrip(" \t\r\n\"'“‘*").casefold()
+    bare, start = reply.lstrip().casefold(), reply.lstrip(" \t\r\n\"'“‘*").casefold()
     return any(
-        start.startswith(each.casefold()) and not start[len(each) : len(each) + 1].isalnum()
-        for each in ([text] if text else _answers(reference))
+        # What begins in a quote itself is looked for before quotes are taken off.
+        each.startswith(whole := wanted.strip().casefold())
+        and not (whole[-1:].isalnum() and each[len(whole) :][:1].isalnum())
+        for wanted in ([text] if text else _answers(reference))
+        for each in (bare, start)
     )
 
 
 def ends_with(reply: str, reference: str, text: str = "") -> bool:
     """Whether the reply ends in the reference or a given text; case and a last quote do not count.
 
-    Of both, the punctuation at the very end does not count either.
+    Of both, the punctuation at the very end does not count either, unless the text is nothing else.
     """
+    return any(_ends(reply, each.casefold()) for each in ([text] if text else _answers(reference)))
+
+
+def _ends(reply: str, text: str) -> bool:
+    words = text.rstrip(" .!")
+    if not words:
+        return reply.rstrip(" \t\r\n\"'”’*").endswith(text.strip())
     end = reply.rstrip(" \t\r\n\"'”’*.!").casefold()
-    return any(
-        end.endswith(each.rstrip(" .!").casefold())
-        for each in ([text] if text else _answers(reference))
-    )
+    goes_on = end[: -len(words)][-1:].isalnum() and words[:1].isalnum()  # 18 does not end in 8
+    return end.endswith(words) and not goes_on
 
 
 def json_schema(reply: str, reference: str, schema: Mapping | str = "") -> bool:
