@@ -255,14 +255,11 @@ def reply_activations(
         # Padding is on the left, so a reply is the end of its row.
         inside = (torch.arange(width) >= width - n[:, None]).float()
 
-        def keep(layer: int) -> Any:
-            def add(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:  # noqa: ARG001
-                total = einsum(resid.float().cpu(), inside, "batch pos d, batch pos -> batch d")
-                kept[layer, batch] = total / n.clamp(min=1)[:, None]
+        def keep(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+            total = einsum(resid.float().cpu(), inside, "batch pos d, batch pos -> batch d")
+            kept[hook.layer(), batch] = total / n.clamp(min=1)[:, None]
 
-            return add
-
-        hooks = [(resid_post(layer), keep(layer)) for layer in range(model.n_layers)]
+        hooks = [(resid_post(layer), keep) for layer in range(model.n_layers)]
         with torch.inference_mode(), hooked_pass(model, hooks):
             Decoding(model, [both[i] for i in batch], hooks).prompt()
 
@@ -292,14 +289,11 @@ class _Capture:
         self._latest: list[Tensor] = [torch.empty(0)] * model.n_layers
         self._sums = torch.zeros(n_means, model.n_layers, model.d_model)
         self._counts = torch.zeros(n_means)
-        self.fwd_hooks = [(resid_post(layer), self._keep(layer)) for layer in range(model.n_layers)]
+        self.fwd_hooks = [(resid_post(layer), self._keep) for layer in range(model.n_layers)]
 
-    def _keep(self, layer: int) -> Any:
-        def keep(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:  # noqa: ARG001
-            # Prompts are padded on the left: the last column is every row's newest token.
-            self._latest[layer] = resid[:, -1].float()
-
-        return keep
+    def _keep(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
+        # Prompts are padded on the left: the last column is every row's newest token.
+        self._latest[hook.layer()] = resid[:, -1].float()
 
     def write(self, position: str, rows: Int[Tensor, " column_rows"]) -> None:
         """Write the latest columns of the rows that are not -1."""

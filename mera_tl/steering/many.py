@@ -332,16 +332,13 @@ class _Recorder:
         self._n_columns = n_columns
         self.windows: list[Window] = []
         self.resid: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self.hooks = [(resid_post(layer), self._keep(layer)) for layer in layers]
+        self.hooks = [(resid_post(layer), self._keep) for layer in layers]
 
-    def _keep(self, layer: int) -> Any:
-        def keep(resid: Float[Tensor, "row pos d_model"], hook: Any) -> None:
-            if layer == next(iter(self.resid)):
-                self.windows.append(hook.ctx["window"])
-            kept = resid if self._n_columns is None else resid[:, -self._n_columns :].clone()
-            self.resid[layer].append(kept)
-
-        return keep
+    def _keep(self, resid: Float[Tensor, "row pos d_model"], hook: Any) -> None:
+        if hook.layer() == next(iter(self.resid)):
+            self.windows.append(hook.ctx["window"])
+        kept = resid if self._n_columns is None else resid[:, -self._n_columns :].clone()
+        self.resid[hook.layer()].append(kept)
 
 
 _Heights = Mapping[tuple[int, _Scope], Tensor]
