@@ -271,20 +271,12 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is missing or damaged.
     """
-    from safetensors.torch import load_file
-
-    with _readable(path):
-        return load_file(path)
-
-
-@contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Say in one sentence what is wrong with a safetensors file that cannot be read."""
     from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
         with _told(path, "read"):
-            yield
+            return load_file(path)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged ({error}); delete it and run the step again."

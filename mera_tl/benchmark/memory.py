@@ -84,7 +84,9 @@ class Estimate:
                 "N, or choose a smaller model."
             )
         if self._wanted > self.free:
-            return f"The largest batch does not fit: pass {self._smaller}."
+            rows = self.batch_tokens is None
+            smaller = "a smaller --batch-size" if rows else f"--batch-tokens {self._most_tokens}"
+            return f"The largest batch does not fit: pass {smaller}."
         if self.on_gpu and (self.batch_tokens or GPU_TOKENS) < min(GPU_TOKENS, self._most_tokens):
             most = min(GPU_TOKENS, self._most_tokens)
             return f"This fits; a GPU is faster with --batch-tokens {most}."
@@ -94,11 +96,6 @@ class Estimate:
     def _wanted(self) -> int:
         """Bytes that are not taken yet."""
         return self.device - self.process
-
-    @property
-    def _smaller(self) -> str:
-        asked = self.batch_tokens is None
-        return "a smaller --batch-size" if asked else f"--batch-tokens {self._most_tokens}"
 
     @property
     def _most_tokens(self) -> int:

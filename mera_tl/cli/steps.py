@@ -398,12 +398,13 @@ def _summarise(
             out.print(f"{found.records[0]['task']}: {found.trust}", markup=False)
     out.print(promise(records), style="dim", markup=False)
     terminal.print_warnings(out, records)
-    lines = [f"\nReport: {page} ({time.perf_counter() - started:.0f} s)", "Try next:"]
-    lines += [
+    lines = (
+        f"\nReport: {page} ({time.perf_counter() - started:.0f} s)",
+        "Try next:",
         f"  mera report {whole} --open",
         f"  mera explain {folders[0]}",
         f"  mera table {whole}",
-    ]
+    )
     for line in lines:
         # Never broken, so that it can be copied.
         out.print(line, soft_wrap=True, style="bold" if "Report" in line else "dim")

@@ -158,17 +158,11 @@ def duration(seconds: float) -> str:
 
 
 def print_warnings(out: Console, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print what is wrong with the baselines of records, if anything is."""
-    if said := baseline_warnings(records):
-        out.print(said, markup=False, style="yellow")
-
-
-def baseline_warnings(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line per warning of the baselines that records stand on; nothing if all is well."""
+    """Print what records are warned of, each sentence once; nothing if all is well."""
     said = {(r["task"], text): None for r in records for text in r.get("warnings", ())}
-    lines = [f"WARNING, {task}: {text}" for task, text in said]
     wrap = textwrap.TextWrapper(width=WIDTH, subsequent_indent="    ")
-    return "\n".join(map(wrap.fill, lines))
+    for task, text in said:
+        out.print(wrap.fill(f"WARNING, {task}: {text}"), markup=False, style="yellow")
 
 
 def markdown(frame: Any) -> str:

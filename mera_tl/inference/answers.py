@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.multiple_choice import first_tokens, option_log_probs
+from mera_tl.inference.outcomes import COUNTS
 from mera_tl.inference.prefix import Prefix
 from mera_tl.inference.replies import answered_option, has_begun, is_no_answer, is_over
 from mera_tl.inference.variants import OptionTokens, common_ending, single_tokens, whole_options
@@ -141,9 +142,6 @@ def option_tokens(model: Model, task: Task[Any], settings: ReadSettings) -> Opti
 
 
 # --- reading a batch ----------------------------------------------------------------------------
-
-COUNTS = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift", "max_score")
-"""What a `Decoding` knows of what steering hooks did to each row."""
 
 
 @dataclass(frozen=True, eq=False)

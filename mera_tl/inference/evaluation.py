@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mera_tl.inference.answers import (
-    COUNTS,
     OptionTokens,
     Reading,
     ReadSettings,
@@ -23,7 +22,7 @@ from mera_tl.inference.answers import (
     option_tokens,
     read_batch,
 )
-from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.outcomes import COUNTS, Outcomes
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.inference.progress import is_watched
 from mera_tl.models.model import FwdHooks, Model

@@ -17,7 +17,9 @@ from torch import Tensor
 
 Metric = Literal["correct", "error"]
 _STEERED = ("n_steered", "n_steerable", "n_tokens", "n_layers", "shift")
-_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *_STEERED, "max_score", "n_generated")
+COUNTS = (*_STEERED, "max_score")
+"""What is known of what steering hooks did to each example."""
+_PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *COUNTS, "n_generated")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

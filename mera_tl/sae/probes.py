@@ -100,9 +100,13 @@ def reconstruction(
     settings = settings or ReadSettings()
     base = evaluate(model, task, settings=settings, title="unsteered")
     has_bos = starts_with_bos(model)
+
+    def erase(resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
+        return resid.masked_fill(_words(resid, hook, has_bos)[..., None], 0.0)
+
     rows = []
     for layer in space.layers:
-        rebuild, erase = _Rebuild(space, layer, has_bos), _Erase(has_bos)
+        rebuild = _Rebuild(space, layer, has_bos)
         rebuilt, erased = (
             evaluate(model, task, [(resid_post(layer), hook)], settings=settings, title=title)
             for hook, title in ((rebuild, f"rebuilt, layer {layer}"), (erase, "set to zero"))
@@ -133,14 +137,6 @@ def _words(
     window = hook.ctx["window"]
     real = window.real.to(resid.device)
     return real & ~((real.cumsum(-1) == 1) & has_bos) if window.n_prompt else real
-
-
-class _Erase:
-    def __init__(self, has_bos: bool) -> None:
-        self._has_bos = has_bos
-
-    def __call__(self, resid: Float[Tensor, "batch pos d_model"], hook: Any) -> Tensor:
-        return resid.masked_fill(_words(resid, hook, self._has_bos)[..., None], 0.0)
 
 
 class _Rebuild:
