@@ -2,16 +2,15 @@
 
 import logging
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 
 from mera_tl.probes import Problems, lasso, lasso_path, logistic_path, ridge_path
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 PUBLISHED = (0.5, 0.25, 0.1, 0.05, 0.01, 0.005)
 
 

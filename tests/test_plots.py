@@ -176,7 +176,7 @@ def test_every_figure_has_the_template_a_title_and_units(name):
     assert len(figure.data) > 0
     axes = [axis.title.text for axis in figure.select_yaxes()]
     axes += [axis.title.text for axis in figure.select_xaxes()]
-    assert any(axes) or name in ("heatmap", "table")  # whose axes are names
+    assert any(axes) or name == "heatmap"  # whose axes are names
     assert "nan" not in str(figure.layout.title.subtitle.text)
 
 

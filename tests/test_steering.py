@@ -122,8 +122,6 @@ def test_alone_equals_batched_and_left_padded(model, task, positions):
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])
 def test_cached_equals_uncached(model, positions):
     """Decode six tokens with a cache; recompute every step from scratch under a full window."""
-    from mera_tl.inference import Window
-
     prompts = prompts_of(model, make_task(6))
     hooks = steered(model, positions=positions).fwd_hooks()
     with torch.inference_mode(), hooked_pass(model, hooks):

@@ -10,11 +10,11 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from conftest import SHARED
 
 from mera_tl.tasks import Example, Task, load_task, loading
 from mera_tl.tasks import datasets as catalogue
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 DATA = SHARED / "data"
 SMS = DATA / "sms_spam" / "SMSSpamCollection"
 SMS_TEMPLATE = SHARED / "models" / "sms-llama" / "prompt_template.txt"
