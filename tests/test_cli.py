@@ -21,9 +21,10 @@ from conftest import SMALL, arguments, timeless, write_task
 from rich.console import Console
 
 from mera_tl import storage
-from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, open_run, run
+from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, memory, open_run, run
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app, parsing, terminal
+from mera_tl.models import loading
 from mera_tl.report import RunFolder
 
 METHODS = ("no_steering", "prompt_steering", "additive_probe", "optimal_probe")
@@ -255,6 +256,20 @@ def test_what_users_of_lm_evaluation_harness_type_is_understood():
     assert parsed("benchmark", "-m", "a,b", "-t", "c").models == ("a", "b")
 
 
+def test_the_usual_ways_to_write_an_option_mean_the_same():
+    grid = ("benchmark", "-m", "a", "-t", "b")
+    for words in (("--seeds", "0,1"), ("--seed", "0", "1"), ("--seeds", "0", "1")):
+        assert parsed(*grid, *words).seeds == (0, 1)
+    assert parsed(*grid, "--space", "raw,sae", "--method", "flip").spaces == ("raw", "sae")
+    assert parsed("fit", "-m", "a", "-t", "b", "--kinds", "ridge,lasso").kinds == ("ridge", "lasso")
+    assert parsed("plan", "--pilot", "18,2,288").pilot == (18, 2, 288)
+    for words in (("runs/x",), ("--run", "runs/x")):
+        assert parsed("explore", *words).run == parsed("explain", *words).run == Path("runs/x")
+        assert parsed("report", *words).runs == (Path("runs/x"),)
+    told = parsed("generate", "hi", "--steering", "s", "-m", "a", "--no-chat")
+    assert told.prompts == ("hi",) and not told.chat
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -285,6 +300,10 @@ def test_every_option_is_explained_and_fits_80_columns(capsys):
         assert f" {title} options " in help_of_run
     assert "more options" not in help_of_run and "$ mera run" in help_of_run
     assert help_of_run.index("--model") < help_of_run.index("--layers")
+    for command in parsing.COMMANDS:  # no line ends early, no default is told twice
+        page = " ".join(texts(capsys, command.__name__.lower()).replace("│", " ").split())
+        assert not re.search(r"\bNone\b|True\)|Default: [^.]*\. \(default", page), command
+        assert all("\n" not in text for text in parsing._help_texts(command).values())
     # What means nothing to a step is not shown, though a folder's configuration may hold it.
     assert "--min-gain" not in texts(capsys, "collect") + texts(capsys, "sae")
     assert parsed("collect", "-m", "a", "-t", "b", "--min-gain", 0.1).min_gain == 0.1
@@ -407,12 +426,23 @@ def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
 
 
 def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(
-    mera, checkpoints, toy, tmp_path
+    mera, monkeypatch, checkpoints, toy, tmp_path
 ):
     out = tmp_path / "run"
     told = arguments(checkpoints, toy, out)
-    said = mera("run", *told, "--methods", "no_steering", "--dry-run").out
-    assert "memory in all" in said and not out.exists()
+    told = [*told, "--methods", "no_steering"]
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "read_model", None)  # no weights are loaded
+        assert "memory in all" in mera("run", *told, "--dry-run").out
+        (found,) = json.loads(mera("run", *told, "--dry-run", "--json").out)
+        assert found["estimate"]["fits"] and (found["n_train"], found["n_test"]) == (30, 15)
+        assert mera("run", *told, "--dry-run", "--quiet").out == ""
+        patched.setattr(memory, "free_memory", lambda *_: 0)
+        assert "do not fit" in mera("run", *told, "--dry-run", code=1).out
+    assert "this task has options" in mera("run", *told, "retry", "--dry-run", code=2).err
+    assert "this task has options" in mera("run", *told, "retry", code=2).err
+    assert not out.exists()
+    told = told[:-2]
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     said = mera("run", *told, "--methods", "no_steering", "--overwrite", code=2).err

@@ -21,16 +21,17 @@ class Carried:
     """Folder that `decision.save` wrote, or one in a run's certificates/, or a name on the hub."""
     model: str
     """The model that it was certified on."""
-    chat: bool | None = None
-    """Put prompts into the chat template. Default: where the tokenizer has one."""
+    chat: bool = True
+    """Whether prompts go into the tokenizer's chat template, where it has one. --no-chat gives them
+    to the model as they are, control tokens that are typed in them included."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Numbers of the forward passes."""
+    """Precision of the model; what was certified in one is refused in another."""
     engine: Literal["transformer_lens", "hugging_face"] = "transformer_lens"
-    """What runs them."""
+    """What runs the forward passes: the same numbers to rounding."""
     device: str | None = None
-    """Where: cpu, cuda. Default: the GPU, if there is one."""
+    """Device to run on, such as cuda:1. Default: cuda where there is one."""
     anyway: bool = False
-    """Take another model than the one certified, and with it no certificate."""
+    """Accept a model other than the certified one; nothing is certified for it."""
     json: bool = False
     """Print JSON."""
 
@@ -40,7 +41,11 @@ class Carried:
         from mera_tl.models.loading import load_model
 
         model = load_model(
-            self.model, dtype=self.dtype, device=self.device, chat=self.chat, engine=self.engine
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            chat=self.chat and None,  # None: where there is a template
+            engine=self.engine,
         )
         return model, load_steering(self.steering, model=model, anyway=self.anyway)
 
@@ -66,7 +71,7 @@ class Generate(Carried):
     temperature: float = 0.0
     """0 takes the most likely token; both replies share their random numbers."""
     seed: int = 0
-    """Of the random numbers."""
+    """Random seed of the sampling."""
 
     def __call__(self) -> None:
         prompts = list(self.prompts)

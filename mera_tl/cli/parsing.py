@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 import yaml
@@ -80,6 +81,9 @@ ALIASES = {
     "models": ("-m", "--model"),
     "task": ("-t", "--tasks"),
     "tasks": ("-t", "--task"),
+    "methods": ("--method",),
+    "seeds": ("--seed",),
+    "spaces": ("--space",),
     "out": ("-o", "--output-path"),
     "verbose": ("-v",),
     "quiet": ("-q",),
@@ -89,7 +93,17 @@ ALIASES = {
 """Short names, and what users of lm-evaluation-harness type (`_` and `-` are the same)."""
 DEFAULTS = ("--chat", "--apply-chat-template", "--apply_chat_template")
 """Flags that say what holds anyway: taken, and passed over. The opposite is --no-chat."""
+HELP = ("help", "-h", "--help")
+LISTS = ("--seeds", "--seed", "--spaces", "--space", "--kinds", "--pilot")
+"""Options that take several values, with spaces or commas between; names are split later."""
 METAVARS = {
+    "runs": "FOLDER [FOLDER ...]",
+    "run": "FOLDER",
+    "prompts": "[PROMPT ...]",
+    "seeds": "N[,N...]",
+    "spaces": "{raw,sae}[,...]",
+    "kinds": "KIND[,KIND...]",
+    "pilot": "N N N",
     "train": "N|ROWS",
     "calibration": "N|ROWS",
     "test": "N|ROWS",
@@ -122,11 +136,9 @@ LEFT_OUT = {
 
 def parse(argv: Sequence[str]) -> Any:
     """Return the command that was asked for; exit with 2 and a box that says what is wrong."""
-    argv = [word for word in _with_file(argv) if word not in DEFAULTS]
+    argv = _as_meant([word for word in _with_file(argv) if word not in DEFAULTS])
     by_name = {kind.__name__.lower(): kind for kind in COMMANDS}
-    if argv[:1] == ["help"]:
-        argv = [*argv[1:], "--help"]
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(_overview(by_name))
         sys.exit(0 if argv else 2)
     if argv[0] in by_name:
@@ -142,9 +154,24 @@ def parse(argv: Sequence[str]) -> Any:
         command = kind(**_flat(parsed))
         check(command)
         return command
-    near = difflib.get_close_matches(argv[0], by_name, n=1)
+    near = difflib.get_close_matches(argv[0].lower(), [*by_name, "help"], n=1)
     advice = f"did you mean `mera {near[0]}`?" if near else "`mera --help` lists the commands."
     raise ValueError(f"There is no command {argv[0]!r}; {advice}")
+
+
+def _as_meant(argv: Sequence[str]) -> list[str]:
+    """Return a command line as it is parsed, whichever of the usual ways it is written in."""
+    first, rest = argv[:1], list(argv[1:])
+    if rest and first[0] in HELP:
+        first, rest = rest[:1], [*rest[1:], "--help"]
+    if first == ["explore"] and rest and not rest[0].startswith("-"):
+        rest[:0] = ["--run"]  # it is the one command of a run that may go without
+    if first and first[0] in ("table", "report", "recommend", "explain"):
+        rest = [word for word in rest if word not in ("--run", "--runs")]  # they go without
+    parted: list[str] = []
+    for word, before in zip(rest, ["", *rest], strict=False):
+        parted += word.split(",") if before in LISTS else [word]
+    return [*first, *parted]
 
 
 def _overview(by_name: Mapping[str, type]) -> str:
@@ -187,23 +214,31 @@ def _nested(kind: Any, *, hide: bool = False) -> Any:
 def _group(name: str, own: list[Any]) -> Any:
     made = make_dataclass(name, own, kw_only=True)
     needed = any(each[2].default is MISSING for each in own)
+    name = "run" if name == "required" and not needed else name
     default = field() if needed else field(default_factory=made)
     return name, tyro.conf.OmitArgPrefixes[made], default
 
 
 def _option(option: Any, text: str, *, shown: bool) -> Any:
-    kind = option.type
+    kind, default = option.type, option.default
     if option.name == "batch_size":
-        kind = int | Literal["auto"] | None
-    plain = any(option.default is value for value in (None, False, MISSING))
+        kind, default = int | Literal["auto"], "auto"
+    plain = option.default in (None, MISSING, (), "") or isinstance(option.default, bool)
     about = tyro.conf.arg(
         help=text,
         aliases=ALIASES.get(option.name),
         metavar=METAVARS.get(option.name) or _metavar(kind),
-        help_behavior_hint="" if plain else None,
+        help_behavior_hint="" if plain or "Default:" in text else None,
+        constructor=_typed(kind),
     )
     kind = Annotated[kind, about]
-    return option.name, kind if shown else tyro.conf.Suppress[kind], field(default=option.default)
+    return option.name, kind if shown else tyro.conf.Suppress[kind], field(default=default)
+
+
+def _typed(kind: Any) -> Any:
+    """Return what may be typed for an option that may be None, which is its default only."""
+    given = [each for each in get_args(kind) if each is not NoneType]
+    return given[0] if NoneType in get_args(kind) else None
 
 
 def _metavar(kind: Any) -> str | None:
@@ -221,7 +256,8 @@ def _help_texts(kind: type) -> dict[str, str]:
         body = node.body if isinstance(node, ast.ClassDef) else []
         for option, below in zip(body, body[1:], strict=False):
             if isinstance(option, ast.AnnAssign) and isinstance(below, ast.Expr):
-                texts[ast.unparse(option.target)] = inspect.cleandoc(ast.literal_eval(below.value))
+                text = ast.literal_eval(below.value)
+                texts[ast.unparse(option.target)] = " ".join(text.split())
     return texts
 
 

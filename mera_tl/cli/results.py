@@ -33,6 +33,8 @@ class Table:
 
         if not self.runs:
             raise ValueError("There is no run to print; pass the folder of a `mera run`.")
+        if self.json and self.format != "text":
+            raise ValueError(f"--json and --format {self.format} contradict; pass one of them.")
         records = [record for found in find_runs(self.runs) for record in found.records]
         if self.json:
             return terminal.print_json(records)
@@ -209,7 +211,7 @@ class Plan:
     """How many other examples change their answer."""
     base: float | None = None
     """Unsteered accuracy; gains that it leaves no room for are dropped."""
-    pilot: tuple[int, int, int] | None = None
+    pilot: tuple[int, ...] = ()
     """Recoveries, regressions and n of a pilot run, instead of an expected gain."""
     min_gain: float = 0.0
     """Gain to certify (the paper's epsilon)."""
@@ -234,12 +236,17 @@ class Plan:
         terminal.require_page(self.figure)
         if self.max_risk is not None or self.base_risk is not None:
             return self._withholding()
-        asked = self.gain is not None or self.pilot is not None
+        asked = self.gain is not None or bool(self.pilot)
         if asked and self.figure is not None:
             raise ValueError("--figure draws a table of gains; leave out --gain and --pilot.")
-        if self.pilot is not None and (self.gain, self.base) != (None, None):
+        if self.pilot and len(self.pilot) != 3:
+            raise ValueError(
+                f"--pilot takes three numbers (recoveries, regressions, n), not {len(self.pilot)}: "
+                "--pilot 18 2 288."
+            )
+        if self.pilot and (self.gain, self.base) != (None, None):
             raise ValueError("--pilot is what is expected; leave out --gain and --base.")
-        if self.pilot is not None:
+        if self.pilot:
             effects = [Effect.of_pilot(*self.pilot)]
         elif self.gain is not None:
             effects = [Effect.of_gain(self.gain, churn=self.churn, base=self.base)]
