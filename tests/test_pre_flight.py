@@ -40,6 +40,21 @@ def test_each_kind_of_degenerate_baseline_has_its_sentence(sound):
     assert not replace(sound, accuracy=0.52, majority=0.52).warnings  # equal is not below
 
 
+def test_control_tokens_in_the_data_of_plain_prompts_are_counted():
+    task = load_task("spam_cue").subset(range(20))
+    typed = replace(task.examples[3], prompt=f"{task.examples[3].prompt} <eos>")
+    mixed = replace(task, examples=(*task.examples[:3], typed, *task.examples[4:]))
+    assert preflight(organism(), task, QUIET, n=4).typed_controls == 0
+    flight = preflight(organism(), mixed, QUIET, n=4)
+    assert flight.typed_controls == 1 and "in the text of 1 training prompt," in flight.warnings[0]
+    # A template that is written by hand has them in every prompt: that is meant.
+    everywhere = [replace(each, prompt=f"{each.prompt} <eos>") for each in task.examples]
+    meant = replace(task, examples=tuple(everywhere))
+    assert preflight(organism(), meant, QUIET, n=4).typed_controls == 0
+    old = {name: value for name, value in flight.to_json().items() if name != "typed_controls"}
+    assert Preflight.from_json(old).typed_controls == 0
+
+
 def test_what_is_printed_fits_a_terminal(sound):
     long = replace(sound, reading={"an option" * 9: ("a variant",) * 20}, accuracy=0.1)
     for flight in (sound, long):

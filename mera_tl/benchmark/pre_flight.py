@@ -19,6 +19,7 @@ from mera_tl.certificate.certificate import percent
 from mera_tl.inference.answers import OptionTokens, ReadSettings, by_length, option_tokens
 from mera_tl.inference.evaluation import evaluate, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.models.chat import control_tokens
 from mera_tl.models.model import Model
 from mera_tl.tasks.task import Task
 
@@ -53,13 +54,22 @@ class Preflight:
     seconds_per_prompt: float
     memory: int
     """Most bytes that this process has held so far."""
+    typed_controls: int = 0
+    """Prompts of the split whose own text holds a control token that the model reads as such."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with this baseline, a sentence each; none if it makes sense."""
         found = []
+        if self.typed_controls:
+            s = "s" * (self.typed_controls != 1)
+            found.append(
+                f"Control tokens stand in the text of {self.typed_controls:,} training prompt{s}, "
+                "and a plain prompt is read as it is written; take them out of the data, or use a "
+                "chat template, in which they are text."
+            )
         if self.readout == "reply":
-            return self._of_replies()
+            return (*found, *self._of_replies())
         if self.unanswered > MOSTLY:
             found.append(
                 f"{percent(self.unanswered)} of replies are no answer; look at them, and read "
@@ -106,7 +116,8 @@ class Preflight:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preflight":
         """Rebuild what `to_json` returned."""
-        parts: dict[str, Any] = {each.name: value[each.name] for each in fields(cls)}
+        parts: dict[str, Any] = {"typed_controls": 0, **value}  # older ones do not say
+        parts = {each.name: parts[each.name] for each in fields(cls)}
         parts["shown"] = tuple(parts["shown"])
         parts["reading"] = {option: tuple(read) for option, read in parts["reading"].items()}
         return cls(**parts)
@@ -129,8 +140,8 @@ class Preflight:
             if self.readout == "reply":
                 lines[-1] = f"    replies {one['reply']!r}: {answer}"
         lines.append(
-            f"{self.seconds_per_prompt:.3g} s a prompt, {self.seconds(1000) / 60:.2g} minutes "
-            f"per 1,000; {self.memory / 2**20:,.0f} MiB of memory so far"
+            f"{self.seconds(1000):.3g} s per 1,000 prompts; {self.memory / 2**20:,.0f} MiB of "
+            "memory so far"
         )
         lines += [f"WARNING: {warning}" for warning in self.warnings]
         wrap = textwrap.TextWrapper(width=80, subsequent_indent="    ")
@@ -175,7 +186,15 @@ def preflight(
         reading={} if task.scored else _reading(options),
         seconds_per_prompt=seconds,
         memory=_peak_memory(),
+        typed_controls=_typed_controls(model, prompts),
     )
+
+
+def _typed_controls(model: Model, prompts: Sequence[Sequence[int]]) -> int:
+    """Count prompts with more control tokens than the tokenizer and the template give to all."""
+    controls = control_tokens(model.tokenizer)
+    counts = [sum(token in controls for token in ids) for ids in prompts]
+    return sum(count > min(counts) for count in counts)
 
 
 def _width(prompts: Sequence[Sequence[int]], settings: ReadSettings) -> float:

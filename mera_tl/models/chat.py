@@ -1,7 +1,9 @@
 """Prompts as token ids: plain, or as the user's turn of a chat template.
 
 A message is data, so what looks like a control token in it ("<|im_end|>") stays text; only the
-template's own markers become control tokens.
+template's own markers become control tokens. A plain prompt is taken as it is written, so that one
+may write a template by hand: there "<|im_end|>" is a control token, in data too. The pre-flight of
+a run counts such data.
 """
 
 from collections.abc import Sequence
@@ -45,9 +47,7 @@ class Turn:
         # In one piece where that is safe, so that the ids are those of `apply_chat_template`.
         ids = _encode(tokenizer, [self.before + message + after for message in messages])
         head, tail = _encode(tokenizer, [self.before, after])
-        # Of its control tokens a tokenizer names few by their use, but marks all.
-        marked = tokenizer.added_tokens_decoder.items()
-        controls = {number for number, token in marked if token.special}
+        controls = control_tokens(tokenizer)
         own = sum(number in controls for number in (*head, *tail))
         for row, message in enumerate(messages):
             if sum(number in controls for number in ids[row]) > own:
@@ -66,8 +66,18 @@ def _render(tokenizer: Any, message: str, system: str | None) -> str:
         raise ValueError(f"The chat template does not take these turns: {error}") from None
 
 
+def control_tokens(tokenizer: Any) -> set[int]:
+    """Return the ids of a tokenizer's control tokens, that of unknown words aside."""
+    # It names few of them by their use, but marks all.
+    marked = tokenizer.added_tokens_decoder.items()
+    return {number for number, token in marked if token.special} - {tokenizer.unk_token_id}
+
+
 def encode_plain(tokenizer: Any, prompts: Sequence[str], *, prefix: str = "") -> list[list[int]]:
-    """Return the ids of each prompt, with the special tokens that its tokenizer asks for."""
+    """Return the ids of each prompt as it is written, control tokens that are typed in it included.
+
+    The special tokens that the tokenizer asks for are put around it.
+    """
     return _encode(tokenizer, [prompt + prefix for prompt in prompts], add_special_tokens=True)
 
 

@@ -52,8 +52,9 @@ def load_model(
     hooks `resid_post` only. "auto" takes the first where it knows the family and passes the check:
     one small batch, once per model, must give the original's numbers. `check=False` skips it.
 
-    Prompts go into the tokenizer's chat template where it has one; `chat=False` turns that off, and
-    `system` is the system prompt. On the device "meta" a model has every shape and no weights.
+    Prompts go into the tokenizer's chat template where it has one, in which control tokens that are
+    typed in them are text; `chat=False` takes prompts as they are written, typed control tokens
+    included. `system` is the system prompt. On the device "meta" a model has shapes and no weights.
 
     Raises:
         ValueError: if there is no such model, a weight of it is missing, unknown, misshapen or not
@@ -69,7 +70,7 @@ def load_model(
         wanted = ", ".join(get_args(Engine))
         raise ValueError(f"engine={engine!r} is none of auto, {wanted}; choose one of them.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _require_devices(device, n_devices)
+    require_devices(device, n_devices)
     original = _load_original(str(name), revision, dtype, device, chat, system)
     model = _on_engine(original, engine, n_devices, check=check and device != "meta")
     remember(getattr(model.hooked, "original", model.hooked), model.fingerprint)
@@ -175,7 +176,12 @@ def _config_of(source: Source) -> Any:
         ) from None
 
 
-def _require_devices(device: str, n_devices: int) -> None:
+def require_devices(device: str, n_devices: int) -> None:
+    """Refuse devices that are not there.
+
+    Raises:
+        ValueError: saying which are.
+    """
     if device == "meta":  # which is as many as one likes
         return
     if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):

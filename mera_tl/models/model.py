@@ -104,7 +104,8 @@ class Model:
         """Return the ids of each prompt, with the special tokens its tokenizer asks for.
 
         With a chat template every prompt is the user's turn, in which control tokens are text, and
-        `prefix` begins the assistant's turn ("Answer:"); otherwise it is appended to the prompt.
+        `prefix` begins the assistant's turn ("Answer:"). Without one a prompt is taken as it is
+        written, control tokens that are typed in it included, and `prefix` is appended to it.
         """
         if self.chat:
             turn = Turn.of(self.tokenizer, self.system)
