@@ -7,6 +7,7 @@ again.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,18 @@ def run_grid(
 def run_job(job: GridJob) -> list[Record]:
     """Do one run; return one record per method, saying why where something failed."""
     records: list[Record] = []
+    methods: Sequence[str] = job.methods
     try:
         opened = open_run(
             job.config, job.folder, progress=False, load=_latest_model, cache=Path(job.cache)
         )
         with opened as run:
-            run.announce(job.methods)
-            for name in job.methods:
+            methods = run.suited(methods)
+            run.announce(methods)
+            for name in methods:
                 records.append(_attempt(run, name))
     except Exception as error:  # names or data that do not load: all that is left fails alike
-        left = job.methods[len(records) :]
+        left = methods[len(records) :]
         records += [_failure(job.config, name, error) for name in left]
     return records
 

@@ -7,7 +7,7 @@ within a third of what profiles of four architectures showed.
 
 import shutil
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mera_tl.benchmark.run import Run
 from mera_tl.inference.activations import positions_of
 from mera_tl.inference.answers import ReadSettings, by_length
 from mera_tl.inference.evaluation import tokenize_task
-from mera_tl.models.loading import load_model
+from mera_tl.models.loading import load_model, require_devices
 from mera_tl.models.model import Model
 from mera_tl.steering.many import CACHED
 
@@ -105,6 +105,16 @@ class Estimate:
         # Of long prompts, twice the tokens hold up to four times the rows.
         return max(1, int(min(share, share**0.5) * (self.batch_tokens or 0)))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, the sums among them."""
+        return {
+            **asdict(self),
+            "device": self.device,
+            "disk": self.disk,
+            "fits": self.fits,
+            "advice": self.advice,
+        }
+
     def __str__(self) -> str:
         rows = [
             ("weights", self.weights, "twice that in main memory while a checkpoint is read"),
@@ -127,7 +137,7 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         ValueError: as loading the model's configuration and the task.
     """
-    run = Run(config, Path(), load=_outline)
+    run = Run(config, Path(), load=outline)
     model, settings = run.model, run.read
     prompts = [p for split in run.splits for p in tokenize_task(model, split, settings)]
     batches = [(len(b), len(prompts[b[0]])) for b in by_length(prompts, settings)]
@@ -137,7 +147,7 @@ def estimate(config: RunConfig) -> Estimate:
         batches, key=lambda b: cache_bytes(model, b[0], b[1] + new) + passing_bytes(model, *b)
     )
     train, positions = run.splits.train, positions_of(settings)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(config)
     return Estimate(
         title=f"{model.name} in {config.dtype} on {device}, {train.name}:",
         weights=weight_bytes(model),
@@ -157,9 +167,19 @@ def estimate(config: RunConfig) -> Estimate:
     )
 
 
-def _outline(config: RunConfig) -> Model:
-    told: Any = {"chat": config.chat and None, "system": config.system}
+def outline(config: RunConfig) -> Model:
+    """Return the model that a configuration names, every shape of it and no weights.
+
+    Raises:
+        ValueError: as loading its configuration and tokenizer; or if a device is not there.
+    """
+    require_devices(_device(config), config.n_devices)
+    told: Any = {"chat": config.chat and None, "system": config.system, "engine": config.engine}
     return load_model(config.model, dtype=config.dtype, device="meta", **told)
+
+
+def _device(config: RunConfig) -> str:
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def weight_bytes(model: Model) -> int:

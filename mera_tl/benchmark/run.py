@@ -47,6 +47,7 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.methods import methods
 from mera_tl.methods.methods import (
     METHODS,
+    Method,
     Treatment,
     find_method,
     find_methods,
@@ -152,13 +153,18 @@ class Run(methods.Run):
             ValueError: if a method is unknown, the primary one asks for no certificate, or there is
                 nothing to learn from for those that do.
         """
-        found = find_methods(methods, self.config.space)
-        require_suited(found, self.splits.train)
         _ = self.others  # one that does not exist is named before anything is spent
-        if any(each.certifies for each in found):
-            self.splits.train.require_classes()
+        found = self._fitting(methods)
         code = {each.name: each.code for each in found if each.code}
         self.shares.announce([each.name for each in found if each.certifies], code)
+
+    def _fitting(self, methods: Sequence[str]) -> list[Method]:
+        """Return methods by their names; refuse those that this task or space has no use for."""
+        found = find_methods(methods, self.config.space)
+        require_suited(found, self.splits.train)
+        if any(each.certifies for each in found):
+            self.splits.train.require_classes()
+        return found
 
     @property
     def shares(self) -> Shares:
@@ -193,12 +199,15 @@ class Run(methods.Run):
             max_regressions=config.max_regressions,
         )
 
-    def check(self) -> None:
+    def check(self, methods: Sequence[str] = ()) -> None:
         """Load what was named; nothing is run yet.
 
         Raises:
-            ValueError: if a name, the data, the options or the layers do not fit together.
+            ValueError: if a name, the data, the options, the layers or the methods do not fit
+                together.
         """
+        if methods:
+            self._fitting(self.suited(methods))
         layers, train = parse_layers(self.config.layers), self.splits.train
         option_tokens(self.model, train, self.read)
         for split in self.splits:
@@ -267,7 +276,7 @@ class Run(methods.Run):
             return Preflight.from_json(storage.read_json(folder / name))
 
         key = partial(self._key, self.splits.train)
-        return self.kept("", name, make, load, key=lambda: key() | {"preflight": 2})
+        return self.kept("", name, make, load, key=lambda: key() | {"preflight": 3})
 
     def seconds(self, methods: Sequence[str]) -> dict[str, float]:
         """Estimate what each method will take, from the measured rate; see `method_seconds`."""
@@ -550,10 +559,12 @@ def open_run(
     progress: bool = True,
     load: Callable[[RunConfig], Model] | None = None,
     cache: Path | None = None,
+    methods: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Hold a run's folder; start it, or go on with it if it is of the same configuration.
 
     Activations, probes and unsteered outcomes are taken from `cache`, a folder that runs may share.
+    `methods` that are named here are checked before a new folder is begun.
 
     Raises:
         ValueError: if the folder holds another configuration, or another process works in it.
@@ -567,7 +578,7 @@ def open_run(
         _require_same(storage.read_json(path), config, folder)
     else:
         storage.require_folder(folder)
-        run.check()  # bad names, data and layers fail before anything is written
+        run.check(methods)  # bad names, data and layers fail before anything is written
     with storage.lock(folder):
         storage.sweep(folder)
         if path.exists():
@@ -611,8 +622,9 @@ def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None
     kept = {f.name: f.default for f in fields(RunConfig)} | kept
     differ = [name for name in wanted if kept.get(name) != wanted[name]]
     if differ:
-        first = differ[0]
+        first, *others = differ
+        also = f"; also {', '.join(others)}" if others else ""
         raise ValueError(
-            f"{folder} holds a run with another configuration ({', '.join(differ)}: e.g. {first} "
-            f"was {kept.get(first)!r}, is {wanted[first]!r}); choose another --out."
+            f"{folder} holds a run with another configuration ({first} was {kept.get(first)!r}, is "
+            f"{wanted[first]!r}{also}); choose another --out, or delete it (--overwrite)."
         )

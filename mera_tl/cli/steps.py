@@ -82,7 +82,7 @@ class Step(RunConfig):
         if len(each := self.each_task()) > 1:
             raise ValueError(f"--task {self.task} names several; a single step takes one task.")
         find_methods(self.methods, self.space)
-        with open_run(*each[0], cache=self.cache) as opened:
+        with open_run(*each[0], cache=self.cache, methods=self.methods) as opened:
             yield opened
 
 
@@ -102,9 +102,9 @@ class Run(Step):
     overwrite: bool = False
     """Delete what an earlier run left in the folder."""
     dry_run: bool = False
-    """Check everything, estimate memory and disk, run nothing."""
+    """Check names, data and options, estimate memory and disk; load no weights, write nothing."""
     json: bool = False
-    """Print the records as JSON, and nothing else on stdout."""
+    """Print the records as JSON, or what --dry-run found, and nothing else on stdout."""
 
     def __call__(self) -> None:
         from mera_tl.benchmark.grid import LatestModel
@@ -116,13 +116,13 @@ class Run(Step):
         each = self.each_task()
         find_methods(self.methods, self.space)
         if self.dry_run:
-            return _dry_run(each, self.methods)
+            return _dry_run(out, each, self.methods, as_json=self.json)
         load = LatestModel()
         if len(each) > 1:
-            _check_all(each, load)
+            _check_all(each, load, self.methods)
         for _, folder in each if self.overwrite else ():
             _clear(folder)
-        opening: dict[str, Any] = {"cache": self.cache, "load": load}
+        opening: dict[str, Any] = {"cache": self.cache, "load": load, "methods": self.methods}
         for config, folder in each:
             with open_run(config, folder, **opening) as opened:
                 _say_splits(out, opened)
@@ -208,8 +208,9 @@ class Calibrate(Step):
 
         out = console(quiet=self.quiet)
         with self.opened() as opened:
-            opened.announce(self.methods)
-            for method in find_methods(self.methods, self.space):
+            methods = opened.suited(self.methods)
+            opened.announce(methods)
+            for method in find_methods(methods, self.space):
                 treatment = method.treat(opened)
                 decision = treatment.calibration or treatment.withholding or "needs no certificate"
                 out.print(f"[bold]{method.name}[/bold]: {decision}")
@@ -361,19 +362,28 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _dry_run(each: Sequence[tuple[RunConfig, Path]], methods: Sequence[str]) -> None:
-    """Check names, data and layers, and say what the runs would take."""
+def _dry_run(
+    out: Any, each: Sequence[tuple[RunConfig, Path]], methods: Sequence[str], *, as_json: bool
+) -> None:
+    """Check names, data and options; say what the runs would take, and exit 1 if it is too much."""
     from mera_tl.benchmark import run as benchmark
-    from mera_tl.benchmark.memory import estimate
-    from mera_tl.methods.methods import find_methods
+    from mera_tl.benchmark.memory import estimate, outline
 
-    out, found = console(), [method.name for method in find_methods(methods)]
+    rows = []
     for config, folder in each:
-        opened = benchmark.Run(config, folder, progress=False)
-        opened.check()
+        opened = benchmark.Run(config, folder, progress=False, load=outline)
+        opened.check(methods)
         _say_splits(out, opened)
-        out.print(f"  methods: {', '.join(found)}\n  folder: {folder}\n")
-        out.print(str(estimate(config)), markup=False)
+        names, found = opened.suited(methods), estimate(config)
+        out.print(f"  methods: {', '.join(names)}\n  folder: {folder}\n", markup=False)
+        out.print(str(found), markup=False)
+        row = {"model": config.model, "task": config.task, "methods": names, "folder": folder}
+        row |= {f"n_{split.role}": len(split) for split in opened.splits}
+        rows.append(row | {"estimate": found.to_json()})
+    if as_json:
+        terminal.print_json(rows)
+    if not all(row["estimate"]["fits"] for row in rows):
+        sys.exit(1)
 
 
 def _summarise(
@@ -421,7 +431,7 @@ def _say_splits(out: Any, opened: Any) -> None:
     out.print(f"{opened.model.name} on {opened.splits.test.name}: {sizes}{note}", markup=False)
 
 
-def _check_all(each: Sequence[tuple[RunConfig, Path]], load: Any) -> None:
+def _check_all(each: Sequence[tuple[RunConfig, Path]], load: Any, methods: Sequence[str]) -> None:
     """Check names, data and layers of every task before the first one runs or leaves anything."""
     from mera_tl.benchmark import run as benchmark
 
@@ -429,7 +439,7 @@ def _check_all(each: Sequence[tuple[RunConfig, Path]], load: Any) -> None:
     if len(set(folders)) < len(folders):
         raise ValueError(f"Two tasks would share the folder {folders[0]}; name each task once.")
     for config, folder in each:
-        benchmark.Run(config, folder, progress=False, load=load).check()
+        benchmark.Run(config, folder, progress=False, load=load).check(methods)
 
 
 def _say_preflight(out: Any, opened: Any, methods: Sequence[str], *, strict: bool) -> None:
