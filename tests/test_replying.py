@@ -263,7 +263,7 @@ def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
         assert told["better"] == (after & ~before).sum() and told["n"] == 30
         assert told["worse"] == (before & ~after).sum()
     page = write_report(tmp_path / "run").read_text()
-    assert "I would say ham" in page and "tokens a reply" in page
+    assert "I would say ham" in page and "tokens per reply" in page
     assert "spam_cue, better / worse" in page
     # What is read of failures stands within kinds first: over all it is the kind of question.
     assert page.index("AUROC within kinds") < page.index("over all</th>")

@@ -268,7 +268,7 @@ def test_without_a_browser_a_sentence_says_so(page, folder, tmp_path, monkeypatc
     def said() -> str:
         return write_report(folder, tmp_path / "page.html", images=True).read_text("utf-8")
 
-    assert "make the report again with --images" in page.read_text("utf-8")
+    assert "write the report with --images" in page.read_text("utf-8")
     monkeypatch.setattr(report, "_WRITE_IMAGES", "raise SystemExit('there is no browser')")
     assert "SVG and PNG files were not written: there is no browser" in said()
     monkeypatch.setattr(report, "find_spec", lambda name: None)

@@ -82,7 +82,7 @@ class Step(RunConfig):
         if len(each := self.each_task()) > 1:
             raise ValueError(f"--task {self.task} names several; a single step takes one task.")
         find_methods(self.methods, self.space)
-        with open_run(*each[0], cache=self.cache, methods=self.methods) as opened:
+        with open_run(*each[0], cache=self.cache) as opened:
             yield opened
 
 

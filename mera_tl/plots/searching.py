@@ -64,9 +64,13 @@ def search_table(df: pd.DataFrame) -> go.Figure:
         marker=star,
         hoverinfo="skip",
     )
-    figure.update_xaxes(title="regressions (% of examples)", rangemode="tozero")
-    figure.update_yaxes(title="recoveries (% of examples)", rangemode="tozero")
-    caption = f"{len(df)} candidates, up to {n.max():.0f} training examples that fitted nothing"
+    figure.update_traces(cliponaxis=False)  # many lie on an axis
+    figure.update_xaxes(title="regressions (%)", rangemode="tozero")
+    figure.update_yaxes(title="recoveries (%)", rangemode="tozero")
+    caption = (
+        f"{len(df)} candidates, on up to {n.max():.0f} training examples held out from fitting; "
+        "pale: dropped after fewer"
+    )
     return finish(figure, "What the search tried", caption)
 
 
@@ -100,14 +104,20 @@ def foresight(df: pd.DataFrame) -> go.Figure:
             y=y[mine],
             name=direction,
             mode="markers",
-            marker={"color": _COLOURS.get(direction, GREY), "size": size, "opacity": 0.6},
+            # Marks of several sizes would get a white rim, which glares on a dark page.
+            marker={
+                "color": _COLOURS.get(direction, GREY),
+                "size": size,
+                "opacity": 0.6,
+                "line": {"width": 0},
+            },
             text=text[mine],
             hovertemplate="%{text}<br>foreseen %{x:+.1f}, real %{y:+.1f} points<extra></extra>",
         )
-    figure.update_xaxes(title="foreseen gain (points of accuracy)")
-    figure.update_yaxes(title="real gain on training (points)")
-    caption = f"{len(df)} candidates by one backward pass an example; rank correlation {rank:.2f}"
-    return finish(figure, "What first order foresaw, and what came of it", caption)
+    figure.update_xaxes(title="gain forecast (points of accuracy)")
+    figure.update_yaxes(title="real gain in training (points)")
+    caption = f"{len(df)} candidates, one backward pass per example; rank correlation {rank:.2f}"
+    return finish(figure, "Gain forecast to first order, and real gain", caption)
 
 
 def _faded(colour: str, *, seen: bool) -> str:

@@ -91,8 +91,8 @@ class _Figures:
         """Write SVG and PNG files, if asked to; say in a sentence what came of it."""
         if not self.images:
             return (
-                "For SVG and PNG files of the figures make the report again with --images; "
-                "every figure's own menu saves a PNG."
+                "For the figures as SVG and PNG files, write the report with --images; every "
+                "figure's own menu saves a PNG."
             )
         if find_spec("kaleido") is None:
             return (
@@ -220,7 +220,7 @@ def _winner(run: RunFolder) -> Iterator[str]:
         yield (
             f"Chosen among {details['n_candidates']:,} candidates, of which "
             f"{len(run.tried(verdict.method)):,} were run, on {details['n_search']:,} training "
-            "examples that fitted nothing; then tested once."
+            "examples held out from fitting; then tested once."
         )
     promise = verdict.sentence.partition(">= ")[2].rstrip(")")
     yield (
@@ -424,7 +424,7 @@ def _methods(run: RunFolder) -> pd.DataFrame:
     frame = pd.DataFrame(named[[*first, "steered", "threshold"]])
     # What a method costs, where replies are generated to be scored.
     tokens = [record.get("tokens_generated", 0.0) for record in run.records]
-    return frame.assign(**{"tokens a reply": tokens}) if any(tokens) else frame
+    return frame.assign(**{"tokens per reply": tokens}) if any(tokens) else frame
 
 
 def _examples(run: RunFolder, changes: pd.DataFrame) -> dict[str, Any]:
