@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_probe, talking_task
+from conftest import organism, random_probe, talking_task
 
 from mera_tl.certificate import (
     DEFAULT_THRESHOLDS,
@@ -21,9 +21,10 @@ from mera_tl.certificate import (
     distinct,
     unconditional,
 )
-from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.inference import ReadSettings, collect, evaluate
+from mera_tl.probes import fit_error_probe
 from mera_tl.steering import Additive, Steering
-from mera_tl.tasks import Task
+from mera_tl.tasks import Task, load_task
 
 QUIET = ReadSettings(progress=False)
 
@@ -379,6 +380,32 @@ def test_candidates_that_cannot_be_certified_are_refused(spoken):
         calibrate(model, split, [], settings=QUIET)
     with pytest.raises(ValueError, match="contradicts"):
         calibrate(model, split, steering, terms=Terms(), delta=0.1, settings=QUIET)
+
+
+def test_what_a_probe_was_fitted_to_is_no_evidence_for_it():
+    """Another seed's training split, the whole task, a mixture: the rows are what counts."""
+    model, task = organism(), load_task("spam_cue")
+    sizes = {"train": 60, "calibration": 30, "test": 30}
+    here, there = task.split(0, **sizes), task.split(1, train=2000, calibration=30, test=30)
+    some = [
+        collect(model, each, settings=QUIET) for each in (here.train, there.train.subset(range(60)))
+    ]
+    elsewhere = collect(model, load_task("yesno_bias").subset(range(60)), settings=QUIET)
+
+    def certify(activations):
+        steering = Steering(fit_error_probe(activations), layers="best", positions="last")
+        return calibrate(model, here.calibration, steering.at(0.5), settings=QUIET)
+
+    assert certify(some[0]).n == certify([some[0], elsewhere]).n == 30  # controls
+    shared = {e.row for e in here.calibration.examples} & set(some[1].outcomes.rows.tolist())
+    whole = collect(model, here.calibration, settings=QUIET)
+    for activations, n in ((whole, 30), ([some[0], whole], 30), (some[1], len(shared))):
+        if n:
+            with pytest.raises(ValueError, match=f"fitted to {n} of the 30 calibration"):
+                certify(activations)
+    probe = fit_error_probe(some[0])
+    assert probe.rows_fitted(here.test) == {example.row for example in here.train.examples}
+    assert probe.rows_fitted(load_task("yesno_bias")) == set()  # rows of other data
 
 
 def test_one_example_per_text_is_evidence(spoken):

@@ -8,9 +8,11 @@ from queue import Queue
 
 import pytest
 from chromium import BROWSER, Chromium
+from conftest import run_in
 
 import mera_tl
 from mera_tl.live import Bench, Choices, open_bench, panel, replies, serve
+from mera_tl.report import RunFolder
 from mera_tl.tasks import Example
 
 QUIET = mera_tl.ReadSettings(progress=False)
@@ -118,6 +120,35 @@ def test_what_cannot_be_shown_is_said(bench):
         open_bench()
     bare = open_bench(bench.model)
     assert "replies only" in panel(bare, "question : ?", Choices("")).said
+
+
+def test_a_run_is_opened_with_what_it_certified_whatever_it_recommends(tmp_path, bench):
+    told = {"train": "200", "calibration": "120", "test": "20", "layers": "1", "min_gain": -0.2}
+    told |= {"positions": "last", "thresholds": "0.07"}
+    config = mera_tl.RunConfig(model="organism", task="spam_cue", **told)
+    run_in(tmp_path, config, ["no_steering", "flip", "controlled_contrastive"])
+    certificate = mera_tl.Calibration.load(tmp_path / "certificates" / "controlled_contrastive")
+    assert RunFolder.open(tmp_path).verdict.method == "flip" and not certificate.abstained
+    found = open_bench(bench.model, run=tmp_path)
+    first = found.steering(found.start)
+    assert found.start.way == "as certified" and first.rule == certificate.steering.rule
+    assert found.start.threshold != certificate.threshold  # control: no stop of the slider
+    assert first.certificate is not None and panel(found, found.prompts[0], found.start).bars
+    moved = found.steering(replace(found.start, positions="all"))
+    assert moved.certificate is None and moved.positions == "all"
+    with pytest.raises(ValueError, match="changed: the model's weights"):
+        open_bench(replace(bench.model, fingerprint="f00d"), run=tmp_path)
+
+
+def test_a_saved_steering_is_read_as_it_was_certified(bench, splits, tmp_path):
+    (way,) = bench.ways.values()
+    settings = mera_tl.ReadSettings("exact", max_new_tokens=3, progress=False)
+    decision = mera_tl.calibrate(
+        bench.model, splits.calibration, way.at(0.3), min_gain=-0.9, settings=settings
+    )
+    opened = open_bench(bench.model, steering=decision.save(tmp_path / "s"))
+    assert (opened.settings.readout, opened.settings.max_new_tokens) == ("exact", 3)
+    assert opened.steering(opened.start).rule == way.at(0.3).rule
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mera_tl.certificate import BETS, Monitor, read_gains, resume
+from mera_tl.certificate import BETS, Monitor, go_on, read_gains, resume
 
 
 def stream(rng, shape, recovery, regression):
@@ -68,6 +68,16 @@ def test_alarms_stand_and_state_resumes(tmp_path):
     resumed = Monitor.load(tmp_path / "m.json").update_all(gains[301:])
     assert resumed == whole and whole.withdraw
     assert whole.update_all([1.0] * 500).withdraw
+
+
+def test_a_state_goes_on_with_the_pairs_that_it_has_seen_and_no_others():
+    """As many of another file would be passed over in silence, and the guarantee would stand."""
+    gains = stream(np.random.default_rng(3), (600,), 0.02, 0.2).tolist()
+    begun, whole = Monitor().update_all(gains[:301]), Monitor().update_all(gains)
+    assert go_on(begun, gains) == whole and go_on(begun, gains[:301]) == begun
+    for other in (gains[301:], gains[:300], [-1.0] * 600, []):
+        with pytest.raises(ValueError, match="begin with the 301 that the state has seen"):
+            go_on(begun, other)
 
 
 def test_a_state_goes_on_under_its_own_terms(tmp_path):

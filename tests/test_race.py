@@ -291,6 +291,15 @@ def test_a_search_sees_nothing_but_training_data():
         search(organism(), splits.train.subset(range(50)), activations)
 
 
+def test_activations_of_another_model_or_way_of_reading_are_refused():
+    splits, activations = planted()
+    for name, value in (("model_fingerprint", "f00d"), ("readout", "exact"), ("dtype", "bfloat16")):
+        other = replace(activations, manifest={**activations.manifest, name: value})
+        with pytest.raises(ValueError, match=f"with {name} '{value}', but now organism has"):
+            search(organism(), splits.train, other, settings=WIDE)
+    activations.check(organism(), WIDE)  # control
+
+
 def test_examples_that_judge_fit_nothing():
     splits, activations = planted()
     only = {"directions": ("controlled_contrastive",), "layers": ((1,),), "thresholds": (0.1,)}

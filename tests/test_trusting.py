@@ -77,7 +77,8 @@ def test_it_names_what_it_holds_for_and_refuses_another_model(folder):
     probe = LinearProbe.load(folder / "probes" / "ridge")
     assert setup["reads"]["layers"] == [probe.best_layer] and len(setup["reads"]["probe"]) == 16
     found.check(model)
-    for other in (replace(model, fingerprint="f00d"), replace(model, system="Be brief.")):
+    changes: list[dict] = [{"fingerprint": "f00d"}, {"system": "Be brief."}, {"eos_ids": (7,)}]
+    for other in (replace(model, **change) for change in changes):
         with pytest.raises(ValueError, match="was certified on organism"):
             found.check(other)
 

@@ -100,8 +100,15 @@ class Run(methods.Run):
 
     @cached_property
     def model(self) -> Model:
-        """The model, loaded, on as many threads as it is worth."""
+        """The model, loaded, on as many threads as it is worth.
+
+        Raises:
+            ValueError: if the folder began with other weights; a name of the hub may be moved on.
+        """
         model = self._load(self.config)
+        if (path := self.folder / "content.json").exists():
+            now = {"model": model.fingerprint, "eos_ids": list(model.eos_ids)}
+            _refuse_other(self.folder, _differing(storage.read_json(path), now))
         choose_threads(model)
         return model
 
@@ -227,6 +234,7 @@ class Run(methods.Run):
         """Say by hashes what the folder is made of: data, weights and the version of this code."""
         return self.cheap_content() | {
             "model": self.model.fingerprint,
+            "eos_ids": list(self.model.eos_ids),
             "tokenizer": identity_of(self.model)["tokenizer"],
             "space": describe_space(self.space),
         }
@@ -590,7 +598,12 @@ def open_run(
         yield run
 
 
-_HASHED = {"model": "the model's weights", "tokenizer": "its tokenizer", "space": "its SAEs"}
+_HASHED = {
+    "model": "the model's weights",
+    "eos_ids": "the tokens that end its replies",
+    "tokenizer": "its tokenizer",
+    "space": "its SAEs",
+}
 """What a folder is made of besides data and code, in the words of an error."""
 
 
@@ -600,11 +613,23 @@ def _require_content(kept: dict[str, Any], run: Run) -> None:
     differ = [name for name in ("format", "mera_tl", "data") if kept.get(name) != now[name]]
     # Files of another size or time may hold the same, copied; then their hashes are the same.
     if any(kept.get(name, now[name]) != now[name] for name in ("model_files", "sae_files")):
-        now = run.content()
-        differ += [what for name, what in _HASHED.items() if kept.get(name, now[name]) != now[name]]
+        differ += _differing(kept, run.content())
+    _refuse_other(run.folder, differ)
+
+
+def _differing(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return in words what a folder is made of and is not what it was; old ones lack some."""
+    return [
+        what
+        for name, what in _HASHED.items()
+        if name in kept and name in now and kept[name] != now[name]
+    ]
+
+
+def _refuse_other(folder: Path, differ: Sequence[str]) -> None:
     if differ:
         raise ValueError(
-            f"{run.folder} holds a run with other content under the same names (changed: "
+            f"{folder} holds a run with other content under the same names (changed: "
             f"{', '.join(differ)}); choose another --out, or restore what it began with."
         )
 

@@ -19,6 +19,7 @@ from .certificate import promised_points as promised_points
 from .evidence import Evidence as Evidence
 from .monitor import BETS as BETS
 from .monitor import Monitor as Monitor
+from .monitor import go_on as go_on
 from .monitor import read_gains as read_gains
 from .monitor import resume as resume
 from .sample_sizes import Effect as Effect

@@ -71,7 +71,7 @@ def calibrate(
     steerings = _candidates(candidates)
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run
-    n_given, task = len(task), evidence_of(task, terms.seed)
+    n_given, task = len(task), evidence_of(task, terms.seed, steerings)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     asked, counts = [unsteered, *steerings], terms.metric == "correct"
     base, *runs = evaluate_many(model, task, asked, settings=settings, decide=counts)
@@ -160,17 +160,27 @@ def distinct(texts: Sequence[str], seed: int) -> list[int]:
     return splitting.distinct(map(key_of, texts), seed)
 
 
-def evidence_of(task: Task[CalibrationRole], seed: int) -> Task[CalibrationRole]:
+def evidence_of(
+    task: Task[CalibrationRole], seed: int, steerings: Iterable[Steering] = ()
+) -> Task[CalibrationRole]:
     """Return the examples of a calibration split that are evidence: one of each text.
 
     Raises:
-        ValueError: if it is another split.
+        ValueError: if it is another split, or the probe of a steering was fitted to some of it.
     """
     if task.role != "calibration":
         raise ValueError(
             f"A certificate needs the calibration split, got the {task.role} split of {task.name}; "
             "pass task.split(...).calibration."
         )
+    rows = {example.row for example in task.examples}
+    for probe in {id(each.probe): each.probe for each in steerings}.values():
+        if seen := rows & probe.rows_fitted(task):
+            raise ValueError(
+                f"The probe was fitted to {len(seen)} of the {len(rows)} calibration examples (row "
+                f"{min(seen)}, ...), so these are no evidence; fit it on task.split(...).train, of "
+                "the same split and seed."
+            )
     return task.subset(distinct([example.key for example in task.examples], seed))
 
 

@@ -38,6 +38,7 @@ _IDENTITY = {
     "chat": "chat template in use:",
     "tokenizer": "tokenizer or chat template",
     "system": "system prompt",
+    "eos_ids": "tokens that end a reply",
 }
 """What must not differ, in the words of an error."""
 

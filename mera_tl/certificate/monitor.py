@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,26 @@ def resume(path: str | Path, **options: float | None) -> Monitor:
                 "another file."
             )
     return monitor
+
+
+def go_on(watch: Monitor, gains: Iterable[float]) -> Monitor:
+    """Take in those of all pairs, from the first on, that a monitor has not seen.
+
+    Raises:
+        ValueError: if the first pairs are not those that it has seen: of another file, or of one
+            that was begun anew, as many would be passed over in silence.
+    """
+    gains, again = iter(gains), Monitor(watch.floor, watch.false_alarm, watch.patience)
+    again = again.update_all(islice(gains, watch.n))
+    numbers = [
+        (m.n, m.recoveries, m.regressions, *m.log_wealth, *m.log_restarted) for m in (again, watch)
+    ]
+    if not all(math.isclose(*pair, abs_tol=1e-6) for pair in zip(*numbers, strict=True)):
+        raise ValueError(
+            f"These pairs do not begin with the {watch.n} that the state has seen; pass the file "
+            "that it was started with, grown, or start another state."
+        )
+    return watch.update_all(gains)
 
 
 def _log_mean(logs: tuple[float, ...]) -> float:

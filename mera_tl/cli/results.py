@@ -4,7 +4,6 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -336,14 +335,14 @@ class Monitor:
     """Least mean gain that is still acceptable. Default: 0, or that of the state."""
 
     def __call__(self) -> None:
-        from mera_tl.certificate.monitor import read_gains, resume
+        from mera_tl.certificate.monitor import go_on, read_gains, resume
 
         watch = resume(self.state, floor=self.floor)
         if not self.pairs.is_file():
             raise ValueError(f"There is no file {self.pairs}; pass the JSONL of audited pairs.")
         log = None if self.log is None else terminal.read_lines(self.log)
         pairs = terminal.read_lines(self.pairs)
-        watch = watch.update_all(islice(read_gains(pairs, log), watch.n, None))
+        watch = go_on(watch, read_gains(pairs, log))
         watch.save(self.state)
         print(watch)
         if watch.withdraw:

@@ -65,6 +65,20 @@ class Activations:
         self._finite.add(position)
         return resid
 
+    def check(self, model: Model, settings: ReadSettings) -> None:
+        """Refuse a model, or a way of reading its answers, other than those collected under.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        for name, got in {**manifest_of(model), **_how_read(model, settings)}.items():
+            kept = self.manifest.get(name, got)
+            if name != "model" and kept != got:
+                raise ValueError(
+                    f"These activations are of {self.manifest.get('model')} with {name} {kept!r}, "
+                    f"but now {model.name} has {got!r}; collect them again."
+                )
+
     @property
     def error(self) -> Float[Tensor, " example"]:
         """The unsteered error, 1 - P(true option)."""
@@ -202,11 +216,14 @@ def _manifest(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str
         "data_hash": task.data_hash,
         "source": dict(task.source),
         "hook": "blocks.{layer}.hook_resid_post",
-        "readout": settings.readout,
-        "answer_prefix": settings.prefix(model),
+        **_how_read(model, settings),
         "n": len(task),
         "repeats": task.repeats,
     }
+
+
+def _how_read(model: Model, settings: ReadSettings) -> dict[str, Any]:
+    return {"readout": settings.readout, "answer_prefix": settings.prefix(model)}
 
 
 def prompt_activations(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from mera_tl.benchmark.run import Run
+from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.saving import load_steering
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import check_model
@@ -33,6 +34,11 @@ PENALTY = 3.0
 LATENTS = ", SAE latents"
 """Ends the name of a way in SAE space."""
 MOST_PROMPTS = 200
+THRESHOLDS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
+    *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99),
+)
+"""What a slider stops at."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,10 @@ class Bench:
 
     @property
     def start(self) -> Choices:
-        """What a panel shows first: the certified steering where there is one."""
+        """What a panel shows first: the certified steering where there is one.
+
+        Its threshold is shown as the slider's nearest stop.
+        """
         if not self.ways:
             return Choices("")
         name = next(iter(self.ways))
@@ -75,11 +84,15 @@ class Bench:
         threshold = 0.5
         if name == CERTIFIED and isinstance(way.rule, Adaptive):
             limit = torch.tensor(way.rule.limit, dtype=torch.float64)
-            threshold = float(torch.sigmoid(limit))  # in units of predicted error
+            certified = float(torch.sigmoid(limit))  # in units of predicted error
+            threshold = min(THRESHOLDS, key=lambda t: abs(t - certified))
         return Choices(name, threshold=threshold, layers=way.layer_numbers, positions=way.positions)
 
     def steering(self, choices: Choices) -> Steering | None:
         """Return the steering that choices describe; None for no way, or no layer.
+
+        Until something is changed that is the certified one itself, whatever its rule and however
+        its threshold lies between the slider's stops.
 
         Raises:
             ValueError: if the way has no SAE of a layer, or there is no such way.
@@ -91,6 +104,9 @@ class Bench:
                 f"There is no way {choices.way!r}; choose among {', '.join(self.ways)}."
             )
         way = self.ways[choices.way]
+        untouched = replace(self.start, max_new_tokens=choices.max_new_tokens)
+        if choices.way == CERTIFIED and choices == untouched:
+            return way
         able = way.space.layers or range(way.probe.n_layers)
         layers = tuple(layer for layer in choices.layers if layer in able)
         if not layers:
@@ -128,8 +144,7 @@ def open_bench(
         steering = load_steering(steering, model=model)
     steering.check(model)
     setup = getattr(steering.certificate, "setup", None) or {}
-    readout = (setup.get("readout") or {}).get("readout", "options")
-    settings = ReadSettings(progress=False, readout=readout)
+    settings = ReadSettings(progress=False, **(setup.get("readout") or {}))
     return Bench(model, {CERTIFIED: steering}, tuple(setup.get("options", ())), (), settings)
 
 
@@ -137,17 +152,12 @@ def _of_run(model: Model | str | None, path: Path) -> Bench:
     folder = RunFolder.open(path)
     model = load_model(model) if isinstance(model, str) else model
     run = Run(folder.config, path, progress=False, load=None if model is None else lambda _: model)
-    wanted = folder.records[0]["hashes"]["model"]
-    if run.model.fingerprint != wanted:
-        raise ValueError(
-            f"{path} is a run of a model with hash {wanted}, {run.model.name} has "
-            f"{run.model.fingerprint}; name the model that it was made with."
-        )
     activations, ways = run.activations, {}
-    method = folder.verdict.method
-    certified = folder.certificates[method].steering if method else None
-    if certified is not None:
-        ways[CERTIFIED] = certified
+    steers = [w for w in folder.recommendation.ways if w.what == "steer" and w.certified]
+    for best in steers[:1]:  # also where something else is recommended, such as to flip
+        decision = Calibration.load(path / "certificates" / best.method, space=run.space)
+        certified = decision.steering if decision.chosen in decision.steerings else None
+        ways |= {} if certified is None else {CERTIFIED: certified}
     for space in (ResidualSpace(), _saes(run)):
         if space is not None:
             ways |= _fitted(activations, space)

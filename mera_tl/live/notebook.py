@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mera_tl.live.bench import Bench, open_bench
+from mera_tl.live.bench import THRESHOLDS, Bench, open_bench
 from mera_tl.live.effects import panel, replies
-from mera_tl.live.page import POSITIONS, THRESHOLDS, choices_of
+from mera_tl.live.page import POSITIONS, choices_of
 from mera_tl.models.model import Model
 from mera_tl.steering.steering import Steering
 
@@ -64,7 +64,6 @@ def _text(words: str) -> dict[str, Any]:
 def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:
     start = bench.start
     first = bench.prompts[0] if bench.prompts else ""
-    nearest = min(THRESHOLDS, key=lambda t: abs(t - start.threshold))
     layers = [(str(n), n) for n in range(bench.model.n_layers)]
     # Sliders report when they are let go, text when it is left: a pass is not for every key.
     return {
@@ -83,7 +82,7 @@ def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:
         "rule": widgets.ToggleButtons(options=["threshold", "strength"], description="move by"),
         "threshold": widgets.SelectionSlider(
             options=[(f"{t:g}", i) for i, t in enumerate(THRESHOLDS)],
-            value=THRESHOLDS.index(nearest),
+            value=THRESHOLDS.index(start.threshold),
             description="threshold",
             continuous_update=False,
         ),

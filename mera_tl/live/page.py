@@ -14,14 +14,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from mera_tl.live.bench import Bench, Choices
+from mera_tl.live.bench import THRESHOLDS, Bench, Choices
 from mera_tl.live.effects import panel, replies
 
-THRESHOLDS = (
-    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45),
-    *(0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99),
-)
-"""What the slider stops at."""
 POSITIONS = {
     "last": "from the final prompt token on",
     "final": "the final prompt token",
@@ -150,7 +145,6 @@ def _controls(bench: Bench) -> list[Any]:
 
     start, n_layers = bench.start, bench.model.n_layers
     steps = dict(enumerate(THRESHOLDS))
-    nearest = min(steps, key=lambda i: abs(steps[i] - start.threshold))
     marks = {i: f"{t:g}" for i, t in steps.items() if t in (0.001, 0.02, 0.2, 0.5, 0.8, 0.99)}
     rules = {"threshold": "as far as the threshold asks", "strength": "by a fixed length"}
     prompt = bench.prompts[0] if bench.prompts else ""
@@ -168,7 +162,14 @@ def _controls(bench: Bench) -> list[Any]:
         html.Div("Move", className="label"),
         dcc.RadioItems(rules, "threshold", id="rule", className="choice"),
         html.Div(["Threshold ", html.Span(id="at")], className="label"),
-        dcc.Slider(0, len(THRESHOLDS) - 1, 1, value=nearest, marks=marks, id="threshold"),
+        dcc.Slider(
+            0,
+            len(THRESHOLDS) - 1,
+            1,
+            value=THRESHOLDS.index(start.threshold),
+            marks=marks,
+            id="threshold",
+        ),
         html.Div("Strength, in residual norms", className="label"),
         dcc.Slider(0, 2, 0.05, value=0.1, marks={0: "0", 1: "1", 2: "2"}, id="strength"),
         html.Div("Tokens", className="label"),

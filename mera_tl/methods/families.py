@@ -233,6 +233,7 @@ def search_family(
     """
     choices, settings = choices or Choices(), replace(settings or ReadSettings(), progress=False)
     require_training(task, activations)
+    activations.check(model, settings)
     fit, judge = divide(task, choices.search_share, choices.seed)
     every = range(model.n_layers)
     layers = tuple(every[:: -(-len(every) // MOST_LAYERS)])

@@ -172,6 +172,7 @@ def search(
     choices, settings = choices or Choices(), settings or ReadSettings()
     require_training(task, activations)
     activations = collect(model, task, settings=settings) if activations is None else activations
+    activations.check(model, settings)
     fit, judge = divide(task, choices.search_share, choices.seed)
     sets = fit_probe_sets(activations.subset(torch.tensor(fit)), choices, space)
     layers = space.layers if isinstance(space, SAESpace) else range(model.n_layers)

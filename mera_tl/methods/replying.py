@@ -108,6 +108,7 @@ def search_replies(
     """
     choices, settings = choices or ReplyChoices(), ReadSettings.of(task, settings)
     require_training(task, activations)
+    activations.check(model, settings)
     if not task.scored:
         raise ValueError(f"{task.name} has options and no scorer; use `search` for it.")
     fit, judge = divide(task, choices.search_share, choices.seed)

@@ -98,6 +98,7 @@ class Model:
             "dtype": str(self.hooked.cfg.dtype).removeprefix("torch."),
             "chat": self.chat,
             "system": self.system,
+            "eos_ids": list(self.eos_ids),
         }
 
     def tokenize(self, prompts: Sequence[str], *, prefix: str = "") -> list[list[int]]:

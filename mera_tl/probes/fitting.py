@@ -23,6 +23,7 @@ from mera_tl.probes.cross_validation import (
 )
 from mera_tl.probes.examples import Mixture, Position, as_parts, read_examples
 from mera_tl.probes.probe import LinearProbe
+from mera_tl.tasks.splitting import spans
 
 logger = logging.getLogger(__name__)
 
@@ -195,11 +196,14 @@ def _say_unread(unread: Sequence[bool], kinds: str, position: Position) -> None:
 
 
 def _manifest(activations: Mixture) -> dict[str, Any]:
-    """Return the activations' manifest; of a mixture the first, with what the others are."""
-    parts = as_parts(activations)
-    # Which texts are repeated may be a long list, and says nothing about a probe.
-    first = {name: value for name, value in parts[0].manifest.items() if name != "repeats"}
+    """Return the activations' manifest with the rows, and of a mixture that of all parts."""
+    parts = [
+        # Which texts are repeated may be a long list, and says nothing about a probe.
+        {name: value for name, value in part.manifest.items() if name != "repeats"}
+        | {"rows": spans(part.outcomes.rows.tolist())}
+        for part in as_parts(activations)
+    ]
     if len(parts) == 1:
-        return first
-    mixture = [{k: a.manifest.get(k) for k in ("task", "data_hash", "n")} for a in parts]
-    return {**first, "mixture": mixture}
+        return parts[0]
+    names = ("task", "data_hash", "n", "source", "rows")
+    return {**parts[0], "mixture": [{name: part.get(name) for name in names} for part in parts]}

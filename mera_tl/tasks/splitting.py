@@ -95,6 +95,24 @@ def _read_wish(role: str, value: int | str) -> int | Ranges:
     return ranges
 
 
+def spans(rows: Iterable[int]) -> str:
+    """Write row numbers as ranges, such as "0-4,7-7"; they may come in any order."""
+    ordered = sorted(set(rows))
+    starts = [
+        row for row, before in zip(ordered, [None, *ordered], strict=False) if before != row - 1
+    ]
+    ends = [
+        row for row, after in zip(ordered, [*ordered[1:], None], strict=True) if after != row + 1
+    ]
+    return ",".join(f"{first}-{last}" for first, last in zip(starts, ends, strict=True))
+
+
+def rows_of(text: str) -> set[int]:
+    """Return the rows that `spans` wrote."""
+    pairs = (map(int, part.split("-")) for part in text.split(",") if part)
+    return {row for first, last in pairs for row in range(first, last + 1)}
+
+
 def key_of(text: str) -> str:
     """Return what copies of a text share: it without case and without the width of white space."""
     return " ".join(text.casefold().split())
