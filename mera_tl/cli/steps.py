@@ -26,6 +26,7 @@ from mera_tl.benchmark.config import (
 )
 from mera_tl.cli import terminal
 from mera_tl.cli.terminal import console
+from mera_tl.sae.options import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ class Benchmark(GridConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sae(RunConfig):
+class Sae(RunConfig, TrainOptions):
     """Train SAEs on a task's activations, or report what SAEs explain of them.
 
     The last tenth of the training split is kept for the report; other splits are not looked at.
@@ -275,27 +276,13 @@ class Sae(RunConfig):
     """train: train and save, then report; report: SAEs that are there (--sae)."""
     out: Path | None = None
     """Where to save layer_0, layer_1, ... Default: saes/<model>, where --space sae looks."""
-    architecture: Literal["standard", "jumprelu", "topk", "batchtopk"] = "standard"
-    """SAE architecture to train."""
-    expansion: int = 4
-    """Latents per dimension of the residual stream."""
-    sparsity: float = 2.0
-    """Weight of the sparsity penalty (standard, jumprelu)."""
-    k: int = 16
-    """Latents active per token (topk, batchtopk)."""
-    n_steps: int = 1500
-    """Training steps."""
-    step_tokens: int = 1024
-    """Tokens per training step."""
-    max_tokens: int = 200_000
-    """Most tokens to learn from."""
 
     def __call__(self) -> None:
         from mera_tl.benchmark import run as benchmark
         from mera_tl.benchmark.config import parse_layers
         from mera_tl.sae.loading import default_source, load_saes
         from mera_tl.sae.probes import reconstruction
-        from mera_tl.sae.training import TrainOptions, hold_out, train_saes
+        from mera_tl.sae.training import hold_out, train_saes
 
         terminal.start_logging()
         opened = benchmark.Run(narrow(self, RunConfig), Path())

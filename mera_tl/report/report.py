@@ -286,20 +286,20 @@ def _evidence(run: RunFolder, figures: _Figures, method: str) -> Iterator[Block]
 
 def _slider(run: RunFolder, prefix: str, method: str) -> dict[str, Any] | None:
     """Say for every threshold what it recovers and breaks, and where it lies in the figures."""
-    tried = run.tried(method)
+    tried, record = run.tried(method), run.record(method)
+    frame = run.evidence(method) if tried.empty else _siblings(tried, record["details"])
+    if len(frame) < 2:
+        return None
     if tried.empty:
-        frame, chosen = run.evidence(method), run.certificates[method].threshold
+        chosen = run.certificates[method].threshold
         note = "Counted on the calibration examples; all bounds hold at once."
         x, _ = knob_axis(frame["threshold"], str(frame["knob"].iloc[0]))
         marks = [{f"{prefix}curve_{method}": (float(at), None)} for at in x]
     else:
-        record = run.record(method)
-        frame, chosen = _siblings(tried, record["details"]), record["threshold"]
+        chosen = record["threshold"]
         note = "Counted on training examples that chose among all candidates: no promise."
         share = 100 * frame[["regressions", "recoveries"]].div(frame["n"], axis=0)
         marks = [{f"{prefix}search_{method}": tuple(at)} for at in share.to_numpy().tolist()]
-    if len(frame) < 2:
-        return None
     says: list[str] = []
     for row, mark in zip(frame.to_dict("records"), marks, strict=True):
         if method == run.verdict.method:

@@ -6,9 +6,8 @@ latents are read from raw activations.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,31 +18,8 @@ from mera_tl.inference.decoding import left_pad
 from mera_tl.inference.evaluation import run_batches, tokenize_task
 from mera_tl.models.model import Model, resid_post
 from mera_tl.sae.loading import Layers, require_sae_lens, starts_with_bos
+from mera_tl.sae.options import TrainOptions
 from mera_tl.tasks.task import Task
-
-Architecture = Literal["standard", "jumprelu", "topk", "batchtopk"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """What to train, and for how long."""
-
-    architecture: Architecture = "standard"
-    """SAE architecture to train; a batchtopk is saved as the jumprelu that it amounts to."""
-    expansion: int = 4
-    """Latents per dimension of the residual stream."""
-    sparsity: float = 2.0
-    """Weight of the sparsity penalty, L1 for standard, L0 for jumprelu."""
-    k: int = 16
-    """Active latents per token, for topk and batchtopk."""
-    n_steps: int = 1500
-    """Training steps."""
-    step_tokens: int = 1024
-    """Tokens per training step."""
-    max_tokens: int = 200_000
-    """Most tokens to learn from; prompts are taken in order."""
-    seed: int = 0
-    """Random seed of the initial weights and the order of the tokens."""
 
 
 def train_saes(
