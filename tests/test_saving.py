@@ -1,6 +1,7 @@
 """Laws of saved decisions: bit for bit what was certified, for that model only, or refused."""
 
 import dataclasses
+import html
 import json
 import warnings
 
@@ -10,7 +11,7 @@ import torch
 from conftest import organism, random_probe, talking_task
 
 from mera_tl import storage
-from mera_tl.certificate import Calibration, calibrate, load_steering
+from mera_tl.certificate import Calibration, calibrate, certify, load_steering
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.sae import load_saes
 from mera_tl.steering import SAESpace, Steering
@@ -63,7 +64,9 @@ def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_p
         load_steering(folder).check(other)
     anyway = load_steering(folder, model=other, anyway=True)
     assert "NOT CERTIFIED" in str(anyway.certificate) and "weights" in str(anyway.certificate)
-    assert "NoCertificate" in repr(anyway)
+    assert "NoCertificate" in repr(anyway) and "NOT CERTIFIED" in anyway._repr_html_()
+    promise = str(decision).partition("\n")[0]
+    assert html.escape(promise) in load_steering(folder)._repr_html_()
     anyway.check(other)
     assert evaluate(other, task, anyway.fwd_hooks(), settings=QUIET).n_steered.sum() > 0
     chatty = dataclasses.replace(decided[0], chat=True)
@@ -124,7 +127,14 @@ def test_an_abstention_is_kept_and_steers_nothing(decided, tmp_path):
     folder = none.save(tmp_path / "none")
     assert Calibration.load(folder) == none and Calibration.load(folder).fwd_hooks() == []
     assert not (folder / "steering.safetensors").exists()
-    with pytest.raises(ValueError, match="decision was to abstain"):
+    with pytest.raises(ValueError, match="decision was to abstain; take one that steers"):
+        load_steering(folder)
+
+
+def test_a_certificate_of_what_moves_nothing_says_that_it_holds_no_steering(tmp_path):
+    gains = np.repeat([[1.0, 0.0]], (60, 40), axis=1)
+    folder = certify(gains, candidates=[{"threshold": 0.7}]).save(tmp_path / "flip")
+    with pytest.raises(ValueError, match="moves no activations, such as the method flip"):
         load_steering(folder)
 
 

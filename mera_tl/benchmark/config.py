@@ -40,7 +40,7 @@ DEMO_METHODS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunOptions:
     """All that runs of a grid share."""
 
@@ -139,8 +139,13 @@ class RunOptions:
     def __post_init__(self) -> None:
         check(self)
 
+    def __repr__(self) -> str:
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told = {f.name: told[f.name] for f in fields(self) if told[f.name] != f.default}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunConfig(RunOptions):
     """One model on one task, with one split."""
 
@@ -158,7 +163,7 @@ class RunConfig(RunOptions):
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GridConfig(RunOptions):
     """Models x tasks x seeds, every method on each: one record per job."""
 

@@ -13,7 +13,7 @@ chosen. Test outcomes are there to check the verdict, and play no part in it.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +66,7 @@ class Recommendation:
     sentence: str
     confidence: float
     """With which all certificates of the run hold at once."""
-    ways: tuple[Way, ...]
+    ways: tuple[Way, ...] = field(repr=False)
     """The best of each kind: the chosen one first."""
 
     def to_json(self) -> dict[str, Any]:

@@ -44,7 +44,16 @@ def load_steering(
     folder = Path(source)
     decision = Calibration.load(folder if folder.exists() else _fetch(str(source)), space=space)
     if decision.abstained:
-        raise ValueError(f"{source} holds no steering, since the decision was to abstain.")
+        raise ValueError(
+            f"{source} holds no steering, since the decision was to abstain; take one that steers "
+            "(`mera table RUN` lists the decisions of a run)."
+        )
+    if not decision.steerings and "rule" not in decision.best.steering:
+        raise ValueError(
+            f"{source} certifies what moves no activations, such as the method flip, or gains "
+            "alone: there is no steering in it; take one that steers (`mera table RUN` lists the "
+            "decisions of a run)."
+        )
     if not decision.steerings and "sae" in str(decision.best.steering.get("space")):
         raise ValueError(
             f"{source} steers in SAE space; pass space=load_saes(...), the SAEs it was made with."

@@ -60,6 +60,9 @@ class RunFolder:
     config: RunConfig
     records: tuple[dict[str, Any], ...]
 
+    def __repr__(self) -> str:
+        return f"RunFolder({self.path}: {self.title}, {len(self.records)} methods)"
+
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
         """Read a run.

@@ -74,6 +74,10 @@ class Reach:
     length: Float[Tensor, "layer pos"]
     """Sum of |shift| / |h| over those."""
 
+    def __repr__(self) -> str:
+        layers = ", ".join(map(str, self.layers.tolist()))
+        return f"Reach({len(self.before)} examples, layer{'s' * (', ' in layers)} {layers})"
+
     def examples(self, layer: int) -> pd.DataFrame:
         """Return predicted error before and after a steered layer, one row per example."""
         place = self.layers.tolist().index(layer)

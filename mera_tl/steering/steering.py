@@ -9,6 +9,7 @@ import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from html import escape
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -73,7 +74,7 @@ class Steering:
                 )
         elif self.layers not in ("all", "best"):
             raise ValueError(
-                f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers.'
+                f'layers={self.layers!r} is not "all", "best" or a tuple of layer numbers, as (1,).'
             )
         without = sorted(set(self.layer_numbers) - set(self.space.layers or self.layer_numbers))
         if without:
@@ -99,8 +100,14 @@ class Steering:
             which += " per answer"
         layers = self.layers if isinstance(self.layers, str) else ",".join(map(str, self.layers))
         several = "" if isinstance(self.layers, tuple) and len(self.layers) == 1 else "s"
+        rule = repr(self.rule)
+        if isinstance(self.rule, Adaptive | Gated):  # its limit as `at` takes it
+            odds = torch.tensor(self.limit, dtype=torch.float64)
+            at = "no threshold" if self.limit == math.inf else f"threshold {odds.sigmoid():.3g}"
+            rule = f"{type(self.rule).__name__} at {at}".replace("at no", "with no")
+            rule += f", strength {self.rule.strength:g}" if isinstance(self.rule, Gated) else ""
         return (
-            f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {self.rule}, "
+            f"Steering({self.probe.kind} probe at {self.probe.position}, {which}, {rule}, "
             f"{self.space.name} space, layer{several} {layers}, positions {self.positions}"
             + ("" if self.first_k is None else f" to generated token {self.first_k}")
             + ("" if self.certificate is None else f", {type(self.certificate).__name__}")
@@ -108,7 +115,8 @@ class Steering:
         )
 
     def _repr_html_(self) -> str:
-        return f"<b>{escape(repr(self))}</b>"
+        promise = "" if self.certificate is None else str(self.certificate).partition("\n")[0]
+        return f"<b>{escape(repr(self))}</b>" + (f"<br>{escape(promise)}" if promise else "")
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
@@ -136,9 +144,9 @@ class Steering:
                 f"{self.rule} moves every token whatever is predicted, so it has no threshold; "
                 "pass rule=Adaptive() or Gated() to steer at one."
             )
-        if not 0 < threshold < 1:
+        if not isinstance(threshold, Real) or not 0 < threshold < 1:
             raise ValueError(
-                f"threshold={threshold} is not a predicted error strictly between 0 and 1."
+                f"threshold={threshold!r} is not a predicted error strictly between 0 and 1."
             )
         limit = torch.logit(torch.tensor(threshold)).item()
         return replace(self, rule=replace(self.rule, limit=limit))
