@@ -387,6 +387,8 @@ def test_tables_fit_and_leave_blank_what_is_not_there(mera, organism):
         assert not re.search(r"\b(None|nan)\b", mera("table", out, "--format", kind).out)
     assert json.loads(mera("table", out, "--json").out) == list(RunFolder.open(out).records)
     assert "give at least one" in mera("table", code=2).err
+    assert "contradict" in mera("table", out, "--json", "--format", "csv", code=2).err
+    assert len(repr(RunFolder.open(out))) < 200
 
 
 def test_no_word_of_a_table_is_cut():

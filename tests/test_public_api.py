@@ -86,6 +86,10 @@ slips = [
     lambda: mera_tl.SAESpace(3),
     lambda: mera_tl.load_saes("organism", 1, model),
     lambda: mera_tl.load_task("spam_cue").split(train=0.6),
+    lambda: mera_tl.load_task("spam_qu"),
+    lambda: model.tokenize("one text"),
+    lambda: steering.at("0.3"),
+    lambda: mera_tl.calibrate(model, splits.calibration, steering, min_gain="2 %"),
 ]
 for slip in slips:
     try:
@@ -104,7 +108,7 @@ ledger = mera_tl.explain(model, splits.test.examples[0], steering)
 with steering.attach(model) as attachment, mera_tl.open_run(
     mera_tl.RunConfig(model="organism", task="yesno_bias"), tempfile.mkdtemp()
 ) as run:
-    for value in (direction, reply, reply.trace, ledger, attachment, run):
+    for value in (direction, reply, reply.trace, ledger, attachment, run, run.config):
         print(repr(value))
 """
 WORDS = (
@@ -160,6 +164,10 @@ WORDS = (
     "at least one SAE",
     'layers=1 is not "all" or a tuple',
     "train=0.6` is no number of examples",
+    "did you mean spam_cue or spam_hint or spam_clean?",
+    "is no list of texts; pass one, as [prompt]",
+    "threshold='0.3' is not a predicted error",
+    "min_gain='2 %'` is not a gain",
 )
 
 
@@ -172,7 +180,7 @@ def told():
 
 def test_a_slip_gets_a_sentence(told):
     for said, words in zip(told[0], WORDS, strict=True):
-        assert words in said, said
+        assert words in said and "?." not in said, said
 
 
 def test_values_say_what_they_are_in_one_line(told):

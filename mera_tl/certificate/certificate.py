@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -364,7 +365,7 @@ def check_model(setup: Mapping[str, Any], model: Any, instead: str) -> None:
 
 def check_min_gain(min_gain: float) -> None:
     """Refuse a gain that no mean of gains in [-1, 1] can exceed or fall short of."""
-    if not -1 < min_gain < 1:
+    if not isinstance(min_gain, Real) or not -1 < min_gain < 1:
         raise ValueError(
             f"`min_gain={min_gain!r}` is not a gain between -1 and 1; pass a share of examples, "
             "as 0.02 for two points."

@@ -107,7 +107,12 @@ class Model:
         With a chat template every prompt is the user's turn, in which control tokens are text, and
         `prefix` begins the assistant's turn ("Answer:"). Without one a prompt is taken as it is
         written, control tokens that are typed in it included, and `prefix` is appended to it.
+
+        Raises:
+            ValueError: if `prompts` is one text.
         """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r:.60} is no list of texts; pass one, as [prompt].")
         if self.chat:
             turn = Turn.of(self.tokenizer, self.system)
             return turn.encode(self.tokenizer, prompts, prefix=prefix)

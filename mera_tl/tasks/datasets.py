@@ -398,4 +398,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known names come nearest: the end of a sentence about an unknown one."""
     names = sorted(known)
     close = get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(names)}"
+    return f"; did you mean {' or '.join(close)}?" if close else f"; known are {', '.join(names)}."

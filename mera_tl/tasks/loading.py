@@ -51,7 +51,7 @@ def load_task(
     elif name in catalogue.DATASETS:
         dataset = catalogue.DATASETS[name]
     else:
-        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}.")
+        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}")
     table, form = _find(name, dataset, base)
     if template:
         form = replace(form, template=sources.read_template(Path(template)))

@@ -129,7 +129,7 @@ def _check_tables(keys: Mapping[str, Any], title: str) -> None:
         if name not in used:
             raise ValueError(
                 f"{title} has columns.{name}, but the template has no field {{{name}}}"
-                f"{nearest(str(name), used)}."
+                f"{nearest(str(name), used)}"
             )
     for column, pattern in keys.get("keep", {}).items():
         try:
@@ -147,7 +147,7 @@ def _check_kinds(keys: Mapping[str, Any], title: str) -> None:
     """Check that every key is known, and holds what it should."""
     for key, value in keys.items():
         if key not in _KINDS:
-            raise ValueError(f"{title} has an unknown key {key!r}{nearest(key, _KINDS)}.")
+            raise ValueError(f"{title} has an unknown key {key!r}{nearest(key, _KINDS)}")
         if not isinstance(value, _KINDS[key]):
             words = {list: "a list", dict: "a table", str: "text", bool: "true or false"}
             raise ValueError(f"{title} has {key} = {value!r}; write {words[_KINDS[key]]} there.")
