@@ -50,15 +50,7 @@ from mera_tl.methods import (
 )
 from mera_tl.probes import LinearProbe
 from mera_tl.sae import load_saes
-from mera_tl.steering import (
-    Adaptive,
-    Additive,
-    Direction,
-    Gated,
-    ResidualSpace,
-    SAESpace,
-    Steering,
-)
+from mera_tl.steering import Adaptive, Additive, Direction, Gated, ResidualSpace, SAESpace, Steering
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)

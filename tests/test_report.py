@@ -16,14 +16,7 @@ from plotly.offline import get_plotlyjs
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig
 from mera_tl.certificate import percent
-from mera_tl.report import (
-    RunFolder,
-    find_runs,
-    records_frame,
-    render,
-    report,
-    write_report,
-)
+from mera_tl.report import RunFolder, find_runs, records_frame, render, report, write_report
 
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 CONFIG = RunConfig(

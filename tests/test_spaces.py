@@ -11,12 +11,7 @@ from conftest import make_outcomes, make_task, organism, random_probe
 from mera_tl.inference import Activations, ReadSettings, collect, evaluate
 from mera_tl.models import resid_post
 from mera_tl.probes import fit_error_probe, metrics
-from mera_tl.sae import (
-    check,
-    fit_latent_probe,
-    load_saes,
-    reconstruction,
-)
+from mera_tl.sae import check, fit_latent_probe, load_saes, reconstruction
 from mera_tl.steering import Adaptive, Additive, ResidualSpace, SAESpace, Steering
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

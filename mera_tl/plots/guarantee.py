@@ -3,14 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mera_tl.plots.style import (
-    BLUE,
-    BOUND_COLOURS,
-    SKY,
-    VERMILLION,
-    finish,
-    rows_where,
-)
+from mera_tl.plots.style import BLUE, BOUND_COLOURS, SKY, VERMILLION, finish, rows_where
 
 
 def sample_size_curves(df: pd.DataFrame) -> go.Figure:
