@@ -9,7 +9,7 @@ import torch
 from conftest import SHAPE, SHARED, save_random_checkpoint
 
 from mera_tl import storage
-from mera_tl.models import load_model
+from mera_tl.models import load_model, manifest_of
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def write_gguf(path, folder):
 
 
 def test_a_gguf_file_or_its_folder_loads(tmp_path, checkpoints):
-    from transformers import LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     plain = save_random_checkpoint(LlamaConfig(**SHAPE), tmp_path / "plain")
     there = tmp_path / "gguf"
@@ -159,6 +159,11 @@ def test_a_gguf_file_or_its_folder_loads(tmp_path, checkpoints):
         model = load_model(str(name), device="cpu", engine="hugging_face")
         logits = model.next_token_logits(tokens, torch.ones_like(tokens))
         assert (logits - wanted).abs().max() < 1e-4
+    for known in (True, False):  # whether it was looked at before it was changed
+        loaded = AutoModelForCausalLM.from_pretrained(there, gguf_file="tiny.gguf")
+        assert not known or manifest_of(loaded)["model_fingerprint"] == model.fingerprint
+        loaded.model.layers[1].mlp.up_proj.weight.data[3] = 0
+        assert "other than those" in manifest_of(loaded)["model_fingerprint"]
     shutil.copy(there / "tiny.gguf", there / "other.gguf")
     with pytest.raises(ValueError, match=r"several \.gguf files \(other.gguf, tiny.gguf\)"):
         load_model(str(there))

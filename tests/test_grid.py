@@ -63,6 +63,20 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
     assert counts == {"collect": 4, "load": 1}  # not even the model is needed
 
 
+def test_a_model_that_was_written_anew_under_its_name_is_loaded_anew(config, tmp_path):
+    from mera_tl.benchmark import grid
+
+    there, load = shutil.copytree(config.models[0], tmp_path / "model"), grid.LatestModel()
+    run = replace(config.runs()[0], model=str(there))
+    first = load(run)
+    assert load(run) is first
+    weights = there / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1
+    weights.write_bytes(changed)
+    assert load(run).fingerprint != first.fingerprint
+
+
 LOOK = 1 + 30
 """Prompts of a pre-flight: one to warm up, then the training split, which is small."""
 

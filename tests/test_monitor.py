@@ -120,6 +120,9 @@ def test_audits_are_joined_with_the_log_of_what_was_served():
         list(read_gains([*audits, audits[1]], log))
     with pytest.raises(ValueError, match="Line 1 is no audited pair.*prompt"):
         list(read_gains(['{"steered": 1, "unsteered": 0}'], log))
+    for pair in ('{"steered": 100, "unsteered": 99.5}', '{"steered": 0, "unsteered": -0.5}'):
+        with pytest.raises(ValueError, match="Line 1 is no audited pair"):  # no scores in [0, 1]
+            list(read_gains([pair]))
     with pytest.raises(ValueError, match="Line 1 is no audited pair"):  # it was moved
         list(read_gains(['{"prompt": "a", "steered": 1}'], log))
 

@@ -35,6 +35,9 @@ def test_transitions_and_gains():
     assert after.gain(base, "error")[3].item() == pytest.approx(0.8)
     with pytest.raises(ValueError, match="different rows"):
         after.gain(base.subset(torch.tensor([0])))
+    for other in (outcomes([1, 0, 1, 1], [0, 1, 1, -1]), replace(base, options=("b", "a", "c"))):
+        with pytest.raises(ValueError, match="different rows or answers"):
+            after.gain(other)  # of another task, with rows of the same numbers
 
 
 def test_spi_is_the_share_of_what_could_be_won_or_lost():

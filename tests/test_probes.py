@@ -203,6 +203,19 @@ def test_choosing_and_reporting_do_not_share_examples():
     assert_frame_equal(one.reset_index(drop=True), two.reset_index(drop=True), atol=1e-9)
 
 
+def test_folds_without_an_error_leave_the_choice_to_the_others():
+    """Of five errors some folds hold out none, and an AUROC needs one."""
+    data = planted(n=120, noise=0.0)
+    rare = torch.zeros(120, dtype=torch.bool)
+    rare[data.error.argsort()[-5:]] = True
+    few = answers(data.by_position["last"], torch.where(rare, 0.9, 0.1))
+    held_out = ~cross_validation.folds(~few.correct, 0)
+    assert any(not few.correct[rows].logical_not().any() for rows in held_out)  # control
+    probe = fit_error_probe(few, kind="logistic_l2")
+    auroc = probe.table["auroc"]
+    assert auroc.notna().all() and probe.best_layer == auroc.argmax() != 2
+
+
 def test_best_median_and_worst_are_ranked_by_the_score():
     data = planted()
     table = probe_path(data, grid=cross_validation.REGRESSIONS)

@@ -127,6 +127,13 @@ def test_a_task_file_names_a_scorer_and_its_arguments(folder):
     assert example.prompt == "What is 3 + 1? Reply with a number."
     assert example.options == ("wrong", "right") and example.reference == "4"
     assert example.score("It is 4.") == 1 and example.score("5") == 0
+    shown = path.read_text().replace("{q}", "{q} {a}")
+    path.write_text(shown)
+    with pytest.raises(ValueError, match="is the column 'a', the true answer"):
+        load_task(str(path))
+    path.write_text(f"{shown}label_in_prompt = true\n")  # such as a word that is to be used
+    assert load_task(str(path)).examples[3].prompt == "What is 3 + 1? 4 Reply with a number."
+    path.write_text(shown.replace(" {a}", ""))
     lines = [{"q": f"{a}?", "a": a} for a in (1, None, float("nan"), " ", 5)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = load_task(str(path))  # a reference that is missing is not the word None

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from mera_tl import storage
 from mera_tl.benchmark.cluster import map_jobs
 from mera_tl.benchmark.config import GridConfig, RunConfig
-from mera_tl.benchmark.run import Run, load_configured, open_run
+from mera_tl.benchmark.run import Run, load_configured, open_run, sizes_and_times
 from mera_tl.inference.progress import is_watched
 from mera_tl.methods.methods import find_methods
 from mera_tl.models.model import Model
@@ -128,7 +128,8 @@ class LatestModel:
     def __call__(self, config: RunConfig) -> Model:
         """Return the model that a configuration names, at hand or loaded."""
         placed = (config.device, config.n_devices, config.engine)
-        key = (config.model, config.dtype, config.chat, config.system, *placed)
+        files = storage.fingerprint(sizes_and_times(Path(config.model)))  # it may be another by now
+        key = (config.model, files, config.dtype, config.chat, config.system, *placed)
         if self._model is None or key != self._key:
             self._model = None  # the old one goes before the new one comes
             self._key, self._model = key, load_configured(config)

@@ -245,8 +245,8 @@ class Run(methods.Run):
             "format": FORMAT,
             "mera_tl": version("mera-tl"),
             "data": {split.role: split.data_hash for split in self.splits},
-            "model_files": _sizes_and_times(Path(self.config.model)),
-            "sae_files": [_sizes_and_times(path) for path in self._sae_folders()],
+            "model_files": sizes_and_times(Path(self.config.model)),
+            "sae_files": [sizes_and_times(path) for path in self._sae_folders()],
         }
 
     def _sae_folders(self) -> list[Path]:
@@ -634,7 +634,7 @@ def _refuse_other(folder: Path, differ: Sequence[str]) -> None:
         )
 
 
-def _sizes_and_times(path: Path) -> dict[str, list[int]]:
+def sizes_and_times(path: Path) -> dict[str, list[int]]:
     """Return size and time of a local model's files; nothing for a name of the hub."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     stats = {file.name: file.stat() for file in files if file.is_file()}

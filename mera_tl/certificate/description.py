@@ -58,6 +58,12 @@ def _describe(steering: Steering, once: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
+def describe_reader(steering: Steering) -> dict[str, Any]:
+    """Return what reads the predicted error at the final prompt token, for what moves nothing."""
+    (about,) = describe([replace(steering, positions="final")])
+    return {name: about[name] for name in ("probe", "layers", "positions", "space")}
+
+
 def is_about(descriptions: Sequence[Mapping[str, Any]], steerings: Sequence[Steering]) -> bool:
     """Whether descriptions that were read from a file may be of these steerings.
 

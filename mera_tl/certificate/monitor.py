@@ -260,7 +260,10 @@ def read_gains(lines: Iterable[str], log: Iterable[str] | None = None) -> Iterat
             elif "gain" in record:
                 gain = float(record["gain"])
             else:
-                gain = float(record["steered"]) - float(record["unsteered"])
+                scores = float(record["steered"]), float(record["unsteered"])
+                if not all(0 <= score <= 1 for score in scores):  # nor NaN
+                    raise ValueError
+                gain = scores[0] - scores[1]
         except (KeyError, TypeError, ValueError):
             raise ValueError(
                 f"Line {number} is no audited pair: {line.strip()[:80]!r}; write one JSON object a "

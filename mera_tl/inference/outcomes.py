@@ -336,8 +336,9 @@ def _exact_limits(hits: int, n: int, confidence: float) -> tuple[float, float]:
 def _require_same_rows(steered: Outcomes, base: Outcomes) -> None:
     if not isinstance(base, Outcomes):
         raise ValueError(f"{base!r:.60} are no outcomes; pass those of evaluate(model, task).")
-    if not torch.equal(steered.rows, base.rows):
+    same = torch.equal(steered.rows, base.rows) and torch.equal(steered.labels, base.labels)
+    if not same or steered.options != base.options:
         raise ValueError(
-            f"Runs over different rows cannot be paired ({len(steered)} against {len(base)} "
-            "examples); evaluate both on the same task."
+            f"Runs over different rows or answers cannot be paired ({len(steered)} against "
+            f"{len(base)} examples); evaluate both on the same task."
         )

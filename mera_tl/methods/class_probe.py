@@ -21,6 +21,7 @@ from torch import Tensor
 from mera_tl import storage
 from mera_tl.certificate.calibration import certify_outcomes, evidence_of, setup_of
 from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.description import tensor_hash
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
@@ -164,7 +165,12 @@ def certify_class_probe(
         task,
         read.outcomes,
         [probe.answer(read)],
-        candidates=[f"classifier of layer {probe.layer}"],
+        candidates=[
+            {
+                "name": f"classifier of layer {probe.layer}",
+                "reads": tensor_hash(probe.weights, probe.bias),
+            }
+        ],
         terms=terms,
         min_gain=min_gain,
         setup=setup_of(model, task, settings),

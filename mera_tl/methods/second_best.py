@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mera_tl.certificate.calibration import certify_outcomes, evidence_of, setup_of
 from mera_tl.certificate.certificate import Calibration
+from mera_tl.certificate.description import describe_reader
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
@@ -93,7 +94,7 @@ def certify_flip(
         task,
         base,
         [flipped(base, base.max_score, threshold)],
-        candidates=[threshold],
+        candidates=[{"threshold": threshold, "reads": describe_reader(found.steering)}],
         terms=terms,
         min_gain=min_gain,
         setup=setup_of(model, task, settings),

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mera_tl.certificate.calibration import evidence_of, setup_of
-from mera_tl.certificate.description import describe
+from mera_tl.certificate.description import describe_reader
 from mera_tl.certificate.terms import Terms
 from mera_tl.certificate.withholding import Withholding, certify_withholding, withholding_thresholds
 from mera_tl.inference.activations import Activations
@@ -69,6 +69,5 @@ def certify_trust(
     read = evaluate(model, task, reading_hooks(steering), settings=settings, title="withhold")
     predicted, correct = predicted_error(read.max_score), read.correct.numpy()
     found = certify_withholding(predicted, correct, **asked, thresholds=thresholds)
-    (about,) = describe([replace(steering, positions="final")])
-    reads = {name: about[name] for name in ("probe", "layers", "positions", "space")}
-    return replace(found, setup={**setup_of(model, task, settings), "reads": reads})
+    about = {**setup_of(model, task, settings), "reads": describe_reader(steering)}
+    return replace(found, setup=about)

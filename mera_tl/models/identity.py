@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mera_tl import storage
-from mera_tl.models.checkpoint import locate, outline, read_config
+from mera_tl.models.checkpoint import Source, locate, outline, read_config, read_model
 from mera_tl.models.fingerprints import fingerprint
 from mera_tl.models.hugging_face import decoder_layers
 from mera_tl.models.model import Model
@@ -112,22 +112,28 @@ def _from_files(original: Any) -> str:
         return f"that cannot be read again ({str(error).splitlines()[0]})"
     # What was put between its layers since, such as an adapter, brings names of its own.
     has_own = set(original.state_dict()) == set(outline(source, "auto").state_dict())
-    if not has_own or (source.gguf is None and not _holds(original, files)):
+    if not has_own or not _holds(original, source, files):
         return f"other than those in {name}"
     remember(original, weights)
     return weights
 
 
-def _holds(original: Any, files: Sequence[Path]) -> bool:
+def _holds(original: Any, source: Source, files: Sequence[Path]) -> bool:
     """Whether every tensor that the model shares with its files has their values."""
-    same = [torch.equal(own, read.to(own)) for own, read in _tensors(original, files)]
+    same = [torch.equal(own, read.to(own)) for own, read in _tensors(original, source, files)]
     return bool(same) and all(same)
 
 
-def _tensors(original: Any, files: Sequence[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+def _tensors(
+    original: Any, source: Source, files: Sequence[Path]
+) -> Iterator[tuple[Tensor, Tensor]]:
     from safetensors import safe_open
 
     held = {name: weight for name, weight in original.state_dict().items() if not weight.is_meta}
+    if source.gguf is not None:  # whose tensors are stored in another form: it is loaded again
+        read = read_model(source, original.dtype).state_dict()
+        yield from ((own, read[name]) for name, own in held.items())
+        return
     prefix = f"{original.base_model_prefix}."
     for file in files:
         with safe_open(file, "pt") as tensors:

@@ -216,8 +216,9 @@ class _Layers:
 def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) -> pd.DataFrame:
     """Measure every fit on the examples its fold held out: one row per layer, kind and penalty.
 
-    Each metric has three columns: its mean over the folds, its spread `*_sd`, and `*_dummy`, the
-    same for the constant prediction "the mean error of the fold". `nonzero` counts the weights.
+    Each metric has three columns: its mean over the folds that have it (an AUROC needs right and
+    wrong answers held out), its spread `*_sd`, and `*_dummy`, the mean for the constant prediction
+    "the mean error of the fold". `nonzero` counts the weights.
     """
     held_out = ~folds(examples.incorrect, seed, examples.texts)
     error, incorrect = examples.error.double(), examples.incorrect
@@ -237,7 +238,9 @@ def held_out_table(examples: Examples, fits: Fits, *, clip: float, seed: int) ->
     }
     for name in metrics.METRICS:
         values = torch.stack([fold[name] for fold in measured])
-        columns[name] = values.mean(0).flatten().tolist()
-        columns[f"{name}_sd"] = values.std(0).flatten().tolist()
-        columns[f"{name}_dummy"] = float(torch.stack([fold[name] for fold in dummies]).mean())
+        mean, n_known = values.nanmean(0), (~values.isnan()).sum(0)
+        columns[name] = mean.flatten().tolist()
+        spread = ((values - mean).square().nansum(0) / (n_known - 1).clamp(min=0)).sqrt()
+        columns[f"{name}_sd"] = spread.flatten().tolist()
+        columns[f"{name}_dummy"] = float(torch.stack([fold[name] for fold in dummies]).nanmean())
     return pd.DataFrame(columns)

@@ -185,6 +185,8 @@ def explain(
             f"Row {example.row} has {len(tokens[0])} tokens, {model.name} has room for {room}; "
             "choose a shorter one."
         )
+    if unsteered is not None and unsteered.tokens != tokens[0]:
+        raise ValueError("`unsteered` is of another prompt; leave it out, and it is run again.")
     first = unsteered or Pass(model, readers, tokens, example, [], settings)
     begun = unsteered if moves_none_before_the_last(hooks) else None
     steered = Pass(model, readers, tokens, example, hooks, settings, begun) if hooks else first
@@ -247,7 +249,7 @@ class Pass:
         settings: ReadSettings,
         begun: "Pass | None" = None,
     ) -> None:
-        self._model, self._readers = model, readers
+        self._model, self._readers, self.tokens = model, readers, tokens[0]
         self.beginning: Prefix | None = None if begun is None else begun.beginning
         n = 0 if self.beginning is None else len(self.beginning.tokens)
         # What `begun` has run, unsteered, is not run again: nothing moved there.

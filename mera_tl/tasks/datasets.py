@@ -38,12 +38,14 @@ class Form:
     keep: Mapping[str, str] = field(default_factory=dict)
     """A pattern for each column that says which rows belong to the task; case does not count."""
     label_in_prompt: bool = False
-    """Whether a field may show the column of the true option: the answer is then in the prompt."""
+    """Whether a field may show the column of the true answer: it is then in the prompt."""
     prepare: Callable[[Callable[[str], Any]], Row] | None = None
     """From the columns of a row, found by name, the row that is asked; no key of a task file."""
 
-    def check(self, title: str) -> None:
+    def check(self, title: str, reference: str = "") -> None:
         """Refuse a wording that names no field, another one than `text`, or the true answer.
+
+        That is in the column `label` or, of a scored row, in the column `reference`.
 
         Raises:
             ValueError: saying which.
@@ -60,11 +62,13 @@ class Form:
                 f"{', '.join(names)}; name the one that may be shortened, or leave text out."
             )
         for name in names:
-            columns = self.columns.get(name, ())
-            shown = self.label in ([columns] if isinstance(columns, str) else columns)
-            if shown and not self.label_in_prompt:
+            # A field of the label's own name is no field: `_field` says so.
+            columns = self.columns.get(name, name if reference else ())
+            shown = {columns} if isinstance(columns, str) else set(columns)
+            told = shown & {self.label, reference} - {""}
+            if told and not self.label_in_prompt:
                 raise ValueError(
-                    f"The field {{{name}}} of {title} is the column {self.label!r}, the true "
+                    f"The field {{{name}}} of {title} is the column {told.pop()!r}, the true "
                     "answer, so the prompt would give it away; take another column, or say "
                     "label_in_prompt = true if you mean it."
                 )
@@ -293,7 +297,7 @@ def questions(
     Raises:
         ValueError: if a column is missing, a label is no option, or no row remains.
     """
-    form.check(title)
+    form.check(title, "" if grading is None else grading.reference)
     asked: list[Example] = []
     left_out: dict[str, int] = {}
     for number, row in enumerate(rows):
