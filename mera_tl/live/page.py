@@ -144,8 +144,8 @@ def _controls(bench: Bench) -> list[Any]:
     from dash import dcc, html
 
     start, n_layers = bench.start, bench.model.n_layers
-    steps = dict(enumerate(THRESHOLDS))
-    marks = {i: f"{t:g}" for i, t in steps.items() if t in (0.001, 0.02, 0.2, 0.5, 0.8, 0.99)}
+    step, marked = THRESHOLDS.index(start.threshold), (0.001, 0.02, 0.2, 0.5, 0.8, 0.99)
+    marks = {i: f"{t:g}" for i, t in enumerate(THRESHOLDS) if t in marked}
     rules = {"threshold": "as far as the threshold asks", "strength": "by a fixed length"}
     prompt = bench.prompts[0] if bench.prompts else ""
     controls: list[Any] = [
@@ -162,14 +162,7 @@ def _controls(bench: Bench) -> list[Any]:
         html.Div("Move", className="label"),
         dcc.RadioItems(rules, "threshold", id="rule", className="choice"),
         html.Div(["Threshold ", html.Span(id="at")], className="label"),
-        dcc.Slider(
-            0,
-            len(THRESHOLDS) - 1,
-            1,
-            value=THRESHOLDS.index(start.threshold),
-            marks=marks,
-            id="threshold",
-        ),
+        dcc.Slider(0, len(THRESHOLDS) - 1, 1, value=step, marks=marks, id="threshold"),
         html.Div("Strength, in residual norms", className="label"),
         dcc.Slider(0, 2, 0.05, value=0.1, marks={0: "0", 1: "1", 2: "2"}, id="strength"),
         html.Div("Tokens", className="label"),
