@@ -149,6 +149,12 @@ def test_a_saved_steering_is_read_as_it_was_certified(bench, splits, tmp_path):
     opened = open_bench(bench.model, steering=decision.save(tmp_path / "s"))
     assert (opened.settings.readout, opened.settings.max_new_tokens) == ("exact", 3)
     assert opened.steering(opened.start).rule == way.at(0.3).rule
+    assert opened.start.way == "as certified"
+    given = open_bench(bench.model, steering=way.at(0.3))
+    assert (given.start.way, given.start.threshold) == ("as given, not certified", 0.3)
+    # Without a threshold it is moved at the slider's.
+    open_ended = open_bench(bench.model, steering=way)
+    assert open_ended.steering(open_ended.start).rule == way.at(0.5).rule
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +201,9 @@ def test_two_tabs_in_a_browser_do_not_mix(bench, address):
         fixed = panel(bench, bench.prompts[0], everywhere)
         other = panel(bench, bench.prompts[1], chosen(bench, threshold=0.5))
         assert len({told.said, fixed.said, other.said}) == 3
-        for tab, wanted in ((one, fixed.said), (two, other.said)):
+        for tab, wanted, idle in ((one, fixed.said, "threshold"), (two, other.said, "strength")):
             tab.wait(f"{SAID} === {wanted!r}", seconds=20)
+            assert tab.run(f"document.querySelectorAll('#{idle} [data-disabled]').length")
         two.run("document.querySelector('#threshold [role=slider]').focus()")
         for _ in range(10):
             two.press("ArrowLeft")

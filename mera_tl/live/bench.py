@@ -7,6 +7,7 @@ and, where SAEs of the model are at hand, in their latents.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -28,7 +29,8 @@ from mera_tl.steering.rules import Adaptive, Additive
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Positions, Steering
 
-CERTIFIED = "as certified"
+CERTIFIED, GIVEN = "as certified", "as given, not certified"
+"""Names of a way that is a whole steering, and not a direction alone."""
 PENALTY = 3.0
 """Of the ridge probe that goes with the fitted directions; the default of `fit_error_probe`."""
 LATENTS = ", SAE latents"
@@ -73,7 +75,7 @@ class Bench:
 
     @property
     def start(self) -> Choices:
-        """What a panel shows first: the certified steering where there is one.
+        """What a panel shows first: the certified or given steering where there is one.
 
         Its threshold is shown as the slider's nearest stop.
         """
@@ -82,8 +84,8 @@ class Bench:
         name = next(iter(self.ways))
         way = self.ways[name]
         threshold = 0.5
-        if name == CERTIFIED and isinstance(way.rule, Adaptive):
-            limit = torch.tensor(way.rule.limit, dtype=torch.float64)
+        if name in (CERTIFIED, GIVEN) and isfinite(way.limit):
+            limit = torch.tensor(way.limit, dtype=torch.float64)
             certified = float(torch.sigmoid(limit))  # in units of predicted error
             threshold = min(THRESHOLDS, key=lambda t: abs(t - certified))
         return Choices(name, threshold=threshold, layers=way.layer_numbers, positions=way.positions)
@@ -91,8 +93,8 @@ class Bench:
     def steering(self, choices: Choices) -> Steering | None:
         """Return the steering that choices describe; None for no way, or no layer.
 
-        Until something is changed that is the certified one itself, whatever its rule and however
-        its threshold lies between the slider's stops.
+        Until something is changed that is the certified or given one itself, whatever its rule and
+        however its threshold lies between the slider's stops.
 
         Raises:
             ValueError: if the way has no SAE of a layer, or there is no such way.
@@ -105,7 +107,8 @@ class Bench:
             )
         way = self.ways[choices.way]
         untouched = replace(self.start, max_new_tokens=choices.max_new_tokens)
-        if choices.way == CERTIFIED and choices == untouched:
+        whole = choices.way in (CERTIFIED, GIVEN) and way.limit < inf
+        if whole and choices == untouched:
             return way
         able = way.space.layers or range(way.probe.n_layers)
         layers = tuple(layer for layer in choices.layers if layer in able)
@@ -145,7 +148,8 @@ def open_bench(
     steering.check(model)
     setup = getattr(steering.certificate, "setup", None) or {}
     settings = ReadSettings(progress=False, **(setup.get("readout") or {}))
-    return Bench(model, {CERTIFIED: steering}, tuple(setup.get("options", ())), (), settings)
+    name = CERTIFIED if isinstance(steering.certificate, Calibration) else GIVEN
+    return Bench(model, {name: steering}, tuple(setup.get("options", ())), (), settings)
 
 
 def _of_run(model: Model | str | None, path: Path) -> Bench:

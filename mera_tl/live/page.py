@@ -151,7 +151,7 @@ def _controls(bench: Bench) -> list[Any]:
     controls: list[Any] = [
         html.Label("Prompt", htmlFor="prompt"),
         dcc.Textarea(id="prompt", value=prompt),
-        html.Button("Read", id="read", className="again"),
+        html.Button("Run", id="read", className="again"),
         html.Button("Another example", id="next", className="again", disabled=not bench.prompts),
         html.Label("Options, with commas between", htmlFor="options"),
         dcc.Input(id="options", value=", ".join(bench.options), debounce=True),
@@ -245,6 +245,12 @@ def _connect(app: Any, bench: Bench) -> None:
     )
     def another(n: int, clicks: int | None) -> Any:
         return bench.prompts[n % len(bench.prompts)], (clicks or 0) + 1
+
+    @app.callback(
+        Output("threshold", "disabled"), Output("strength", "disabled"), Input("rule", "value")
+    )
+    def idle(rule: str) -> tuple[bool, bool]:
+        return rule != "threshold", rule != "strength"
 
     @app.callback(Output("at", "children"), Input("threshold", "value"))
     def at(step: int) -> str:
