@@ -92,6 +92,8 @@ def test_effects_respect_the_base_accuracy():
         Effect.of_gain(0.2, churn="much")
     with pytest.raises(ValueError, match="cannot both hold"):
         Effect(0.7, 0.4)
+    with pytest.raises(ValueError, match="gain of 0.5 and churn 'mid' cannot both hold: 0.77 of"):
+        Effect.of_gain(0.5)
     with pytest.raises(ValueError, match="n=0"):
         Effect.of_pilot(0, 0, 0)
 

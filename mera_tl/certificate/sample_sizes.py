@@ -75,6 +75,11 @@ class Effect:
             regression = slope * abs(gain) + least
         else:
             regression = (churn - gain) / 2
+        if not (regression >= 0 and 0 <= regression + gain <= 1 - regression):
+            raise ValueError(
+                f"A gain of {gain:g} and churn {churn!r} cannot both hold: {regression + gain:.3g} "
+                f"of the answers would be recovered and {regression:.3g} lost; expect less of one."
+            )
         effect = cls(regression + gain, regression)
         if base is not None and not (
             effect.recovery <= 1 - base + 1e-9 and effect.regression <= base + 1e-9
