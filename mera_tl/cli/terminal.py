@@ -140,13 +140,13 @@ def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
     words = {
         "model": "{}",
         "task": "{}",
-        "space": "{}",
+        "space": "{} space",
         "seed": "seed {}",
         "n": "{:,} test examples",
     }
     same = {name: {record[name] for record in records} for name in words}
     said = ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
-    return f"{said}; +/-: recovered/regressed"
+    return f"{said}; +/-: recovered/regressed; after STEER its threshold"
 
 
 def duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ def spi_dots(df: pd.DataFrame) -> go.Figure:
     bars = "; bars: 95 % confidence" if known else ""
     caption = f"{examples_of(df)}; hollow: abstained{bars}"
     height = _height(methods, places)
-    return finish(figure, "Who helps, and how surely", caption, height=height)
+    return finish(figure, "Which methods help, and how surely", caption, height=height)
 
 
 def transitions(df: pd.DataFrame) -> go.Figure:

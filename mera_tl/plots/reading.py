@@ -174,7 +174,8 @@ def geometry(
     if moved.any():
         told = f"; {100 * df['in_plane'].mean():.0f} % of a shift's length lies in this plane"
         told += _FIXED if fixed else ""
-    return finish(figure, "Which way is error, and which way it moves", caption + told, height=520)
+    title = "Where error lies, and which way steering moves"
+    return finish(figure, title, caption + told, height=520)
 
 
 def cloud(

@@ -280,7 +280,8 @@ class Task(Generic[RoleT]):
         rows = [example.row for example in self.examples]
         keys = [example.key for example in self.examples]
         dealt, how = splits.deal(rows, keys, wanted, seed=seed, title=self._title)
-        logger.info("%s split: %s", self.name, how)
+        said = ", ".join(f"{what} {count}" for what, count in how.items())
+        logger.info("%s split: %s", self.name, re.sub(r"[{}']", "", said))
         source = {**self.source, "split": how}
         part = replace(self, source=source)
         return Splits(
