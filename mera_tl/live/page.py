@@ -224,7 +224,7 @@ def _connect(app: Any, bench: Bench) -> None:
             told = panel(bench, prompt or "", choices_of(*values), options=named)
         except ValueError as error:
             return "", str(error), *(_plain(None) for _ in figures), {}
-        drawn = [_plain(each) for each in (told.bars, told.layers, told.tokens)]
+        drawn: list[Any] = [_plain(each) for each in (told.bars, told.layers, told.tokens)]
         # As wide as its tokens: on a phone few of them need no scrolling.
         width = (drawn[-1].layout.meta or {}).get("min_width", 0)
         return told.said, "", *drawn, {"minWidth": f"{width}px"}
