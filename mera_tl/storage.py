@@ -74,6 +74,15 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def reopen(last: Path) -> None:
+    """Remove the file that says of a folder that it is whole, before others in it are changed.
+
+    Else a process that is killed in between leaves new files beside what is said of the old ones.
+    """
+    with _told(last, "written"):
+        last.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Json) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")

@@ -345,6 +345,15 @@ def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkey
     with pytest.raises(RuntimeError, match="power cut"):
         collect(model, task, settings=QUIET, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    whole = collect(model, task.subset(range(8)), settings=QUIET, out=tmp_path)
+    whole.save(tmp_path)  # control: a folder may be written again
+    assert Activations.load(tmp_path).manifest == whole.manifest
+    monkeypatch.setattr(mera_tl.inference.activations, "_save_rest", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        collect(model, task.subset(range(8, 16)), settings=QUIET, out=tmp_path)
+    with pytest.raises(ValueError, match=r"There is no file .*manifest\.json"):
+        Activations.load(tmp_path)  # not new activations beside what is said of the old ones
 
 
 def test_values_that_are_not_finite_are_refused_and_looked_for_once(models, monkeypatch):
@@ -359,6 +368,8 @@ def test_values_that_are_not_finite_are_refused_and_looked_for_once(models, monk
     broken["last"][2, 1, 0] = torch.nan
     with pytest.raises(ValueError, match="first in layer 1, example 2"):
         Activations(broken, activations.outcomes).resid()
+    with pytest.raises(ValueError, match="first in layer 1, example 2"):
+        replace(activations, by_position=broken).resid()  # others, such as latents of these
 
 
 # --- one token per option -----------------------------------------------------------------------

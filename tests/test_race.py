@@ -39,6 +39,7 @@ from mera_tl.methods import (
     certify_flip,
     choose,
     divide,
+    fit_probe_sets,
     flipped,
     list_candidates,
     log_odds_gradients,
@@ -346,6 +347,11 @@ def test_a_saved_search_steers_the_same(tmp_path):
     assert torch.equal(runs[0].probs, runs[1].probs)
     assert (runs[0].n_steered > 0).any()
     assert len(loaded.table) == len(result.table)
+    along_w = replace(result, steering=replace(result.steering, direction=None))
+    along_w.save(tmp_path)
+    assert (
+        Search.load(tmp_path).steering.direction is None and result.steering.direction is not None
+    )
 
 
 def test_the_figure_shows_every_candidate_once():
@@ -531,8 +537,8 @@ def test_trials_in_other_latents_are_no_trials_of_these(tmp_path):
     saes = load_saes("organism", (1,), model).saes
     tried = Candidate("euclidean", 3.0, (1,), "last", 0.2)
 
-    def known(space):
-        data = SearchData(model, task, activations, {}, "correct", QUIET, space)
+    def known(space, ways=None):
+        data = SearchData(model, task, activations, ways or {}, "correct", QUIET, space)
         store = TrialStore.open(tmp_path, data, Choices())
         found = list(store.gains)
         store.gains = {tried: torch.zeros(len(task)).double()}
@@ -543,3 +549,8 @@ def test_trials_in_other_latents_are_no_trials_of_these(tmp_path):
     assert known(SAESpace(dict(saes))) == [tried]  # the control
     for other in (SAESpace(saes, "gain"), load_saes("organism", (2,), model), ResidualSpace()):
         assert known(other) == []
+    ways = fit_probe_sets(activations, SMALL)
+    assert known(ResidualSpace(), ways) == [] and known(ResidualSpace(), ways) == [tried]
+    flipped = replace(activations.outcomes, labels=1 - activations.labels)
+    others = fit_probe_sets(replace(activations, outcomes=flipped), SMALL)
+    assert known(ResidualSpace(), others) == []  # of the same names, learned from other answers

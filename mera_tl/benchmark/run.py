@@ -53,7 +53,7 @@ from mera_tl.methods.methods import (
     find_methods,
     require_suited,
 )
-from mera_tl.models.identity import identity_of
+from mera_tl.models.identity import identity_of, manifest_of
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -107,7 +107,7 @@ class Run(methods.Run):
         """
         model = self._load(self.config)
         if (path := self.folder / "content.json").exists():
-            now = {"model": model.fingerprint, "eos_ids": list(model.eos_ids)}
+            now = {"model": manifest_of(model)["model_fingerprint"], "eos_ids": [*model.eos_ids]}
             _refuse_other(self.folder, _differing(storage.read_json(path), now))
         choose_threads(model)
         return model
@@ -232,10 +232,11 @@ class Run(methods.Run):
 
     def content(self) -> dict[str, Any]:
         """Say by hashes what the folder is made of: data, weights and the version of this code."""
+        told = identity_of(self.model)
         return self.cheap_content() | {
-            "model": self.model.fingerprint,
-            "eos_ids": list(self.model.eos_ids),
-            "tokenizer": identity_of(self.model)["tokenizer"],
+            "model": told["model_fingerprint"],
+            "eos_ids": told["eos_ids"],
+            "tokenizer": told["tokenizer"],
             "space": describe_space(self.space),
         }
 
@@ -400,7 +401,7 @@ class Run(methods.Run):
         read = {name: value for name, value in asdict(self.read).items() if name != "progress"}
         prompts = self.model.tokenize([example.prompt for example in task.examples])
         return {
-            "model": self.model.manifest,
+            "model": manifest_of(self.model),
             "device": str(self.model.device),
             "engine": self.config.engine,
             "data": [task.name, task.role, task.data_hash],

@@ -41,7 +41,7 @@ class Activations:
     """Of the unsteered run that produced the activations."""
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """Model, data, template, positions: what a probe fitted on this is good for."""
-    _finite: set[str] = field(default_factory=set, repr=False)
+    _finite: set[str] = field(default_factory=set, init=False, repr=False)
     """Positions whose values have been found finite: they are looked at once."""
 
     def resid(self, position: Position = "last") -> Float[Tensor, "layer example d_model"]:
@@ -103,10 +103,13 @@ class Activations:
     def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
         """Return the activations of some examples."""
         kept = {name: resid[indices] for name, resid in self.by_position.items()}
-        return replace(self, by_position=kept, outcomes=self.outcomes.subset(indices))
+        part = replace(self, by_position=kept, outcomes=self.outcomes.subset(indices))
+        part._finite.update(self._finite)
+        return part
 
     def save(self, folder: str | Path) -> None:
         """Write activations.safetensors, outcomes.jsonl and manifest.json into a folder."""
+        storage.reopen(Path(folder) / "manifest.json")
         storage.save_tensors(Path(folder) / "activations.safetensors", self.by_position)
         _save_rest(Path(folder), self.outcomes, self.manifest)
 
@@ -165,6 +168,7 @@ def collect(
     manifest = _manifest(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
     if out is not None:
+        storage.reopen(Path(out) / "manifest.json")
         with storage.TensorFile(Path(out) / "activations.safetensors", shapes) as file:
             outcomes = _answer(model, task, settings, file.write)
         _save_rest(Path(out), outcomes, manifest)

@@ -64,6 +64,7 @@ class ClassProbe:
 
     def save(self, folder: str | Path) -> None:
         """Write class_probe.safetensors and, last, class_probe.json."""
+        storage.reopen(Path(folder) / "class_probe.json")
         tensors = {"weights": self.weights, "bias": self.bias}
         storage.save_tensors(Path(folder) / "class_probe.safetensors", tensors)
         names = ("layer", "penalty", "accuracy", "layers")

@@ -78,7 +78,7 @@ class Lesson:
         if space is None:
             return self.activations
         features = torch.stack([space.read(h, layer) for layer, h in enumerate(self.resid)], dim=1)
-        return replace(self.activations, by_position={"last": features}, _finite=set())
+        return replace(self.activations, by_position={"last": features})
 
     def first(self, n: int) -> "Lesson":
         """Return the lesson of the first examples only."""

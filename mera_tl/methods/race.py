@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mera_tl import storage
-from mera_tl.certificate.description import describe_space
+from mera_tl.certificate.description import describe_space, tensor_hash
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import check_task
@@ -46,6 +46,7 @@ from mera_tl.methods.candidates import (
     steering_of,
     tabulate,
 )
+from mera_tl.models.identity import manifest_of
 from mera_tl.models.model import Model
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import KINDS
@@ -117,12 +118,15 @@ class Search:
     def save(self, folder: str | Path) -> None:
         """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
         folder = Path(folder)
+        storage.reopen(folder / "search.json")
         rows = self.table.astype(object).where(self.table.notna(), None)
         storage.write_records(folder / "candidates.jsonl", rows.to_dict("records"))
         self.steering.probe.save(folder / "probe")
-        if self.steering.direction is not None:
-            tensors = {"direction": self.steering.direction}
-            storage.save_tensors(folder / "direction.safetensors", tensors)
+        path = folder / "direction.safetensors"
+        if self.steering.direction is None:
+            path.unlink(missing_ok=True)  # of an earlier search, which this one would steer along
+        else:
+            storage.save_tensors(path, {"direction": self.steering.direction})
         storage.write_json(
             folder / "search.json", {"chosen": asdict(self.chosen), "details": dict(self.details)}
         )
@@ -279,8 +283,15 @@ class TrialStore:
     @classmethod
     def open(cls, folder: str | Path | None, data: SearchData, choices: Any) -> "TrialStore":
         """Open what was kept of the same search, or begin anew."""
-        about = {"choices": asdict(replace(choices, budget=None)), **data.model.manifest}
+        about = {"choices": asdict(replace(choices, budget=None)), **manifest_of(data.model)}
         about |= {"data": data.task.data_hash, "space": describe_space(data.space)}
+        # Of the examples that fitted nothing else is known here than what came of them.
+        about["ways"] = {
+            str(penalty): tensor_hash(
+                ways.probe.weights, ways.probe.bias, *(d.vectors for d in ways.directions.values())
+            )
+            for penalty, ways in data.probe_sets.items()
+        }
         read = asdict(data.settings)
         about |= {"read": {name: read[name] for name in read if not name.startswith("batch_")}}
         path = None if folder is None else Path(folder)

@@ -129,6 +129,7 @@ class LinearProbe:
 
     def save(self, folder: str | Path) -> Path:
         """Write `probe.safetensors` and, last, its manifest `probe.json`; return the folder."""
+        storage.reopen(Path(folder) / "probe.json")
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
         storage.save_tensors(Path(folder) / "probe.safetensors", tensors)
