@@ -226,7 +226,8 @@ def _connect(app: Any, bench: Bench) -> None:
             return "", str(error), *(_plain(None) for _ in figures), {}
         drawn: list[Any] = [_plain(each) for each in (told.bars, told.layers, told.tokens)]
         # As wide as its tokens: on a phone few of them need no scrolling.
-        width = (drawn[-1].layout["meta"] or {}).get("min_width", 0)
+        layout: Any = drawn[-1].layout
+        width = (layout.meta or {}).get("min_width", 0)
         return told.said, "", *drawn, {"minWidth": f"{width}px"}
 
     @app.callback(Output("before", "children"), Output("after", "children"), *asked, *chosen)
