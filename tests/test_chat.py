@@ -1,5 +1,7 @@
 """Prompts in a chat template: the template's ids, and control tokens in a message stay text."""
 
+from datetime import datetime
+
 import pytest
 from conftest import tokenizer
 from transformers import AddedToken
@@ -33,6 +35,15 @@ def test_ids_are_those_of_the_template(chatty):
     system = "this is a question"
     wanted = [rendered(chatty, m, system=system) for m in messages]
     assert Turn.of(chatty, system).encode(chatty, messages) == wanted
+
+
+def test_prompts_are_the_same_on_every_day():
+    dated = tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    messages = [{"role": "user", "content": "a"}]
+    today = dated.apply_chat_template(messages, tokenize=False)
+    assert today.startswith(datetime.now().strftime("%d %b %Y"))  # control: as Hugging Face does
+    assert Turn.of(dated).before.startswith("26 Jul 2024 ")
 
 
 def test_a_prefix_begins_the_assistants_turn(chatty):

@@ -107,6 +107,12 @@ def test_what_is_no_causal_language_model_is_named(tmp_path, folder):
         load_model(str(folder / "config.json"))
 
 
+def test_an_adapter_is_not_taken_for_the_model_beside_it(folder):
+    """transformers would load what the adapter names, and no hash would know of either."""
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert "holds an adapter" in refusal(folder)
+
+
 # --- .gguf ------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mera_tl.evals.likelihood import Continuation, log_likelihoods
 from mera_tl.inference.answers import ReadSettings
+from mera_tl.models.chat import undated
 from mera_tl.models.model import Model
 from mera_tl.steering.generation import Sampling, hooks_and_options, reply_to, text_of
 from mera_tl.steering.steering import Steering
@@ -69,6 +70,7 @@ class SteeredLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **undated(self.tokenizer),
         )
 
     def tok_encode(

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_SAME_DAY = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+"""The date in every prompt, where a template writes today's (Llama 3.2's "Today Date"): prompts of
+tomorrow would not be those that were collected, or certified, today. It is that template's own
+where the date is not known."""
 _PLACEHOLDER = "MESSAGEPLACEHOLDER"
 _N_AT_ONCE = 256
 """A tokenizer at work holds far more than ids, so it does not get all prompts at once."""
@@ -56,12 +60,19 @@ class Turn:
         return ids
 
 
+def undated(tokenizer: Any) -> dict[str, str]:
+    """Return what `apply_chat_template` takes so that prompts are the same on every day."""
+    template = str(tokenizer.get_chat_template())
+    return {"chat_template": _SAME_DAY + template} if "strftime_now" in template else {}
+
+
 def _render(tokenizer: Any, message: str, system: str | None) -> str:
     turns = [{"role": "user", "content": message}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        told: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(turns, **told, **undated(tokenizer))
     except Exception as error:  # templates raise what they like
         raise ValueError(f"The chat template does not take these turns: {error}") from None
 

@@ -106,6 +106,11 @@ def locate(name: str, revision: str | None = None) -> Source:
         return _require_gguf(Source(str(path.parent), path.name))
     if not path.exists():
         return Source(name, revision=revision)
+    if (path / "adapter_config.json").is_file():  # transformers would load what that names
+        raise ValueError(
+            f"{name} holds an adapter (adapter_config.json), which is no model by itself; save the "
+            "model that it was merged into (merge_and_unload of peft), and pass that folder."
+        )
     if (path / "config.json").is_file():
         return Source(str(path))
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
