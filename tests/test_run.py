@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from conftest import SMALL, random_probe, write_task
+from conftest import SMALL, organism, random_probe, write_task
 
+from mera_tl import storage
 from mera_tl.benchmark import Run, RunConfig, open_run
 from mera_tl.report import RunFolder
 from mera_tl.steering import Steering
@@ -40,6 +41,18 @@ def test_methods_that_come_later_pay_for_themselves(tmp_path, caplog):
     run.announce(["flip", "optimal_probe"])
     assert run.terms("flip").delta == 0.025 and run.familywise_delta == 0.1
     assert "together only with delta 0.1" in caplog.text
+
+
+def test_a_folder_begun_with_other_weights_is_noticed_where_they_are_loaded(tmp_path):
+    """A name of the hub may have moved on: then no file here tells."""
+    storage.write_json(tmp_path / "content.json", {"model": organism().fingerprint})
+
+    def load(**changes):
+        return Run(CONFIG, tmp_path, load=lambda _: replace(organism(), **changes)).model
+
+    assert load().name == load(fingerprint="").name == "organism"  # none: a plan, without weights
+    with pytest.raises(ValueError, match="changed: the model's weights"):
+        load(fingerprint="f00d")
 
 
 def test_certificates_that_nobody_announced_are_counted(tmp_path):

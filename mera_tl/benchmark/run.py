@@ -106,7 +106,8 @@ class Run(methods.Run):
             ValueError: if the folder began with other weights; a name of the hub may be moved on.
         """
         model = self._load(self.config)
-        if (path := self.folder / "content.json").exists():
+        path = self.folder / "content.json"
+        if model.fingerprint and path.exists():  # a plan's model has no weights
             now = {"model": manifest_of(model)["model_fingerprint"], "eos_ids": [*model.eos_ids]}
             _refuse_other(self.folder, _differing(storage.read_json(path), now))
         choose_threads(model)
