@@ -1,18 +1,21 @@
 """Raw or SAE directions on a real model, under one search and one certificate.
 
-SAEs of three layers are trained offline on the task's own training texts and judged on others
-(explained variance, latents on per token, share of dead ones). Then four ways to steer those
+SAEs of a few layers are trained offline on the task's own texts, none of them of the calibration or
+the test split, and judged on those of the test split (explained variance, latents on per token,
+share of dead ones). Then four ways to steer those
 layers, each with a search on the same training examples, a certificate, and a test: *raw* and
 *latents* by the default search in either space; *latents by effect*, a direction put together from
 the latents whose decoder rows move log P(true option) most times how far errors move them; and
-*latents by reading*, from those that a lasso probe weighs most.
+*latents by reading*, from those that go most with errors. Killed, it goes on with the next way.
 
-    python -m experiments.sae_on_a_real_model --model smollm2 --data-dir data/sms_spam
+    python -m experiments.sae_on_a_real_model
+    python -m experiments.sae_on_a_real_model --model smollm2 --data-dir data/sms_spam \
+        --task sms_spam --layers 11 20 26 --texts 1200 --train 200 --calibration 150 --test 200
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from mera_tl.inference import Activations, ReadSettings, spi
 from mera_tl.methods import Choices, divide, log_odds_gradients
 from mera_tl.models import Model, cache_folder
 from mera_tl.sae import TrainOptions, reconstruction, train_saes
-from mera_tl.tasks import Splits
+from mera_tl.tasks import Splits, Task
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
 READ = ReadSettings(progress=False)
@@ -57,6 +60,8 @@ class Config:
     options: TrainOptions = TrainOptions(
         architecture="topk", k=32, n_steps=400, max_tokens=40_000, expansion=4
     )
+    texts: int | None = None
+    """Rows outside calibration and test that the SAEs learn from; by default the training split."""
     few: int = 16
     """Latents in a direction that is put together from some."""
     strengths: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
@@ -77,24 +82,40 @@ def main(config: Config) -> None:
     sizes = {"train": config.train, "calibration": config.calibration, "test": config.test}
     splits = task.split(config.seed, **sizes)
     path = RESULTS / f"{model.name}-{config.task}-{config.seed}.jsonl"
-    rows = []
-    for row in cell(config, model, splits):
+    rows = storage.read_records(path)
+    space = load_saes(str(trained(config, model, task, splits)), config.layers, model)
+    for row in cell(config, model, splits, space, [row.get("way") for row in rows]):
         rows.append({"model": model.name, "task": config.task, "seed": config.seed, **row})
         print(rows[-1], flush=True)
-    storage.write_records(path, rows)
+        storage.write_records(path, rows)
 
 
-def cell(config: Config, model: Model, splits: Splits) -> Iterator[dict[str, Any]]:
-    """Train the SAEs, then search, certify and test every way."""
-    folder = cache_folder() / "sae_on_a_real_model" / f"{model.fingerprint}-{config.task}"
-    if not folder.exists():
-        train_saes(model, splits.train, config.layers, folder, options=config.options)
-    space = load_saes(str(folder), config.layers, model)
-    for row in reconstruction(model, splits.test, space, settings=READ).to_dict("records"):
-        yield {"what": "sae", "d_sae": space.d_sae, **row}
+def trained(config: Config, model: Model, task: Task[Any], splits: Splits) -> Path:
+    """Train the SAEs, or find them, of other texts than those that certify and test."""
+    learned_from = splits.train
+    if config.texts is not None:
+        others = {e.row for part in (splits.calibration, splits.test) for e in part.examples}
+        free = [i for i, each in enumerate(task.examples) if each.row not in others]
+        learned_from = task.subset(free[: config.texts])
+    told = storage.fingerprint([asdict(config.options), learned_from.data_hash, config.layers])
+    folder = cache_folder() / "sae_on_a_real_model" / f"{model.fingerprint}-{told}"
+    if not (folder / f"layer_{config.layers[-1]}").exists():
+        train_saes(model, learned_from, config.layers, folder, options=config.options)
+    return folder
+
+
+def cell(
+    config: Config, model: Model, splits: Splits, space: SAESpace, known: Container[str | None]
+) -> Iterator[dict[str, Any]]:
+    """Judge the SAEs, then search, certify and test every way that is not known."""
+    if None not in known:
+        measured = reconstruction(model, splits.test, space, settings=READ).to_dict("records")
+        yield from ({"what": "sae", "d_sae": space.d_sae, **row} for row in measured)
     train = collect(model, splits.train, settings=READ)
     base = evaluate(model, splits.test, settings=READ)
     for way, found in ways(config, model, splits, train, space):
+        if way in known:
+            continue
         started = time.process_time()
         steering = found()
         decision = calibrate(model, splits.calibration, steering, settings=READ)

@@ -79,11 +79,14 @@ def layers_and_cosine(df: pd.DataFrame) -> go.Figure:
 
 def caption_of(along: pd.DataFrame, n_cells: int) -> str:
     """Say how the gains were found, and how they go with the cosine."""
-    first = along.iloc[0]
+    sizes = along.groupby("model", sort=False)[["fit", "judge", "n"]].first()
+    told = "; ".join(
+        f"{model}, {n.fit} examples fit, {n.judge} choose the length, {n.n} test"
+        for model, n in zip(sizes.index, sizes.itertuples(), strict=True)
+    )
     rank = float(spearmanr(along["cosine"], along["gain"])[0])
     return (
-        f"organism, one layer moved where most error is predicted: {first['fit']} examples fit, "
-        f"{first['judge']} choose the length, {first['n']} test (bars: 2 s.e.)."
+        f"One layer moved where most error is predicted: {told} (bars: 2 s.e.)."
         f"<br>Rank correlation of cosine and gain along the probe: {rank:.2f} over "
         f"{len(along)} layers of {n_cells} tasks. Sources: arXiv 2605.05715, 2606.24952"
     )
