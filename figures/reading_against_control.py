@@ -19,14 +19,14 @@ GATED = "where error is predicted"
 
 
 def main() -> None:
-    df = results(NAME)
+    df = results(NAME).sort_values("layer", kind="stable")
     df["cell"] = df["model"].str.removesuffix("-Instruct") + ": " + df["task"]
     save(layers_and_cosine(df), NAME)
 
 
 def layers_and_cosine(df: pd.DataFrame) -> go.Figure:
     """Draw gains and AUROC over the layers of each task, and gain against cosine over all."""
-    cells = list(dict.fromkeys(df["cell"]))
+    cells = sorted(set(df["cell"]))
     rows = -(-(len(cells) + 1) // 3)
     titles = (*cells, "all: gain along the probe against cosine")
     figure = make_subplots(
@@ -73,22 +73,23 @@ def layers_and_cosine(df: pd.DataFrame) -> go.Figure:
     caption = caption_of(along, len(cells))
     title = "What reads errors and what corrects them are nearly orthogonal"
     return style.finish(
-        figure, title, caption, height=150 + 330 * rows, margin_t=125, meta={"min_width": 1100}
+        figure, title, caption, height=150 + 330 * rows, margin_t=140, meta={"min_width": 1100}
     )
 
 
 def caption_of(along: pd.DataFrame, n_cells: int) -> str:
     """Say how the gains were found, and how they go with the cosine."""
-    sizes = along.groupby("model", sort=False)[["fit", "judge", "n"]].first()
+    sizes = along.groupby("model")[["fit", "judge", "n"]].first()
     told = "; ".join(
-        f"{model}, {n.fit} examples fit, {n.judge} choose the length, {n.n} test"
+        f"{model} {n.fit}, {n.judge}, {n.n}"
         for model, n in zip(sizes.index, sizes.itertuples(), strict=True)
     )
     rank = float(spearmanr(along["cosine"], along["gain"])[0])
     return (
-        f"One layer moved where most error is predicted: {told} (bars: 2 s.e.)."
-        f"<br>Rank correlation of cosine and gain along the probe: {rank:.2f} over "
-        f"{len(along)} layers of {n_cells} tasks. Sources: arXiv 2605.05715, 2606.24952"
+        "One layer moved where most error is predicted (bars: 2 s.e.). Examples that fit, that "
+        f"choose the length,<br>and test examples: {told}. Rank correlation of cosine and gain "
+        f"along the<br>probe: {rank:.2f} over {len(along)} layers of {n_cells} tasks. Published: "
+        "arXiv 2605.05715, 2606.24952"
     )
 
 
