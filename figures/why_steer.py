@@ -13,13 +13,12 @@ NAME = "why_steer"
 def main() -> None:
     table = results(NAME, "table/*.jsonl")
     labels = results(NAME, "labels/*.jsonl")
-    told = f"{models_of(table, 'n')}, three splits of the organism, readout options"
+    told = f"{models_of(table, 'n')}, {splits_of(table)}, readout options"
     finding = "A classifier corrects most; the search and the flip come close"
     settings = f'{told};<br>mean SPI; "-": every split abstained; blue is better, orange is worse'
     shown = spi_heatmap(with_verdict(table).assign(space="raw"))
     save(shown, "why_steer", finding=finding, settings=settings)
-    cells = len(table.groupby(["model", "task", "seed"]))
-    settings = f"{told};<br>sums over {cells} (task, split) cells; top left is better"
+    settings = f"{told};<br>sums over the (task, split) cells; top left is better"
     save(gain_against_harm(table), "why_steer_harm", settings=settings)
     settings = f"{models_of(labels, 'n')}, two splits, readout options; SPI by training labels"
     save(few_labels(labels), "why_steer_labels", settings=settings)
@@ -34,27 +33,43 @@ def with_verdict(df: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([df[df["method"] != "withhold"], verdict], ignore_index=True)
 
 
+def splits_of(df: pd.DataFrame) -> str:
+    """Say how many splits there are of each model's tasks."""
+    most = df.groupby(["model", "task"])["seed"].nunique().groupby("model").agg(["min", "max"])
+    told = (f"{m} {' to '.join(map(str, sorted({*n})))}" for m, n in most.T.items())
+    return f"splits: {', '.join(told)}"
+
+
 def gain_against_harm(df: pd.DataFrame) -> go.Figure:
     """Draw, for each method, recoveries over what was wrong and regressions over what was right."""
     df = df[(df["method"] != "withhold") & (df["method"] != "no_steering")]
-    changes = pd.json_normalize(df["transitions"].tolist()).set_index(df.index)
-    sums = changes.assign(method=df["method"]).groupby("method", sort=False).sum()
-    recovered = sums["0->1"] / (sums["0->1"] + sums["0->0"])
-    broken = sums["1->0"] / (sums["1->0"] + sums["1->1"])
-    figure = go.Figure()
-    for method in sums.index:
-        look = {"color": style.colour_of(method), "symbol": style.symbol_of(method), "size": 12}
-        figure.add_scatter(
-            x=[100 * broken[method]],
-            y=[100 * recovered[method]],
-            mode="markers",
-            name=method,
-            marker=look,
-        )
+    real = df["model"] != "organism"
+    parts = {"the embedded model": df[~real], "real models": df[real]}
+    parts = {where: part for where, part in parts.items() if len(part)}
+    cells = [len(part.groupby(["model", "task", "seed"])) for part in parts.values()]
+    titles = [f"{where}, {n} cells" for where, n in zip(parts, cells, strict=True)]
+    figure = make_subplots(cols=len(parts), subplot_titles=titles, shared_yaxes=True)
+    for column, part in enumerate(parts.values(), 1):
+        changes = pd.json_normalize(part["transitions"].tolist()).set_index(part.index)
+        sums = changes.assign(method=part["method"]).groupby("method", sort=False).sum()
+        recovered = sums["0->1"] / (sums["0->1"] + sums["0->0"])
+        broken = sums["1->0"] / (sums["1->0"] + sums["1->1"])
+        for method in sums.index:
+            look = {"color": style.colour_of(method), "symbol": style.symbol_of(method)}
+            figure.add_scatter(
+                x=[100 * broken[method]],
+                y=[100 * recovered[method]],
+                mode="markers",
+                name=method,
+                legendgroup=method,
+                marker={"size": 12, **look},
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
     figure.update_xaxes(title="right answers that became wrong", ticksuffix=" %")
-    figure.update_yaxes(title="wrong answers that became right", ticksuffix=" %")
-    n = len(df.groupby(["model", "task", "seed"]))
-    caption = f"sums over {n} (task, split) cells, test examples; top left is better"
+    figure.update_yaxes(title="wrong answers that became right", ticksuffix=" %", col=1)
+    caption = "sums over (task, split) cells, test examples; top left is better"
     told = {"height": 620, "margin": {"b": 190}}
     return style.finish(figure, "What each way corrects, and what it breaks", caption, **told)
 
