@@ -14,12 +14,11 @@ import torch
 from mera_tl.inference.answers import (
     ReadSettings,
     answer_known,
-    by_length,
     option_tokens,
     read_from,
 )
 from mera_tl.inference.decoding import Decoding, hooked_pass, left_pad
-from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.inference.evaluation import run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.tasks.task import Task
@@ -56,19 +55,18 @@ def free_text(
     freely = ReadSettings("reply", reply_tokens=n_new)
     prompts, options = tokenize_task(model, task, freely), option_tokens(model, task, freely)
     asked = option_tokens(model, task, settings)
-    texts: list[list[int]] = []
-    logs: list[float] = []
-    for batch in by_length(prompts, settings):
-        starts = [prompts[i] for i in batch]
+
+    def run(batch: list[int]) -> list[list[int]]:
         with torch.inference_mode(), hooked_pass(model, fwd_hooks):
-            decoding = Decoding(model, starts, fwd_hooks)
+            decoding = Decoding(model, [prompts[i] for i in batch], fwd_hooks)
             logits = answer_known(decoding, decoding.prompt(), asked, settings, fwd_hooks)
-            tokens = read_from(decoding, logits, options, freely).tokens
-        for start, row in zip(starts, tokens.tolist(), strict=True):
-            text = row[: row.index(-1)] if -1 in row else row
-            texts.append(text)
-            logs += _log_probs(model, start, text)
-    return _measured(texts, logs)
+            rows = read_from(decoding, logits, options, freely).tokens.tolist()
+        return [row[: row.index(-1)] if -1 in row else row for row in rows]
+
+    results = run_batches(prompts, run, settings, "free text")
+    pairs = [(i, text) for batch, said in results for i, text in zip(batch, said, strict=True)]
+    logs = [log for i, text in pairs for log in _log_probs(model, prompts[i], text)]
+    return _measured([text for _, text in pairs], logs)
 
 
 def reply_text(
