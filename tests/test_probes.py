@@ -152,7 +152,7 @@ def test_copies_of_a_text_are_never_held_out_from_each_other():
     believed = [probe_path(each, grid=grid)["auroc"].mean() for each in (told, some, copied)]
     assert max(believed[:2]) < 0.65 < 0.75 < believed[2]  # control: nothing said of copies
     kept = fit_error_probe(told).manifest
-    assert kept == MANIFEST
+    assert kept == MANIFEST | {"rows": "0-179"}  # it says what it saw, not every copy of it
 
 
 def test_metrics_agree_with_scikit_learn():

@@ -346,4 +346,4 @@ def test_the_highest_score_is_that_of_real_tokens(model):
     real = torch.tensor([[False, True, True], [True, True, True]])
     point = SimpleNamespace(ctx={"window": Window(real, 3)})
     assert hook(resid, point) is resid
-    assert torch.equal(point.ctx["max_score"], probe.bias[1].expand(2))
+    assert torch.equal(point.ctx["left"][0]["max_score"], probe.bias[1].expand(2))
