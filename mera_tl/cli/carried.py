@@ -110,11 +110,8 @@ class Generate(Carried):
                 [{"prompt": p, **row} for p, row in zip(prompts, rows, strict=True)]
             )
         _print_replies(unsteered, steered)
-        certificate = steering.certificate
-        said = "Nothing is certified for this model."
-        if certificate is not None:
-            first = str(certificate).split("\n")[0]
-            said = f"{first}.{certificate.baseline}"
+        certificate = steering.certificate  # its second line says that it is not for any prompt
+        said = "Nothing is certified for this model." if certificate is None else str(certificate)
         console().print(said, markup=False)
         return None
 
