@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from mera_tl import storage
 from mera_tl.benchmark.cluster import map_jobs
 from mera_tl.benchmark.config import GridConfig, RunConfig
-from mera_tl.benchmark.run import Run, load_configured, open_run, sizes_and_times
+from mera_tl.benchmark.contents import sizes_and_times
+from mera_tl.benchmark.run import Run, load_configured, open_run
 from mera_tl.inference.progress import is_watched
 from mera_tl.methods.methods import find_methods
 from mera_tl.models.model import Model

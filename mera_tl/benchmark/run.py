@@ -13,9 +13,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +28,16 @@ from mera_tl.benchmark.config import (
     parse_tasks,
     parse_thresholds,
 )
+from mera_tl.benchmark.contents import (
+    CONFIG,
+    CONTENT,
+    FORMAT,
+    cheap_content,
+    hashed_content,
+    require_content,
+    require_options,
+    require_weights,
+)
 from mera_tl.benchmark.duration import method_seconds
 from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
@@ -37,7 +46,7 @@ from mera_tl.benchmark.resources import choose_threads
 from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.description import describe_space, is_about
+from mera_tl.certificate.description import is_about
 from mera_tl.certificate.terms import Terms
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings, option_tokens
@@ -53,7 +62,7 @@ from mera_tl.methods.methods import (
     find_methods,
     require_suited,
 )
-from mera_tl.models.identity import identity_of, manifest_of
+from mera_tl.models.identity import manifest_of
 from mera_tl.models.loading import load_model
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe, fit_ranked_probe
@@ -70,8 +79,6 @@ from mera_tl.tasks.task import Splits, Task
 if TYPE_CHECKING:  # an abstract property may be overridden by a property only
     cached_property = property
 
-FORMAT = 1
-"""Of records; raised when a field changes its meaning."""
 Content = TypeVar("Content")
 logger = logging.getLogger(__name__)
 
@@ -106,10 +113,7 @@ class Run(methods.Run):
             ValueError: if the folder began with other weights; a name of the hub may be moved on.
         """
         model = self._load(self.config)
-        path = self.folder / "content.json"
-        if model.fingerprint and path.exists():  # a plan's model has no weights
-            now = {"model": manifest_of(model)["model_fingerprint"], "eos_ids": [*model.eos_ids]}
-            _refuse_other(self.folder, _differing(storage.read_json(path), now))
+        require_weights(self.folder, model)
         choose_threads(model)
         return model
 
@@ -230,30 +234,6 @@ class Run(methods.Run):
                 f"layers, numbered 0 to {self.model.n_layers - 1}; choose among them."
             )
         _ = self.space  # SAEs that are not there, or do not fit, fail before anything is run
-
-    def content(self) -> dict[str, Any]:
-        """Say by hashes what the folder is made of: data, weights and the version of this code."""
-        told = identity_of(self.model)
-        return self.cheap_content() | {
-            "model": told["model_fingerprint"],
-            "eos_ids": told["eos_ids"],
-            "tokenizer": told["tokenizer"],
-            "space": describe_space(self.space),
-        }
-
-    def cheap_content(self) -> dict[str, Any]:
-        """Return what can be said of it without loading the model."""
-        return {
-            "format": FORMAT,
-            "mera_tl": version("mera-tl"),
-            "data": {split.role: split.data_hash for split in self.splits},
-            "model_files": sizes_and_times(Path(self.config.model)),
-            "sae_files": [sizes_and_times(path) for path in self._sae_folders()],
-        }
-
-    def _sae_folders(self) -> list[Path]:
-        source = self.config.sae or default_source(self.config.model)
-        return sorted(Path(source).glob("layer_*")) if self.config.space == "sae" else []
 
     # --- what is computed once, and found again -------------------------------------------------
 
@@ -583,75 +563,19 @@ def open_run(
         raise ValueError(f"{config!r:.60} is none; pass RunConfig(model=..., task=...).")
     folder = Path(folder)
     run = Run(config, folder, progress=progress, load=load, cache=cache)
-    path = folder / "config.json"
+    path = folder / CONFIG
     if path.exists():
-        _require_same(storage.read_json(path), config, folder)
+        require_options(folder, config)
     else:
         storage.require_folder(folder)
         run.check(methods)  # bad names, data and layers fail before anything is written
     with storage.lock(folder):
         storage.sweep(folder)
+        cheap = cheap_content(config, run.splits)
         if path.exists():
-            _require_same(storage.read_json(path), config, folder)
-            _require_content(storage.read_json(folder / "content.json"), run)
+            require_options(folder, config)
+            require_content(folder, cheap, lambda: hashed_content(run.model, run.space))
         else:
-            storage.write_json(folder / "content.json", run.content())
+            storage.write_json(folder / CONTENT, cheap | hashed_content(run.model, run.space))
             storage.write_json(path, config.to_json())
         yield run
-
-
-_HASHED = {
-    "model": "the model's weights",
-    "eos_ids": "the tokens that end its replies",
-    "tokenizer": "its tokenizer",
-    "space": "its SAEs",
-}
-"""What a folder is made of besides data and code, in the words of an error."""
-
-
-def _require_content(kept: dict[str, Any], run: Run) -> None:
-    """Refuse a folder that began with other data, weights or code under the same names."""
-    now = run.cheap_content()
-    differ = [name for name in ("format", "mera_tl", "data") if kept.get(name) != now[name]]
-    # Files of another size or time may hold the same, copied; then their hashes are the same.
-    if any(kept.get(name, now[name]) != now[name] for name in ("model_files", "sae_files")):
-        differ += _differing(kept, run.content())
-    _refuse_other(run.folder, differ)
-
-
-def _differing(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return in words what a folder is made of and is not what it was; old ones lack some."""
-    return [
-        what
-        for name, what in _HASHED.items()
-        if name in kept and name in now and kept[name] != now[name]
-    ]
-
-
-def _refuse_other(folder: Path, differ: Sequence[str]) -> None:
-    if differ:
-        raise ValueError(
-            f"{folder} holds a run with other content under the same names (changed: "
-            f"{', '.join(differ)}); choose another --out, or restore what it began with."
-        )
-
-
-def sizes_and_times(path: Path) -> dict[str, list[int]]:
-    """Return size and time of a local model's files; nothing for a name of the hub."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    stats = {file.name: file.stat() for file in files if file.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
-def _require_same(kept: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    wanted = config.to_json()
-    # A field that is younger than the folder has its default there.
-    kept = {f.name: f.default for f in fields(RunConfig)} | kept
-    differ = [name for name in wanted if kept.get(name) != wanted[name]]
-    if differ:
-        first, *others = differ
-        also = f"; also {', '.join(others)}" if others else ""
-        raise ValueError(
-            f"{folder} holds a run with another configuration ({first} was {kept.get(first)!r}, is "
-            f"{wanted[first]!r}{also}); choose another --out, or delete it (--overwrite)."
-        )

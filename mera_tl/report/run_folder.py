@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig, parse_layers
+from mera_tl.benchmark.contents import FORMAT
 from mera_tl.benchmark.recommendation import Recommendation, read_run, recommend
-from mera_tl.benchmark.run import FORMAT, load_splits
+from mera_tl.benchmark.run import load_splits
 from mera_tl.certificate.certificate import Calibration, percent, promised_points
 from mera_tl.inference.activations import Activations
 from mera_tl.methods.race import Search
