@@ -13,12 +13,12 @@ NAME = "why_steer"
 def main() -> None:
     table = results(NAME, "table/*.jsonl")
     labels = results(NAME, "labels/*.jsonl")
-    told = f"{models_of(table, 'n')}, {splits_of(table)}, readout options"
+    told = f"{models_of(table, 'n')}, readout options;<br>{splits_of(table)}"
     finding = "A classifier corrects most; the search and the flip come close"
-    settings = f'{told};<br>mean SPI; "-": every split abstained; blue is better, orange is worse'
+    settings = f'{told}; mean SPI; "-": every split abstained; blue is better, orange is worse'
     shown = spi_heatmap(with_verdict(table).assign(space="raw"))
     save(shown, "why_steer", finding=finding, settings=settings)
-    settings = f"{told};<br>sums over the (task, split) cells; top left is better"
+    settings = f"{told}; sums over the (task, split) cells; top left is better"
     save(gain_against_harm(table), "why_steer_harm", settings=settings)
     settings = f"{models_of(labels, 'n')}, two splits, readout options; SPI by training labels"
     save(few_labels(labels), "why_steer_labels", settings=settings)
