@@ -21,7 +21,8 @@ from mera_tl.certificate import (
     distinct,
     unconditional,
 )
-from mera_tl.inference import ReadSettings, collect, evaluate
+from mera_tl.inference import ReadSettings, collect, evaluate, rows_fitted
+from mera_tl.methods import certify_class_probe, fit_class_probe
 from mera_tl.probes import fit_error_probe
 from mera_tl.steering import Additive, Steering
 from mera_tl.tasks import Task, load_task
@@ -404,8 +405,18 @@ def test_what_a_probe_was_fitted_to_is_no_evidence_for_it():
             with pytest.raises(ValueError, match=f"fitted to {n} of the 30 calibration"):
                 certify(activations)
     probe = fit_error_probe(some[0])
-    assert probe.rows_fitted(here.test) == {example.row for example in here.train.examples}
-    assert probe.rows_fitted(load_task("yesno_bias")) == set()  # rows of other data
+    fitted = {example.row for example in here.train.examples}
+    assert rows_fitted(probe.manifest, here.test) == fitted
+    assert rows_fitted(probe.manifest, load_task("yesno_bias")) == set()  # rows of other data
+    # The classifier has a certificate of its own.
+    for part, activations in ((here.train, some[0]), (here.calibration, whole)):
+        learned = fit_class_probe(part.subset(range(len(part)), role="train"), activations)
+        certify_classes = functools.partial(certify_class_probe, model, here.calibration, learned)
+        if part is here.train:
+            assert certify_classes(terms=Terms()).n == 30  # control
+            continue
+        with pytest.raises(ValueError, match="fitted to 30 of the 30 calibration"):
+            certify_classes(terms=Terms())
 
 
 def test_one_example_per_text_is_evidence(spoken):

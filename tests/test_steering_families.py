@@ -10,7 +10,7 @@ from test_methods import run_of
 from test_race import WIDE, planted
 
 from mera_tl.certificate import calibrate, load_steering
-from mera_tl.inference import evaluate
+from mera_tl.inference import evaluate, rows_fitted
 from mera_tl.methods import (
     FAMILIES,
     METHODS,
@@ -141,6 +141,11 @@ def test_a_family_is_chosen_on_training_data_and_corrects_where_it_can(name):
     told = {"choices": CHOICES, "settings": WIDE}
     found = search_family(FAMILIES[name], organism(), splits.train, activations, **told)
     assert found.details["n_search"] == found.table["n"].max() == 120
+    fit, _ = divide(splits.train, CHOICES.search_share, CHOICES.seed)
+    seen = {
+        splits.train.examples[i].row for i in fit
+    }  # what it was fitted to is no evidence for it
+    assert rows_fitted(found.steering.probe.manifest, splits.train) == seen
     test = splits.test.subset(range(100))
     base = evaluate(organism(), test, settings=WIDE)
     gain = evaluate(organism(), test, found.steering.fwd_hooks(), settings=WIDE).gain(base)

@@ -22,6 +22,7 @@ from mera_tl.certificate.certificate import Calibration, check_min_gain
 from mera_tl.certificate.description import describe, names_of
 from mera_tl.certificate.evidence import Evidence
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
+from mera_tl.inference.activations import rows_fitted
 from mera_tl.inference.answers import ReadSettings, option_tokens
 from mera_tl.inference.evaluation import check_call
 from mera_tl.inference.outcomes import Outcomes
@@ -71,7 +72,8 @@ def calibrate(
     steerings = _candidates(candidates)
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run
-    n_given, task = len(task), evidence_of(task, terms.seed, steerings)
+    origins = [each.probe.manifest for each in steerings]
+    n_given, task = len(task), evidence_of(task, terms.seed, origins)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     asked, counts = [unsteered, *steerings], terms.metric == "correct"
     base, *runs = evaluate_many(model, task, asked, settings=settings, decide=counts)
@@ -161,12 +163,14 @@ def distinct(texts: Sequence[str], seed: int) -> list[int]:
 
 
 def evidence_of(
-    task: Task[CalibrationRole], seed: int, steerings: Iterable[Steering] = ()
+    task: Task[CalibrationRole], seed: int, origins: Iterable[Mapping[str, Any]]
 ) -> Task[CalibrationRole]:
     """Return the examples of a calibration split that are evidence: one of each text.
 
+    `origins` are manifests of the probes that are to be certified.
+
     Raises:
-        ValueError: if it is another split, or the probe of a steering was fitted to some of it.
+        ValueError: if it is another split, or a probe was fitted to some of it.
     """
     if task.role != "calibration":
         raise ValueError(
@@ -174,8 +178,8 @@ def evidence_of(
             "pass task.split(...).calibration."
         )
     rows = {example.row for example in task.examples}
-    for probe in {id(each.probe): each.probe for each in steerings}.values():
-        if seen := rows & probe.rows_fitted(task):
+    for origin in {id(each): each for each in origins}.values():
+        if seen := rows & rows_fitted(origin, task):
             raise ValueError(
                 f"The probe was fitted to {len(seen)} of the {len(rows)} calibration examples (row "
                 f"{min(seen)}, ...), so these are no evidence; fit it on task.split(...).train, of "

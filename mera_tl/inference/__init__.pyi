@@ -2,6 +2,7 @@ from .activations import Activations as Activations
 from .activations import collect as collect
 from .activations import prompt_activations as prompt_activations
 from .activations import reply_activations as reply_activations
+from .activations import rows_fitted as rows_fitted
 from .answers import ReadSettings as ReadSettings
 from .answers import about_to_answer as about_to_answer
 from .answers import by_length as by_length

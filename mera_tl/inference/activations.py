@@ -25,6 +25,7 @@ from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
 from mera_tl.models.identity import manifest_of
 from mera_tl.models.model import Model, resid_post
+from mera_tl.tasks.splitting import rows_of, spans
 from mera_tl.tasks.task import Task
 
 Position = Literal["last", "exact", "generated"]
@@ -99,6 +100,15 @@ class Activations:
         """A row number for each example, the same for examples with the same text."""
         first = {row: same[0] for same in self.manifest.get("repeats", ()) for row in same}
         return [first.get(row, row) for row in self.outcomes.rows.tolist()]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is said of whatever is fitted to these: their manifest, with the rows.
+
+        Which texts are repeated may be a long list, and is left out.
+        """
+        said = {name: value for name, value in self.manifest.items() if name != "repeats"}
+        return said | {"rows": spans(self.outcomes.rows.tolist())}
 
     def subset(self, indices: Int[Tensor, " kept"]) -> "Activations":
         """Return the activations of some examples."""
@@ -224,6 +234,21 @@ def _manifest(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str
         "n": len(task),
         "repeats": task.repeats,
     }
+
+
+def rows_fitted(origin: Mapping[str, Any], task: Task[Any]) -> set[int]:
+    """Return the rows of a task's source that something was fitted to, as far as it says so.
+
+    `origin` is what `Activations.origin` said, for a probe its manifest.
+    """
+    found: set[int] = set()
+    for part in origin.get("mixture") or [origin]:
+        theirs, ours = part.get("source") or {}, task.source
+        same = (part.get("task"), theirs.get("from")) == (task.name, ours.get("from"))
+        if files := theirs.get("files"):  # by whatever name, and in whatever wording
+            same = files == ours.get("files")
+        found |= rows_of(part.get("rows") or "") if same else set()
+    return found
 
 
 def _how_read(model: Model, settings: ReadSettings) -> dict[str, Any]:

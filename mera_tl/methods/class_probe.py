@@ -6,7 +6,8 @@ residual stream of one layer at the final prompt token. It answers by itself, an
 would have said plays no part. Its answers are certified by the same paired outcomes as a steering.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class ClassProbe:
     accuracy: tuple[float, ...] = ()
     """Held-out accuracy by layer, of those that were compared; see `layers`."""
     layers: tuple[int, ...] = ()
+    manifest: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What it was fitted to."""
 
     def probs(self, resid: Float[Tensor, "example d_model"]) -> Float[Tensor, "example option"]:
         """Return P(option)."""
@@ -67,7 +70,7 @@ class ClassProbe:
         storage.reopen(Path(folder) / "class_probe.json")
         tensors = {"weights": self.weights, "bias": self.bias}
         storage.save_tensors(Path(folder) / "class_probe.safetensors", tensors)
-        names = ("layer", "penalty", "accuracy", "layers")
+        names = ("layer", "penalty", "accuracy", "layers", "manifest")
         plain = {name: getattr(self, name) for name in names}
         storage.write_json(Path(folder) / "class_probe.json", plain)
 
@@ -106,7 +109,8 @@ def fit_class_probe(task: Task[Train], activations: Activations, *, seed: int = 
     layer, penalty = max(found, key=lambda which: found[which])
     best = tuple(max(found[each, penalty][0] for penalty in PENALTIES) for each in layers)
     fitted = fit_classes(resid[layer], labels, len(activations.outcomes.options), penalty)
-    return replace(fitted, layer=layer, accuracy=best, layers=layers)
+    told: dict[str, Any] = {"accuracy": best, "layers": layers, "manifest": activations.origin}
+    return replace(fitted, layer=layer, **told)
 
 
 def _folds(task: Task[Any], seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -160,7 +164,7 @@ def certify_class_probe(
 ) -> Calibration:
     """Certify on held-out examples that the classifier beats the model, or abstain."""
     settings = settings or ReadSettings()
-    task = evidence_of(task, terms.seed)
+    task = evidence_of(task, terms.seed, [probe.manifest])
     read = collect(model, task, settings=settings)
     return certify_outcomes(
         task,

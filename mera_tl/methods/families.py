@@ -90,7 +90,7 @@ class Lesson:
         """Return a probe with weights of a family's own."""
         norm = self.resid.norm(dim=-1).median(-1).values
         told: Any = {"penalty": 0.0, "best_layer": self.layers[0], "clip": 0.01}
-        told |= {"manifest": dict(self.activations.manifest)}
+        told |= {"manifest": self.activations.origin}
         return LinearProbe(weights.float(), bias.float(), norm, "last", kind, **told)
 
 

@@ -87,7 +87,7 @@ def certify_flip(
 ) -> Calibration:
     """Certify the one flip that was chosen, on held-out examples, or abstain."""
     settings = settings or ReadSettings()
-    task = evidence_of(task, terms.seed, [found.steering])
+    task = evidence_of(task, terms.seed, [found.steering.probe.manifest])
     base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
     threshold = found.chosen.threshold
     return certify_outcomes(

@@ -23,7 +23,6 @@ from mera_tl.probes.cross_validation import (
 )
 from mera_tl.probes.examples import Mixture, Position, as_parts, read_examples
 from mera_tl.probes.probe import LinearProbe
-from mera_tl.tasks.splitting import spans
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +195,8 @@ def _say_unread(unread: Sequence[bool], kinds: str, position: Position) -> None:
 
 
 def _manifest(activations: Mixture) -> dict[str, Any]:
-    """Return the activations' manifest with the rows, and of a mixture that of all parts."""
-    parts = [
-        # Which texts are repeated may be a long list, and says nothing about a probe.
-        {name: value for name, value in part.manifest.items() if name != "repeats"}
-        | {"rows": spans(part.outcomes.rows.tolist())}
-        for part in as_parts(activations)
-    ]
+    """Return what is said of activations, and of a mixture that of all parts."""
+    parts = [part.origin for part in as_parts(activations)]
     if len(parts) == 1:
         return parts[0]
     names = ("task", "data_hash", "n", "source", "rows")

@@ -21,8 +21,6 @@ from mera_tl import storage
 from mera_tl.models.identity import manifest_of
 from mera_tl.probes import metrics
 from mera_tl.probes.examples import Mixture, Position, read_examples
-from mera_tl.tasks.splitting import rows_of
-from mera_tl.tasks.task import Task
 
 _SHOWN = ("layer", "nonzero", "rmse", "rmse_sd", "rmse_dummy", "r2", "auroc", "ece")
 """Columns of the table that a notebook shows; `table` has all."""
@@ -147,17 +145,6 @@ class LinearProbe:
         plain = storage.read_json(Path(folder) / "probe.json")
         tensors = storage.load_tensors(Path(folder) / "probe.safetensors")
         return LinearProbe(**tensors, **plain | {"metrics": tuple(plain["metrics"])})
-
-    def rows_fitted(self, task: Task[Any]) -> set[int]:
-        """Return the rows of a task's source that it was fitted to, as far as it says so."""
-        found: set[int] = set()
-        for part in self.manifest.get("mixture") or [self.manifest]:
-            theirs, ours = part.get("source") or {}, task.source
-            same = (part.get("task"), theirs.get("from")) == (task.name, ours.get("from"))
-            if files := theirs.get("files"):  # by whatever name, and in whatever wording
-                same = files == ours.get("files")
-            found |= rows_of(part.get("rows") or "") if same else set()
-        return found
 
     def check(self, model: Any) -> None:
         """Refuse a model, of whatever kind, other than the one whose activations were fitted.
