@@ -10,7 +10,8 @@ the latents whose decoder rows move log P(true option) most times how far errors
 
     python -m experiments.sae_on_a_real_model
     python -m experiments.sae_on_a_real_model --model smollm2 --data-dir data/sms_spam \
-        --task sms_spam --layers 11 20 26 --texts 1200 --train 200 --calibration 150 --test 200
+        --task sms_spam --layers 8 17 26 --texts 1200 --train 200 --calibration 150 --test 200 \\
+        --options.n-steps 600 --options.max-tokens 120000
 """
 
 import time

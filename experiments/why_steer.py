@@ -8,10 +8,14 @@ in three examples of one class, or a training split without one of the options.
 Expected: where options and labels exist the classifier is hard to beat, `flip` is near for errors
 that can be read, and steering overtakes where labels are few or the test is another. Every setting
 but `positions="last"` and the sizes is at its default; no test outcome chooses anything. A minute
-of processor time a cell on the organism, four on a small Llama. Killed, it goes on by the cell.
+of processor time a cell on the organism, six on a small Llama, half an hour on SmolLM2. Killed, it
+goes on by the cell.
 
     python -m experiments.why_steer
-    python -m experiments.why_steer --models M --tasks sms_spam --data-dir D --template F
+    python -m experiments.why_steer --models M --parts table --tasks sms_spam --data-dir D \\
+        --template F --rows 3500
+    python -m experiments.why_steer --models smollm2 --parts table --tasks sms_spam \\
+        sentiment_analysis --data-dir D --train 150 --calibration 100 --test 150
 """
 
 import time

@@ -142,9 +142,8 @@ def test_a_family_is_chosen_on_training_data_and_corrects_where_it_can(name):
     found = search_family(FAMILIES[name], organism(), splits.train, activations, **told)
     assert found.details["n_search"] == found.table["n"].max() == 120
     fit, _ = divide(splits.train, CHOICES.search_share, CHOICES.seed)
-    seen = {
-        splits.train.examples[i].row for i in fit
-    }  # what it was fitted to is no evidence for it
+    seen = {splits.train.examples[i].row for i in fit}
+    # A certificate must know what it was fitted to, which is no evidence for it.
     assert rows_fitted(found.steering.probe.manifest, splits.train) == seen
     test = splits.test.subset(range(100))
     base = evaluate(organism(), test, settings=WIDE)
