@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import SHARED
 
+from mera_tl.organism import generate
 from mera_tl.tasks import Example, Task, load_task, loading
 from mera_tl.tasks import datasets as catalogue
 
@@ -316,12 +317,10 @@ def test_plain_files_of_every_task(name: str, counts: dict[str, int] | None) -> 
 
 
 @pytest.mark.parametrize("name", ["spam_cue", "choice_hint"])
-def test_organism_tasks_are_generated_alike_every_time(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "ORGANISM_ROWS", 30)
-    task = load_task(name)
-    assert len(task) == 30 and task.data_hash == load_task(name).data_hash
+def test_organism_tasks_are_generated_alike_every_time(name: str) -> None:
+    task, few = load_task(name), generate(name, 30, seed=0)
+    assert len(task) == 4000 and few != generate(name, 30, seed=1)
+    assert few == [(example.prompt, example.label) for example in task.examples[:30]]
     assert all(example.prompt.endswith("Answer:") for example in task.examples)
     assert not straddles(*task.split())
     task.require_classes()

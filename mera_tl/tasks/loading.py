@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,7 @@ def _find(
     )
 
 
+@cache
 def _generated_task(name: str) -> Task[All]:
     """Generate the questions of a scored task or of the organism's, always the same ones."""
     if name in scored.GENERATED:
