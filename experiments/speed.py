@@ -297,7 +297,7 @@ RUN = """
 import json, sys, tempfile, time, torch
 from pathlib import Path
 from experiments.speed import Config, ORGANISM, SMOL, status
-from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, estimate, open_run
+from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, estimate, open_run, planned
 name, folder, train, calibration, test, *given = sys.argv[1:]
 known = Config(*given)
 about = {} if name == ORGANISM else {"data_dir": known.data_dir}
@@ -306,7 +306,7 @@ about |= {"positions": "last"} if name == SMOL else {}
 sizes = {"train": train, "calibration": calibration, "test": test}
 task = "spam_cue" if name == ORGANISM else "sms_spam"
 config = RunConfig(model=folder, task=task, device="cpu", **sizes, **about)
-foreseen = estimate(config)
+foreseen = estimate(planned(config))
 with tempfile.TemporaryDirectory() as out, open_run(config, Path(out) / "r", progress=False) as run:
     torch.set_num_threads(1)
     began, cpu = time.perf_counter(), time.process_time()

@@ -67,7 +67,7 @@ def test_the_file_of_activations_is_exact(readout, model, tmp_path):
 
 def test_an_estimate_looks_at_the_largest_batch_and_advises(checkpoints, models, tmp_path):
     config = RunConfig(model=str(checkpoints["llama"]), task=write_task(tmp_path), device="cpu")
-    found = memory.estimate(config)
+    found = memory.estimate(memory.planned(config))
     run = memory.Run(config, Path(), load=lambda _: models["llama"])
     longest = max(len(p) for split in run.splits for p in tokenize_task(run.model, split, run.read))
     assert f"up to {longest} tokens" in found.batch

@@ -6,6 +6,7 @@ from .elsewhere import some_prompts as some_prompts
 from .grid import run_grid as run_grid
 from .grid import run_name as run_name
 from .memory import estimate as estimate
+from .memory import planned as planned
 from .pre_flight import Preflight as Preflight
 from .pre_flight import preflight as preflight
 from .recommendation import Recommendation as Recommendation

@@ -131,14 +131,18 @@ class Estimate:
         return "\n".join([self.title, *map(wrap.fill, lines), textwrap.fill(self.advice, 80)])
 
 
-def estimate(config: RunConfig) -> Estimate:
-    """Estimate what a run will take, from its configuration.
+def planned(config: RunConfig, folder: Path | None = None) -> Run:
+    """Return a run to check and to estimate: its model has every shape and no weights."""
+    return Run(config, folder or Path(), progress=False, load=_outline)
+
+
+def estimate(run: Run) -> Estimate:
+    """Estimate what a run will take, of which `planned` tells enough.
 
     Raises:
         ValueError: as loading the model's configuration and the task.
     """
-    run = Run(config, Path(), load=outline)
-    model, settings = run.model, run.read
+    config, model, settings = run.config, run.model, run.read
     prompts = [p for split in run.splits for p in tokenize_task(model, split, settings)]
     batches = [(len(b), len(prompts[b[0]])) for b in by_length(prompts, settings)]
     new = settings.n_new if settings.decodes else 0
@@ -167,12 +171,7 @@ def estimate(config: RunConfig) -> Estimate:
     )
 
 
-def outline(config: RunConfig) -> Model:
-    """Return the model that a configuration names, every shape of it and no weights.
-
-    Raises:
-        ValueError: as loading its configuration and tokenizer; or if a device is not there.
-    """
+def _outline(config: RunConfig) -> Model:
     require_devices(_device(config), config.n_devices)
     told: Any = {"chat": config.chat and None, "system": config.system, "engine": config.engine}
     return load_model(config.model, dtype=config.dtype, device="meta", **told)

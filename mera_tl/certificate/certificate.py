@@ -171,7 +171,9 @@ class Calibration:
         Raises:
             ValueError: naming what differs.
         """
-        check_model(self.setup, model, "load it with anyway=True, without its certificate")
+        check_model(
+            self.setup, model, "load it with anyway=True (--anyway), without its certificate"
+        )
 
     @property
     def needed(self) -> int | None:

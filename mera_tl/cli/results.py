@@ -419,9 +419,9 @@ class Doctor(RunOptions):
             raise ValueError(
                 "An estimate needs both --model and --task; pass neither to check the machine."
             )
-        from mera_tl.benchmark.memory import estimate
+        from mera_tl.benchmark.memory import estimate, planned
 
-        found = estimate(RunConfig(**vars(self)))
+        found = estimate(planned(RunConfig(**vars(self))))
         print(found)
         if not found.fits:
             sys.exit(1)

@@ -353,15 +353,14 @@ def _dry_run(
     out: Any, each: Sequence[tuple[RunConfig, Path]], methods: Sequence[str], *, as_json: bool
 ) -> None:
     """Check names, data and options; say what the runs would take, and exit 1 if it is too much."""
-    from mera_tl.benchmark import run as benchmark
-    from mera_tl.benchmark.memory import estimate, outline
+    from mera_tl.benchmark.memory import estimate, planned
 
     rows = []
     for config, folder in each:
-        opened = benchmark.Run(config, folder, progress=False, load=outline)
+        opened = planned(config, folder)
         opened.check(methods)
         _say_splits(out, opened)
-        names, found = opened.suited(methods), estimate(config)
+        names, found = opened.suited(methods), estimate(opened)
         out.print(f"  methods: {', '.join(names)}\n  folder: {folder}\n", markup=False)
         out.print(str(found), markup=False)
         row = {"model": config.model, "task": config.task, "methods": names, "folder": folder}
