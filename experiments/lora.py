@@ -31,6 +31,7 @@ from experiments.why_steer import configured, measured
 from mera_tl import certify, evaluate, load_model, load_task, storage
 from mera_tl.inference import ReadSettings
 from mera_tl.methods import divide
+from mera_tl.models import Model
 from mera_tl.tasks import Task
 
 RESULTS = Path(__file__).parent / "results" / Path(__file__).stem
@@ -45,10 +46,13 @@ class Config:
     data_dir: str | None = None
     template: str | None = None
     rows: int | None = 3500
-    seeds: tuple[int, ...] = (0,)
-    rates: tuple[float, ...] = (3e-3, 1e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: int = 600
+    calibration: int = 300
+    test: int = 400
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """Learning rates of AdamW."""
-    steps: tuple[int, ...] = (60, 120)
+    steps: tuple[int, ...] = (50, 100, 200, 300)
     """After how many steps the model is judged; the last ends the training."""
     batch: int = 8
     rank: int = 8
@@ -69,22 +73,22 @@ def main(config: Config) -> None:
 def cell(config: Config, seed: int) -> dict[str, Any]:
     """Train, choose, certify and test one adapter."""
     told: dict[str, Any] = {"data_dir": config.data_dir, "template": config.template}
-    cells = Cells(rows=config.rows, **told)
-    asked = configured(cells, config.model, config.task, seed, cells.train)
-    sizes = {role: getattr(asked, role) for role in ("train", "calibration", "test")}
+    parts = {role: getattr(config, role) for role in ("train", "calibration", "test")}
+    cells = Cells(rows=config.rows, **told, **parts)
+    asked = configured(cells, config.model, config.task, seed, config.train)
+    sizes = {role: getattr(asked, role) for role in parts}
     splits = load_task(config.task, **told).split(seed, **sizes)
     model = load_model(config.model)
     fit, judge = divide(splits.train, 1 / 3, seed)
     judging = splits.train.subset(judge)
-    best: tuple[float, str, float, int] = (-1.0, "", 0.0, 0)
+    best = (-1.0, 0, 0.0, "")
     with tempfile.TemporaryDirectory() as scratch:
         for rate in config.rates:
-            learned = splits.train.subset(fit)
-            tokens = model.tokenize([example.prompt for example in learned.examples])
-            for steps, folder in trained(config, learned, tokens, rate, scratch):
+            for steps, folder in trained(config, model, splits.train.subset(fit), rate, scratch):
                 right = evaluate(load_model(folder), judging, settings=READ).accuracy
-                best = max(best, (right, folder, rate, steps))
-        tuned = load_model(best[1])
+                print(f"learning rate {rate:g}, {steps} steps: {right:.3f}", flush=True)
+                best = max(best, (right, -steps, rate, folder))  # of equals, the fewest steps
+        tuned = load_model(best[3])
         runs = {
             role: (evaluate(tuned, part, settings=READ), evaluate(model, part, settings=READ))
             for role, part in (("calibration", splits.calibration), ("test", splits.test))
@@ -106,13 +110,13 @@ def cell(config: Config, seed: int) -> dict[str, Any]:
         "n_train": len(fit),
         "judged": best[0],
         "rate": best[2],
-        "steps": best[3],
+        "steps": -best[1],
         "rank": config.rank,
     }
 
 
 def trained(
-    config: Config, task: Task[Any], prompts: list[list[int]], rate: float, scratch: str
+    config: Config, model: Model, task: Task[Any], rate: float, scratch: str
 ) -> Iterator[tuple[int, str]]:
     """Yield, at some numbers of steps, the folder of a model with its adapter merged in."""
     from peft import LoraConfig, get_peft_model
@@ -123,10 +127,12 @@ def trained(
     where = LoraConfig(
         r=config.rank, lora_alpha=2 * config.rank, target_modules=["q_proj", "v_proj"]
     )
-    model: Any = get_peft_model(plain, where)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    tuned: Any = get_peft_model(plain, where)
+    optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=rate)
+    prompts = model.tokenize([example.prompt for example in task.examples])
+    space = "" if model.chat else " "  # a chat template ends in a line break
     said = [
-        tokenizer(f" {example.options[example.label]}", add_special_tokens=False)["input_ids"]
+        tokenizer(space + example.options[example.label], add_special_tokens=False)["input_ids"]
         for example in task.examples
     ]
     order: list[int] = []
@@ -134,23 +140,23 @@ def trained(
         if len(order) < config.batch:
             order += random.Random(step).sample(range(len(task)), len(task))
         batch = [order.pop() for _ in range(config.batch)]
-        loss = _loss(model, [(prompts[i], said[i]) for i in batch])
+        loss = _loss(tuned, [(prompts[i], said[i]) for i in batch])
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         if step in config.steps:
             folder = f"{scratch}/{rate}-{step}"
-            model.merge_adapter()
+            tuned.merge_adapter()
             state = {
                 name.removeprefix("base_model.model.").replace(".base_layer", ""): weight
-                for name, weight in model.state_dict().items()
+                for name, weight in tuned.state_dict().items()
                 if "lora_" not in name
             }
             fresh = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
             fresh.load_state_dict(state)
             fresh.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            model.unmerge_adapter()
+            tuned.unmerge_adapter()
             yield step, folder
 
 

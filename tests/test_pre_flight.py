@@ -31,7 +31,7 @@ def test_each_kind_of_degenerate_baseline_has_its_sentence(sound):
     one = replace(sound, answers={"spam": 0.96, "ham": 0.04})
     below = replace(sound, accuracy=0.4, majority=0.52)
     silent = replace(sound, unanswered=0.9)
-    words = {"'spam'": one, "below 52 %": below, "no answer": silent}
+    words = {"'spam'": one, "below the 52 %": below, "no answer": silent}
     for word, flight in words.items():
         (warning,) = flight.warnings
         assert word in warning and word in " ".join(str(flight).split()) and flight.degenerate

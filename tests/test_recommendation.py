@@ -59,7 +59,7 @@ def test_a_run_comes_to_one_verdict_with_its_evidence(mera, folder):
 def test_a_doubtful_baseline_is_said_with_the_verdict(folder, tmp_path):
     decision = Calibration.load(folder / "certificates" / "class_probe")
     assert "Baseline" not in str(recommend(folder))  # the control
-    doubt = "Accuracy 60% is below 86%, which always giving the most frequent answer would reach."
+    doubt = "On 50 prompts accuracy is 60 %, below the 86 % of always giving one answer."
     setup = {**decision.setup, "warnings": [doubt]}
     replace(decision, setup=setup).save(tmp_path / "certificates" / "class_probe")
     records = storage.read_records(folder / "records.jsonl")

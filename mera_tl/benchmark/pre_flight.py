@@ -84,9 +84,9 @@ class Preflight:
         # Half an example more: equal to the majority is no better than it, but not below.
         if self.accuracy < self.majority - 0.5 / self.n:
             found.append(
-                f"Accuracy {percent(self.accuracy)} is below {percent(self.majority)}, which "
-                "always giving the most frequent answer would reach; a gain up to there is no "
-                "skill."
+                f"On {self.n} training prompts accuracy is {percent(self.accuracy)}, below the "
+                f"{percent(self.majority)} that always giving the most frequent answer would "
+                "reach; a gain up to there is no skill."
             )
         return tuple(found)
 

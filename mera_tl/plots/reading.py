@@ -70,8 +70,8 @@ def probe_error(df: pd.DataFrame, *, metric: str = "rmse", n: int | None = None)
         line={"color": GREY, "dash": "dash"},
     )
     layers = sorted(set(df["layer"]))
-    step = max(1, len(layers) // 12)
-    figure.update_xaxes(title="layer (resid_post)", tickvals=layers[::step])
+    # Of many layers plotly labels as many as there is room for.
+    figure.update_xaxes(title="layer (resid_post)", tickvals=layers if len(layers) <= 12 else None)
     axis, title = METRICS.get(metric, (metric, metric))
     figure.update_yaxes(title=axis)
     examples = "" if n is None else f" of {n:,} training examples"
@@ -106,7 +106,8 @@ def predicted_error(
             _dashed(figure, threshold, f"threshold {threshold:.3g}", row=row, col=1)
         n_above = [sum(df[stage] > threshold + _LANDED) for stage in ("before", "after")]
         above = f"; {n_above[0]:,} above the threshold before, {n_above[1]:,} after"
-    figure.update_xaxes(range=[0, 1])
+    # Ticks are given: where all land in one bin, plotly would label that bin alone.
+    figure.update_xaxes(range=[0, 1], tick0=0, dtick=0.2)
     figure.update_xaxes(title="predicted error at the final prompt token", row=2, col=1)
     figure.update_yaxes(title="examples")
     caption = f"{method}, layer {layer}, {len(df):,} test examples{above}{_FIXED if fixed else ''}"
