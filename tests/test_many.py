@@ -11,7 +11,7 @@ from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.models import load_model
 from mera_tl.probes import LinearProbe, fit_error_probe
 from mera_tl.sae import fit_latent_probe, load_saes
-from mera_tl.steering import Adaptive, Additive, Gated, Steering, evaluate_many
+from mera_tl.steering import Adaptive, Additive, Gated, Passes, Steering, evaluate_many
 from mera_tl.tasks import load_task
 
 QUIET = ReadSettings(progress=False)
@@ -118,6 +118,48 @@ def check_each(model, readout):
     if readout == "exact":  # what can be no answer any more is not decoded to its end
         length = [sum(len(r) for run in runs for r in run.replies) for runs in (decided, outcomes)]
         assert length[0] < length[1]
+
+
+def assert_equal(some, others):
+    for one, other in zip(some, others, strict=True):
+        for name in ("predictions", "probs", "max_score", "shift", *COUNTS):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert one.replies == other.replies
+
+
+@pytest.mark.parametrize("engine", ["transformer_lens", "hugging_face"])
+@pytest.mark.parametrize("readout", ["options", "last", "exact"])
+def test_who_starts_from_a_kept_pass_answers_as_from_its_own(engine, readout, checkpoints):
+    model = load_model(str(checkpoints["llama"]), device="cpu", engine=engine)
+    words = ("very good film", "blue bird")
+    task = make_task(14, options=words) if readout == "options" else talking_task(model, 14)
+    steerings, passes = list(many(model).values()), Passes()
+    settings = replace(QUIET, readout=readout, batch_tokens=140)
+    for decide in (False, True):
+        for part, some in ((task, steerings[::2]), (task, steerings), (task.subset(range(5)), [])):
+            told = {"settings": settings, "decide": decide}
+            asked = some or steerings
+            own = evaluate_many(model, part, asked, **told)
+            assert_equal(evaluate_many(model, part, asked, **told, passes=passes), own)
+
+
+def test_a_kept_pass_is_not_run_again_and_what_does_not_fit_is():
+    model, splits = organism(), organism_task()
+    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    none, some = ([Steering(probe, positions="last").at(t)] for t in (0.999999, 0.4))
+
+    def cost(steerings, passes, **told):
+        told = {"settings": QUIET, "passes": passes, **told}
+        work = lambda: evaluate_many(model, splits.calibration, steerings, **told)  # noqa: E731
+        return tokens_through_blocks(model, work)
+
+    passes, small = Passes(), Passes(1000)
+    first = cost(none, passes)
+    assert cost(none, passes) < first / 4  # what the prompts begin with is run
+    assert cost(some, passes) < cost(some, None) - first / 2
+    assert cost(none, small) == cost(none, small) == first
+    assert cost(none, passes, decide=True) > first / 2  # other readings are no pass of these
+    assert cost(none, passes, settings=replace(QUIET, readout="last")) > first / 2
 
 
 def organism_task(n=60):

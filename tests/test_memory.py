@@ -73,7 +73,8 @@ def test_an_estimate_looks_at_the_largest_batch_and_advises(checkpoints, models,
     assert f"up to {longest} tokens" in found.batch
     assert found.fits and found.advice == "This fits."
     batch = found.cache + found.passing + found.copies
-    assert found.device == found.process + found.weights + batch and found.process > 2**27
+    assert found.device == found.process + found.weights + batch + found.kept
+    assert found.process > 2**27 and 0 < found.kept < found.free / 8
     halved = replace(found, free=found.weights + batch // 2)
     assert not halved.fits and "--batch-tokens 9" in halved.advice  # 0.9 x half of 2,048
     assert "bfloat16" in replace(found, free=found.weights - 1).advice

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # arrives with the accelerate that TransformerLens needs
+import psutil
 import torch
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig
+from mera_tl.benchmark.resources import SPARE, free_memory
 from mera_tl.benchmark.run import Run
 from mera_tl.inference.activations import positions_of
 from mera_tl.inference.answers import ReadSettings, by_length
@@ -43,6 +44,8 @@ class Estimate:
     """What lives at once inside a block while the largest batch passes, cache not counted."""
     copies: int
     """Caches of their own for the prompts that a search moves as a whole."""
+    kept: int
+    """What calibration examples leave unsteered, kept for all methods; less where there is less."""
     process: int
     """Python and its libraries, where they share the device's memory."""
     batch: str
@@ -61,7 +64,8 @@ class Estimate:
     @property
     def device(self) -> int:
         """Bytes on the device at most: in main memory, of the whole process."""
-        return self.process + self.weights + self.cache + self.passing + self.copies
+        batch = self.cache + self.passing + self.copies
+        return self.process + self.weights + batch + self.kept
 
     @property
     def disk(self) -> int:
@@ -95,7 +99,7 @@ class Estimate:
     @property
     def _wanted(self) -> int:
         """Bytes that are not taken yet."""
-        return self.device - self.process
+        return self.device - self.process - self.kept
 
     @property
     def _most_tokens(self) -> int:
@@ -121,6 +125,7 @@ class Estimate:
             ("cache of a batch", self.cache, self.batch),
             ("passing activations", self.passing, "of the same batch"),
             ("copies of caches", self.copies, "where a search moves whole prompts"),
+            ("kept for reuse", self.kept, "of calibration examples, for all methods"),
             ("Python, libraries", self.process, "taken already"),
             ("memory in all", self.device, f"at most; {human(self.free)} free now"),
             ("files on disk", self.disk, self.collected),
@@ -152,19 +157,22 @@ def estimate(run: Run) -> Estimate:
     )
     train, positions = run.splits.train, positions_of(settings)
     device = _device(config)
+    free = free_memory(device, config.n_devices)
+    known = tokenize_task(model, run.splits.calibration, settings)
     return Estimate(
         title=f"{model.name} in {config.dtype} on {device}, {train.name}:",
         weights=weight_bytes(model),
         cache=cache_bytes(model, rows, columns + new),
         passing=passing_bytes(model, rows, columns),
         copies=CACHED * cache_bytes(model, 1, copied),
+        kept=min(int(SPARE * free), cache_bytes(model, len(known), max(map(len, known)) + new)),
         process=0 if device.startswith("cuda") else psutil.Process().memory_info().rss,
         batch=f"{rows} prompts of up to {columns} tokens, {new} decoded",
         activations=activation_bytes(model, len(train), settings),
         collected=f"{len(train)} prompts x {len(positions)} position{'s' * (len(positions) > 1)} "
         f"x {model.n_layers} layers "
         f"x {model.d_model}",
-        free=free_memory(device, config.n_devices),
+        free=free,
         free_disk=shutil.disk_usage(Path()).free,
         batch_tokens=None if settings.batch_size else settings.batch_tokens,
         on_gpu=device.startswith("cuda"),
@@ -211,13 +219,6 @@ def activation_bytes(model: Model, n: int, settings: ReadSettings) -> int:
     """Return the size of the file that `collect` writes for `n` examples."""
     shapes = {name: (n, model.n_layers, model.d_model) for name in positions_of(settings)}
     return storage.TensorFile("", shapes).size
-
-
-def free_memory(device: str, n_devices: int = 1) -> int:
-    """Return the bytes that are free on a device now, on all of them where there are several."""
-    if device.startswith("cuda"):
-        return sum(torch.cuda.mem_get_info(i)[0] for i in range(n_devices))
-    return psutil.virtual_memory().available
 
 
 def human(n_bytes: int) -> str:

@@ -1,7 +1,8 @@
-"""What a run takes of a machine: threads."""
+"""What a run takes of a machine: threads, and memory to spare."""
 
 import os
 
+import psutil  # arrives with the accelerate that TransformerLens needs
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -9,6 +10,8 @@ from mera_tl.models.model import Model
 
 SMALL = 50_000_000
 """Parameters below which a second thread costs more than it brings."""
+SPARE = 1 / 8
+"""Share of the free memory that a run may fill with what it would else run again."""
 
 
 def choose_threads(model: Model) -> int:
@@ -25,3 +28,15 @@ def choose_threads(model: Model) -> int:
     torch.set_num_threads(max(1, threads))
     threadpool_limits(max(1, threads), user_api="blas")
     return max(1, threads)
+
+
+def free_memory(device: str, n_devices: int = 1) -> int:
+    """Return the bytes that are free on a device now, on all of them where there are several."""
+    if device.startswith("cuda"):
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(n_devices))
+    return psutil.virtual_memory().available
+
+
+def spare_memory(model: Model) -> int:
+    """Return the bytes beside a loaded model that a run may fill and would not miss."""
+    return int(SPARE * free_memory(str(model.device)))

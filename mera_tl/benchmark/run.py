@@ -42,7 +42,7 @@ from mera_tl.benchmark.duration import method_seconds
 from mera_tl.benchmark.elsewhere import paired_change, some_prompts
 from mera_tl.benchmark.pre_flight import Preflight, preflight
 from mera_tl.benchmark.records import decision_of, idle, scores, unlikely, versions
-from mera_tl.benchmark.resources import choose_threads
+from mera_tl.benchmark.resources import choose_threads, spare_memory
 from mera_tl.benchmark.shares import Shares, others_on_the_same
 from mera_tl.certificate.calibration import calibrate
 from mera_tl.certificate.certificate import Calibration
@@ -73,6 +73,7 @@ from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.reach import evaluate_reach
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes
 from mera_tl.tasks.loading import load_task
 from mera_tl.tasks.task import Splits, Task
 
@@ -135,6 +136,11 @@ class Run(methods.Run):
         where: Any = {"data_dir": config.data_dir, "trust_task_code": config.trust_task_code}
         names = parse_tasks(config.other_tasks)
         return {name: some_prompts(load_task(name, **where), config.seed) for name in names}
+
+    @cached_property
+    def passes(self) -> Passes:
+        """What prompts leave unsteered, kept while the run is open."""
+        return Passes(spare_memory(self.model))
 
     @cached_property
     def space(self) -> Space:
@@ -354,6 +360,7 @@ class Run(methods.Run):
             min_gain=self.config.min_gain,
             terms=self.terms(name),
             settings=self.read,
+            passes=self.passes,
         )
         decision = self.decide(name, certify)
         steerings = [candidates] if isinstance(candidates, Steering) else candidates

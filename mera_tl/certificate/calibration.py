@@ -31,6 +31,7 @@ from mera_tl.models.model import Model
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes
 from mera_tl.tasks import splitting
 from mera_tl.tasks.splitting import key_of
 from mera_tl.tasks.task import Calibration as CalibrationRole
@@ -48,13 +49,15 @@ def calibrate(
     min_gain: float = 0.0,
     delta: float | None = None,
     settings: ReadSettings | None = None,
+    passes: Passes | None = None,
 ) -> Calibration:
     """Steer held-out examples by every candidate, and certify one of them or abstain.
 
     Candidates are steerings that differ in whatever you like: thresholds, strengths, layers,
     directions. They must be fixed before a calibration outcome is seen. One steering without a
     threshold stands for the ten `DEFAULT_THRESHOLDS`. Of examples with the same text one is used,
-    by a seeded choice. `delta` is short for `Terms(delta=delta)`.
+    by a seeded choice. `delta` is short for `Terms(delta=delta)`. With the same `passes`, several
+    calibrations on the same examples run these unsteered once.
 
     Raises:
         ValueError: if the task is not a calibration split, a candidate moves nothing, or as
@@ -76,7 +79,8 @@ def calibrate(
     n_given, task = len(task), evidence_of(task, terms.seed, origins)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     asked, counts = [unsteered, *steerings], terms.metric == "correct"
-    base, *runs = evaluate_many(model, task, asked, settings=settings, decide=counts)
+    told: dict[str, Any] = {"settings": settings, "decide": counts, "passes": passes}
+    base, *runs = evaluate_many(model, task, asked, **told)
     about = setup_of(model, task, settings)
     decision = certify_outcomes(
         task, base, runs, candidates=descriptions, terms=terms, min_gain=min_gain, setup=about

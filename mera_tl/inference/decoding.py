@@ -255,6 +255,11 @@ class Decoding:
         """How many columns the cache holds."""
         return self._cache.previous_attention_mask.shape[1]
 
+    @property
+    def n_bytes(self) -> int:
+        """What the cache takes in memory."""
+        return sum(e.past_keys.nbytes + e.past_values.nbytes for e in self._cache.entries)
+
     def next(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_vocab"]:
         """Feed one token to every remaining row; return the logits that follow it."""
         columns = tokens[:, None]

@@ -28,6 +28,7 @@ from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive, Additive, Gated
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes
 from mera_tl.tasks.task import Task
 
 RAW = ResidualSpace()
@@ -217,6 +218,8 @@ class SearchData:
     space: Space = RAW
     known: Mapping[Candidate, Steering] = field(default_factory=dict)
     """Steerings of candidates that are made of no probe set."""
+    passes: Passes | None = None
+    """Unsteered passes that are shared with others who try candidates on the same examples."""
 
     def steering(self, candidate: Candidate) -> Steering:
         """Return a candidate's steering."""
@@ -239,9 +242,9 @@ class SearchData:
         gains = torch.full((len(candidates), len(self.task)), torch.nan, dtype=torch.double)
         steerings = [self.steering(each) for each in candidates]
         base, task = self.base.subset(torch.tensor(places)), self.task.subset(places)
-        runs = evaluate_many(
-            self.model, task, steerings, settings=self.settings, decide=self.metric == "correct"
-        )
+        told: dict[str, Any] = {"settings": self.settings, "passes": self.passes}
+        told["decide"] = self.metric == "correct"
+        runs = evaluate_many(self.model, task, steerings, **told)
         gains[:, places] = torch.stack([run.gain(base, self.metric) for run in runs])
         return gains
 

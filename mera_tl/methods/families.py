@@ -34,6 +34,7 @@ from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive, Gated, Proportional, Rule
 from mera_tl.steering.spaces import ClassSpace, ResidualSpace, Space, TransportSpace, UnitSpace
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes
 from mera_tl.tasks.task import Task, Train
 
 MOST_LAYERS = 8
@@ -223,10 +224,12 @@ def search_family(
     *,
     choices: Choices | None = None,
     settings: ReadSettings | None = None,
+    passes: Passes | None = None,
 ) -> Search:
     """Choose a family's layer, threshold and strength on training data.
 
-    Two thirds fit, the rest judges: a quarter of it all candidates, the whole the best dozen.
+    Two thirds fit, the rest judges: a quarter of it all candidates, the whole the best dozen. With
+    the same `passes`, several families run the examples that judge unsteered once.
 
     Raises:
         ValueError: as `search`.
@@ -243,7 +246,8 @@ def search_family(
     lesson = Lesson(model, task.subset(fit), learned, choices, settings, layers)
     steerings = dict(family(lesson))
     part = (task.subset(judge), activations.subset(torch.tensor(judge)))
-    data = SearchData(model, *part, {}, choices.metric, settings, known=steerings)
+    told: dict[str, Any] = {"known": steerings, "passes": passes}
+    data = SearchData(model, *part, {}, choices.metric, settings, **told)
 
     def trials(some: Sequence[Candidate], places: Sequence[int]) -> list[Trial]:
         return [Trial(*each) for each in zip(some, data.gains(some, places), strict=True)]

@@ -277,10 +277,12 @@ def _family(name: str, run: Run) -> Treatment:
     """Choose among a family's candidates on training data, certify one."""
 
     def certify() -> Calibration:
-        train, told = run.splits.train, {"choices": _choices(run), "settings": run.read}
+        train, choices = run.splits.train, _choices(run)
+        told: dict[str, Any] = {"choices": choices, "settings": run.read, "passes": run.passes}
         train.require_classes()
         found = search_family(FAMILIES[name], run.model, train, run.activations, **told)
-        return calibrate(run.model, run.splits.calibration, found.steering, **_terms_of(run, name))
+        terms = {**_terms_of(run, name), "passes": run.passes}
+        return calibrate(run.model, run.splits.calibration, found.steering, **terms)
 
     decision = run.decide(name, certify)
     chosen = decision.best.steering

@@ -18,6 +18,7 @@ from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes
 from mera_tl.tasks.task import Splits, Task
 
 Content = TypeVar("Content")
@@ -38,6 +39,8 @@ class Run(ABC):  # noqa: B024
     def splits(self) -> Splits: ...
     @property
     def activations(self) -> Activations: ...
+    @property
+    def passes(self) -> Passes: ...
     @property
     def space(self) -> Space: ...
     def terms(self, method: str) -> Terms: ...

@@ -38,3 +38,4 @@ from .spaces import TransportSpace as TransportSpace
 from .spaces import UnitSpace as UnitSpace
 from .steering import Steering as Steering
 from .trace import explain as explain
+from .unsteered import Passes as Passes

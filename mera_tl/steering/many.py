@@ -24,7 +24,6 @@ from mera_tl.inference.answers import (
     OptionTokens,
     Reading,
     ReadSettings,
-    about_to_answer,
     option_tokens,
     read_from,
     tokens_read,
@@ -39,6 +38,7 @@ from mera_tl.steering.hook import Positions, SteerHook, first_column, last_colum
 from mera_tl.steering.rules import Rule
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
+from mera_tl.steering.unsteered import Passes, Recorder, UnsteeredPass, unsteered_pass
 from mera_tl.tasks.task import Task
 
 CACHED = 4
@@ -53,12 +53,14 @@ def evaluate_many(
     *,
     settings: ReadSettings | None = None,
     decide: bool = False,
+    passes: Passes | None = None,
 ) -> list[Outcomes]:
     """Answer every example of a task under every steering; as `evaluate` with each one's hooks.
 
     A steering without a limit gives the unsteered outcomes, with every score in its scope read.
     With `decide`, answers are all that is asked for: under readout `options` probabilities are then
     rough, under `exact` replies end where they can be no answer any more, and much less is run.
+    `passes` keeps what prompts leave unsteered for later calls on the same model and examples.
 
     Raises:
         ValueError: as `evaluate`.
@@ -78,7 +80,7 @@ def evaluate_many(
         numbers = [i for i, each in enumerate(steerings) if each.space == space]
         stack = Stack(tuple(steerings[i] for i in numbers))
         prefix = None if stack.everywhere else Prefix.of(model, prompts, n_new)
-        batches = _Batch(model, stack, options, settings, prefix, decide)
+        batches = _Batch(model, stack, options, settings, prefix, decide, passes)
 
         def run(batch: list[int], batches: _Batch = batches) -> _Readings:
             return batches.read([prompts[i] for i in batch])
@@ -325,22 +327,6 @@ class _Pace:
 # --- one batch of prompts -----------------------------------------------------------------------
 
 
-class _Recorder:
-    """Hooks that keep the residual stream of an unsteered run, pass by pass."""
-
-    def __init__(self, layers: Sequence[int], n_columns: int | None) -> None:
-        self._n_columns = n_columns
-        self.windows: list[Window] = []
-        self.resid: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self.hooks = [(resid_post(layer), self._keep) for layer in layers]
-
-    def _keep(self, resid: Float[Tensor, "row pos d_model"], hook: Any) -> None:
-        if hook.layer() == next(iter(self.resid)):
-            self.windows.append(hook.ctx["window"])
-        kept = resid if self._n_columns is None else resid[:, -self._n_columns :].clone()
-        self.resid[hook.layer()].append(kept)
-
-
 _Heights = Mapping[tuple[int, _Scope], Tensor]
 """Per layer and scope the highest unsteered scores "when reader row": in the prompt, after it."""
 
@@ -375,37 +361,30 @@ class _Batch:
     settings: ReadSettings
     prefix: Prefix | None
     decide: bool
+    passes: Passes | None
 
     def read(self, prompts: Sequence[Sequence[int]]) -> _Readings:
         """Read every prompt under every steering."""
-        record = _Recorder(list(self.stack.layers), None if self.stack.everywhere else 1)
-        labels = torch.arange(len(prompts), device=self.model.device)
-        with torch.inference_mode(), hooked_pass(self.model, record.hooks):
-            decoding = Decoding(self.model, prompts, record.hooks, labels, self.prefix)
-            logits = decoding.prompt()
-            unsteered = decoding.fork(labels, record.hooks)
-            base = self._read(unsteered, logits)
-            answers = base.predictions.to(labels)
-            if self.settings.decodes:  # a reply may turn out otherwise than it began
-                answers = about_to_answer(decoding, logits, self.options, self.settings)
-        readings, rows = self._foreseen(base, record, answers)
+        start = self._unsteered(prompts)
+        readings, rows = self._foreseen(start)
         for chunk in self._chunks(rows, max(map(len, prompts))):
             some = rows.pick(chunk)
-            reading = self._run(some, record, decoding, logits, answers)
+            reading = self._run(some, start)
             for each in fields(Reading):
                 readings[each.name][some.steering, some.example] = getattr(reading, each.name)
         return readings
 
-    def _run(
-        self,
-        rows: _Rows,
-        record: _Recorder,
-        decoding: Decoding,
-        logits: Float[Tensor, "example d_vocab"],
-        answers: Int[Tensor, " example"],
-    ) -> Reading:
+    def _unsteered(self, prompts: Sequence[Sequence[int]]) -> UnsteeredPass:
+        """Run prompts without steering, unless that was done and kept."""
+        told = (self.model, prompts, self.options, self.settings, self.prefix, self.decide)
+        if self.passes is None or self.stack.everywhere:
+            return unsteered_pass(*told, list(self.stack.layers), whole=self.stack.everywhere)
+        return self.passes.of(*told)
+
+    def _run(self, rows: _Rows, start: UnsteeredPass) -> Reading:
         """Run rows that are first moved in the same layer."""
         hooks, layer = self.stack.hooks(rows.steering), int(rows.layer[0])
+        decoding, answers = start.decoding, start.answers
         here = rows.example.to(answers.device)
         with torch.inference_mode(), hooked_pass(self.model, hooks):
             labels = torch.arange(len(here), device=here.device)
@@ -415,9 +394,10 @@ class _Batch:
             fork.n_steerable += rows.n_below.to(here)
             fork.max_score = rows.score_below.to(fork.max_score)
             if layer == self.model.n_layers:
-                after = logits[here]
+                after = start.logits[here]
             else:
-                left, tokens = record.resid[layer][0], tokens_read(self.options, self.settings)
+                left = start.record.resid[layer][0]
+                tokens = tokens_read(self.options, self.settings)
                 after = fork.resume(layer, left[here] if wide else left[here, -1:], tokens)
             return self._read(fork, after)
 
@@ -442,11 +422,10 @@ class _Batch:
             size = min(size, LOGITS // self.model.d_vocab)
             yield from chosen.split(max(1, size))
 
-    def _foreseen(
-        self, base: Reading, record: _Recorder, answers: Int[Tensor, " row"]
-    ) -> tuple[_Readings, _Rows]:
+    def _foreseen(self, start: UnsteeredPass) -> tuple[_Readings, _Rows]:
         """Return all readings as if no row was moved, and the rows that are."""
-        heights, counts = self._heights(record, answers)
+        base, answers = start.base, start.answers
+        heights, counts = self._heights(start.record, answers)
         n = len(self.stack.steerings)
         same = {each.name: torch.stack([getattr(base, each.name)] * n) for each in fields(Reading)}
         found = []
@@ -478,7 +457,7 @@ class _Batch:
         return same, _Rows(*together)
 
     def _heights(
-        self, record: _Recorder, answers: Int[Tensor, " row"]
+        self, record: Recorder, answers: Int[Tensor, " row"]
     ) -> tuple[_Heights, Mapping[_Scope, Int[Tensor, "when row"]]]:
         """Return the highest scores, and how many tokens of each scope are in and after prompts."""
         scopes = {_scope(each) for each in self.stack.steerings}
