@@ -1,7 +1,8 @@
 """How long each method of a run will take, from the rate that its pre-flight measured.
 
 Counted in prompts that are run once. A threshold or a candidate that moves whole prompts costs one
-for each of them; one that moves the last token shares its prompt's run, and costs little.
+for each of them; one that moves the last token shares its prompt's run, and costs little. The first
+method that needs that run pays for all.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from mera_tl.benchmark.config import RunConfig, parse_tasks, parse_thresholds
 from mera_tl.benchmark.elsewhere import N_PROMPTS
 from mera_tl.inference.progress import seconds_of
-from mera_tl.methods.families import FAMILIES
+from mera_tl.methods.families import FAMILIES, MOST_TAUGHT
 from mera_tl.methods.race import Choices, planned_trials
 from mera_tl.methods.replying import ReplyChoices, planned_replies
 from mera_tl.methods.treatment import Method
@@ -23,10 +24,12 @@ EVERYWHERE = 4
 gradients, and where the best of each direction moves whole prompts."""
 FAMILY_TRIALS = 30
 """Candidates that a family tries on each judging example, on average."""
+FAMILY_PASSES = 1.25
+"""Unsteered passes of each judging example, which families share."""
 FIT_SECONDS = 1.4e-6
 """Of the paper's grid of probes, per layer and squared width, on one core."""
 READERS = ("flip", "class_probe", "withhold")
-"""Methods that read an unsteered pass."""
+"""Methods that read an unsteered pass of their own."""
 
 
 def method_seconds(
@@ -40,8 +43,8 @@ def method_seconds(
 ) -> dict[str, float]:
     """Estimate the seconds of every method, and those of what all share as `unsteered`.
 
-    `rate` is seconds a prompt, of `n_tokens` on average. What is kept already is not deducted; a
-    method that abstains saves the test.
+    `rate` is seconds a prompt, of `n_tokens` on average. What is in the folder already is not
+    deducted; a method that abstains saves the test.
     """
     n_train, n_calibration, n_test = (len(split) for split in splits)
     share = TRIAL_TOKENS / n_tokens
@@ -49,10 +52,19 @@ def method_seconds(
     thresholds = len(parse_thresholds(config.thresholds)) * (1.0 if whole else share)
     n_other = N_PROMPTS * len(parse_tasks(config.other_tasks))
     seconds = {"unsteered": rate * (n_train + n_test + n_other)}
+    families = [each.name for each in methods if each.name in FAMILIES]
+    passes_known = False
     for each in methods:
         search, fit = _searching(each, splits, model.n_layers, share), 0.0
+        if each.name in families[:1]:
+            search += FAMILY_PASSES * round(Choices().search_share * n_train)
         tried = 0.0 if each.name in READERS else 1.0 if search else thresholds
-        prompts = (n_calibration * (1 + tried) + n_other) * each.certifies
+        if each.name in FAMILIES:
+            tried = share
+        alone = each.name in READERS or (whole and not search)
+        unsteered = not (passes_known and not alone)
+        passes_known = passes_known or (each.certifies and not alone)
+        prompts = (n_calibration * (unsteered + tried) + n_other) * each.certifies
         prompts += n_test * (each.name != "no_steering")
         if each.name == "optimal_probe":
             fit = FIT_SECONDS * model.n_layers * model.d_model**2
@@ -72,6 +84,8 @@ def _searching(method: Method, splits: Splits, n_layers: int, share: float) -> f
     if method.name == "searched":
         trials = planned_trials(sum(choices.keep), n_judge, choices)
         return share * trials + EVERYWHERE * n_judge
+    if method.name == "learned_strength":
+        return (1 + share * FAMILY_TRIALS) * min(n_train - n_judge, MOST_TAUGHT)
     if method.name in FAMILIES:
-        return (share * FAMILY_TRIALS + 2) * n_judge
+        return share * FAMILY_TRIALS * n_judge
     return 0.0

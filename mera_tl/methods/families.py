@@ -190,9 +190,9 @@ def learned_strength(lesson: Lesson) -> Ways:
     activations, layers = lesson.activations, lesson.layers[1::2] or lesson.layers
     found = fit_directions(activations, lesson.ridge(), KINDS)
     some = lesson.first(MOST_TAUGHT)
-    for kind in KINDS:
+    taught = _best_strengths(some, [found[kind].vectors for kind in KINDS], layers)
+    for kind, targets in zip(KINDS, taught, strict=True):
         direction = found[kind].vectors
-        targets = _best_strengths(some, direction, layers)
         weights, bias = torch.zeros_like(direction), torch.zeros(len(direction))
         for layer, target in zip(layers, targets, strict=True):
             weights[layer], bias[layer] = _regress(some.resid[layer], target)
@@ -298,20 +298,22 @@ def eraser(
 
 
 def _best_strengths(
-    lesson: Lesson, direction: Float[Tensor, "layer d_model"], layers: Sequence[int]
-) -> Float[Tensor, "tried example"]:
+    lesson: Lesson, directions: Sequence[Float[Tensor, "layer d_model"]], layers: Sequence[int]
+) -> Float[Tensor, "direction tried example"]:
     """Return, for every layer and example, the strength of least error among a few and none."""
-    always = lesson.probe(torch.zeros_like(direction), torch.ones(len(direction)), "constant")
+    n = len(directions[0])
+    always = lesson.probe(torch.zeros_like(directions[0]), torch.ones(n), "constant")
     tried = [
         Steering(always, direction, Proportional(strength), layers=(layer,), positions="last")
-        for layer, strength in product(layers, STRENGTHS)
+        for direction, layer, strength in product(directions, layers, STRENGTHS)
     ]
     runs = evaluate_many(lesson.model, lesson.task, tried, settings=lesson.settings)
-    error = torch.stack([run.error for run in runs]).unflatten(0, (len(layers), len(STRENGTHS)))
+    shape = (len(directions), len(layers), len(STRENGTHS))
+    error = torch.stack([run.error for run in runs]).unflatten(0, shape)
     # No move is the first to be compared, and what is not better by a hundredth is not chosen.
-    unsteered = lesson.activations.error.expand(len(layers), 1, -1) - 0.01
+    unsteered = lesson.activations.error.expand(*shape[:2], 1, -1) - 0.01
     strengths = torch.tensor([0.0, *STRENGTHS])
-    return strengths[torch.cat([unsteered, error], dim=1).argmin(1)]
+    return strengths[torch.cat([unsteered, error], dim=2).argmin(2)]
 
 
 def _regress(
