@@ -280,7 +280,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     start = 0 if counts.empty else max(0, int(counts.min()) - CONTEXT)
     df = pd.DataFrame(df[df["pos"] >= start])
     if start:
-        note = f"without the first {start} tokens, where nothing is read or moved"
+        note = f"from token {start} on"
         caption = f"{caption}; {note}" if caption else note
     tokens = df.drop_duplicates("pos").sort_values("pos")
     titles = ("predicted error before", "predicted error after", "shift / residual norm")
@@ -312,7 +312,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     grey = tokens.loc[~tokens["valid"].astype(bool), "pos"].tolist()
     _grey_out(figure, grey)
     if grey:
-        note = "grey: tokens that the probe was not fitted to"
+        note = "grey: the probe was not fitted there"
         caption = f"{caption}; {note}" if caption else note
     figure.update_xaxes(tickvals=list(tokens["pos"]), showgrid=False, zeroline=False)
     figure.update_xaxes(ticktext=list(tokens["token"]), tickangle=-60, row=3, col=1)
