@@ -222,6 +222,18 @@ def test_lists_name_what_there_is(mera):
     printed = "".join(mera(*told).out for told in lists)
     for name in (*METHODS, "sms_spam", "mmlu_high_school", "google/gemma-2-2b-it"):
         assert name in printed
+    methods, tasks, models = (json.loads(mera(*told, "--json").out) for told in lists)
+    assert {*METHODS} <= {each["name"] for each in methods}
+    assert {"name": "sms_spam", "options": ["ham", "spam"]}.items() <= tasks[0].items()
+    assert "google/gemma-2-2b-it" in [each["name"] for each in models]
+
+
+def test_a_run_of_several_models_points_to_the_benchmark(mera, tmp_path):
+    told = ("-m", "organism,organism", "-t", "spam_cue", "-o", tmp_path / "run")
+    for command in ("run", "collect"):
+        said = mera(command, *told, code=2).err
+        assert "mera benchmark -m organism,organism" in " ".join(said.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_config_json_is_what_was_asked(mera, checkpoints, toy, tmp_path):

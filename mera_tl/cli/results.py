@@ -353,25 +353,37 @@ class Monitor:
 class Tasks:
     """List the tasks."""
 
+    json: bool = False
+    """Print JSON, with all that is known of each."""
+
     def __call__(self) -> None:
         from mera_tl.tasks.loading import describe_tasks
 
+        if self.json:
+            return terminal.print_json(describe_tasks())
         rows = [
             {"task": r["name"], "options": r["options"], "from": r["hub"] or r["plain"]}
             for r in describe_tasks()
         ]
-        console().print(terminal.rich_table(rows))
+        return console().print(terminal.rich_table(rows))
 
 
 @dataclass(frozen=True)
 class Methods:
     """List the methods."""
 
+    json: bool = False
+    """Print JSON, with what each works on."""
+
     def __call__(self) -> None:
         from mera_tl.methods.methods import METHODS
 
+        if self.json:
+            names = ("name", "about", "certifies", "in_latents", "on")
+            rows = [{name: getattr(each, name) for name in names} for each in METHODS.values()]
+            return terminal.print_json(rows)
         rows = [{"method": each.name, "is": each.about} for each in METHODS.values()]
-        console().print(terminal.rich_table(rows))
+        return console().print(terminal.rich_table(rows))
 
 
 @dataclass(frozen=True)
@@ -380,11 +392,15 @@ class Models:
 
     search: str = ""
     """Only those whose name or architecture contains this."""
+    json: bool = False
+    """Print JSON, of all that are found."""
 
     def __call__(self) -> None:
         from mera_tl.models.listing import describe_models
 
         found = describe_models(self.search)
+        if self.json:
+            return terminal.print_json(found)
         if not found:
             print(f"No model of the list has {self.search!r} in its name or architecture.")
         shown = found if self.search else found[:12]
@@ -394,6 +410,7 @@ class Models:
         if len(shown) < len(found):
             print(f"and {len(found) - len(shown):,} more: mera models --search llama")
         print("\nand any decoder-only model of the hub, Hugging Face folder or .gguf file")
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

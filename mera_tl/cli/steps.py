@@ -52,6 +52,11 @@ class Step(RunConfig):
 
     def each_task(self) -> list[tuple[RunConfig, Path]]:
         """Return the configuration and the folder of every task that was named, as --task a,b."""
+        if "," in self.model and not Path(self.model).exists():
+            raise ValueError(
+                f"--model {self.model} names several, and this takes one; `mera benchmark -m "
+                f"{self.model}` compares models."
+            )
         names, model = self.task.split(","), Path(self.model).name
         folders = [self.out or Path("runs") / f"{model}-{Path(self.task).stem}"]
         if len(names) > 1:
