@@ -8,7 +8,7 @@ from conftest import make_task, random_probe
 
 from mera_tl.inference import ReadSettings, collect, evaluate, prefix
 from mera_tl.models import load_model
-from mera_tl.steering import Adaptive, Steering, evaluate_many
+from mera_tl.steering import BACK, Adaptive, Steering, evaluate_many, evaluate_reach
 
 QUIET = ReadSettings(progress=False, batch_tokens=300)
 BEGINNING = "this is not a film : one two three four five six . "
@@ -59,6 +59,29 @@ def check(model, monkeypatch):
     for one, other in zip(activations, plain, strict=True):
         assert (one.resid("last") - other.resid("last")).abs().max() < 1e-4
     return n_once, n_anew
+
+
+def test_what_is_seen_of_a_steering_counts_a_shared_beginning(models, monkeypatch):
+    model, task = models["llama"], task_that_begins_alike()
+    probe = random_probe(model)
+    by_answer = torch.stack([probe.weights, -probe.weights.roll(1, 1)])
+    one = Steering(probe, rule=Adaptive(0.0), positions="last")
+    some = (one, replace(one, direction=by_answer), replace(one, positions="all"))
+    read = [replace(QUIET, readout=readout) for readout in ("options", "exact")]
+
+    def work():
+        told = [(each.fwd_hooks(), {"settings": r, "title": ""}) for each in some for r in read]
+        return [evaluate_reach(model, task, hooks, **rest)[1] for hooks, rest in told]
+
+    once, n_once = columns_run(model, work)
+    monkeypatch.setattr(prefix, "MIN_TOKENS", 1000)
+    anew, n_anew = columns_run(model, work)
+    for one, other in zip(once, anew, strict=True):
+        assert torch.equal(one.tokens, other.tokens) and one.tokens[:, :BACK].any()
+        assert torch.equal(one.moved, other.moved) and one.moved.any()
+        for name in ("before", "after", "length"):
+            assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-3), name
+    assert n_once < 0.9 * n_anew
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

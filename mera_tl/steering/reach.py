@@ -18,8 +18,9 @@ from torch import Tensor
 from mera_tl import storage
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Window
-from mera_tl.inference.evaluation import gather, run_batches, tokenize_task
+from mera_tl.inference.evaluation import gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
+from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model, resid_post
 from mera_tl.steering.hook import SteerHook, relative_shift
 from mera_tl.tasks.task import Task
@@ -127,13 +128,16 @@ def evaluate_reach(
         raise ValueError("There is no steering hook to look at; pass those of a Steering.")
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
-    prompts = tokenize_task(model, task, settings)
+    prompts, prefix = tokenize_task(model, task, settings), None
+    if moves_none_before_the_last(fwd_hooks):
+        prefix = Prefix.of(model, prompts, n_after(model, task, settings))
+    n_shared = 0 if prefix is None else len(prefix.tokens)
     looks: dict[int, _Look] = {}  # by the first example of a batch: a batch may be run again
 
     def run(batch: list[int]) -> Reading:
-        looks[batch[0]] = look = _Look(readers, len(batch), settings.n_new)
-        hooks = around(readers, fwd_hooks, look)
-        return read_batch(model, [prompts[i] for i in batch], options, settings, hooks)
+        looks[batch[0]] = look = _Look(readers, len(batch), settings.n_new, n_shared)
+        hooks, some = around(readers, fwd_hooks, look), [prompts[i] for i in batch]
+        return read_batch(model, some, options, settings, hooks, prefix=prefix)
 
     results = run_batches(prompts, run, settings, title)
     order = torch.tensor([i for batch, _ in results for i in batch]).argsort()
@@ -152,7 +156,10 @@ def evaluate_reach(
 class _Look:
     """What is seen of one batch."""
 
-    def __init__(self, readers: Sequence[SteerHook], n_rows: int, n_new: int) -> None:
+    def __init__(
+        self, readers: Sequence[SteerHook], n_rows: int, n_new: int, n_shared: int
+    ) -> None:
+        self._n_shared = n_shared
         self._place = {reader.layer: i for i, reader in enumerate(readers)}
         self._step = dict.fromkeys(self._place, 0)
         n_layers, width = len(readers), BACK + 1 + n_new
@@ -163,6 +170,12 @@ class _Look:
     def __call__(self, reader: SteerHook, into: Tensor, out: Tensor, window: Window) -> None:
         place, end = self._place[reader.layer], into.shape[1]
         waits = reader.per_answer and window.answers is None
+        if window.n_prompt and (waits or not reader.per_answer):
+            # What all prompts begin with was run before; it is further back than a row's own.
+            own = window.real.sum(-1).cpu()
+            back = (own[:, None] + torch.arange(self._n_shared)).flatten()
+            seen = (BACK - back).clamp(min=0)
+            self.tokens[place].index_add_(0, seen, torch.ones_like(seen))
         if waits:  # the answer is not known yet, so this part of the prompt is run once more
             end = 0 if reader.positions == "all" else end - 1
         elif window.n_prompt:
