@@ -11,7 +11,7 @@ from chromium import BROWSER, Chromium
 from conftest import run_in
 
 import mera_tl
-from mera_tl.live import Bench, Choices, open_bench, panel, replies, serve
+from mera_tl.live import Bench, Choices, effects, open_bench, panel, replies, serve
 from mera_tl.report import RunFolder
 from mera_tl.tasks import Example
 
@@ -77,6 +77,14 @@ def test_replies_are_those_of_generate(bench):
         assert list(replies(bench, prompt, choices)) == wanted
 
 
+def test_a_reply_in_use_is_not_forgotten_whatever_is_tried_after_it(bench):
+    before = {
+        replies(bench, bench.prompts[0], chosen(bench, strength=0.01 * i, rule="strength"))[0]
+        for i in range(2 * effects.KEPT)
+    }
+    assert len(before) == 1 and len(effects._REPLIES) == effects.KEPT
+
+
 def test_what_a_change_leaves_alone_is_not_run_again(bench):
     prompt, low = bench.prompts[7], chosen(bench, threshold=0.02, max_new_tokens=4)
     n, fed = len(bench.model.tokenize([prompt])[0]), []
@@ -138,6 +146,22 @@ def test_a_run_is_opened_with_what_it_certified_whatever_it_recommends(tmp_path,
     assert moved.certificate is None and moved.positions == "all"
     with pytest.raises(ValueError, match="changed: the model's weights"):
         open_bench(replace(bench.model, fingerprint="f00d"), run=tmp_path)
+
+
+def test_replies_to_a_scored_task_are_scored_as_in_its_run(tmp_path, bench):
+    told = {"train": "40", "calibration": "12", "test": "12", "reply_tokens": 8}
+    config = mera_tl.RunConfig(model="organism", task="ifeval_like_one_word", **told)
+    run_in(tmp_path, config, ["no_steering"])
+    found = open_bench(bench.model, run=tmp_path)
+    kept = mera_tl.storage.read_records(tmp_path / "outcomes" / "no_steering.jsonl")
+    for prompt, record in zip(found.prompts, kept, strict=True):
+        shown = panel(found, prompt, found.start)
+        assert shown.said.startswith("The reply ") and shown.tokens and shown.layers
+        assert shown.bars is None  # there is no option
+        assert shown.ledger.answers[0] == record["prediction"]
+        assert replies(found, prompt, found.start) == shown.ledger.replies
+    own = panel(found, "A prompt of my own.", found.start)
+    assert "Only a run's own prompts have a scorer" in own.said
 
 
 def test_a_saved_steering_is_read_as_it_was_certified(bench, splits, tmp_path):

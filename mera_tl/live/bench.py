@@ -28,6 +28,7 @@ from mera_tl.steering.directions import KINDS
 from mera_tl.steering.rules import Adaptive, Additive
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Positions, Steering
+from mera_tl.tasks.task import Example
 
 CERTIFIED, GIVEN = "as certified", "as given, not certified"
 """Names of a way that is a whole steering, and not a direction alone."""
@@ -70,8 +71,15 @@ class Bench:
     options: tuple[str, ...] = ()
     prompts: tuple[str, ...] = field(default=(), repr=False)
     settings: ReadSettings = ReadSettings(progress=False)
+    examples: Mapping[str, Example] = field(default_factory=dict, repr=False)
+    """Of a scored task, by prompt: replies to others have no scorer."""
     lock: Any = field(default_factory=Lock, repr=False)
     """Hooks are put on the one model that all readers share, so one at a time runs it."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether whole replies are scored, instead of options answered."""
+        return self.settings.readout == "reply"
 
     @property
     def start(self) -> Choices:
@@ -149,7 +157,8 @@ def open_bench(
     setup = getattr(steering.certificate, "setup", None) or {}
     settings = ReadSettings(progress=False, **(setup.get("readout") or {}))
     name = CERTIFIED if isinstance(steering.certificate, Calibration) else GIVEN
-    return Bench(model, {name: steering}, tuple(setup.get("options", ())), (), settings)
+    options = () if settings.readout == "reply" else tuple(setup.get("options", ()))
+    return Bench(model, {name: steering}, options, (), settings)
 
 
 def _of_run(model: Model | str | None, path: Path) -> Bench:
@@ -165,8 +174,10 @@ def _of_run(model: Model | str | None, path: Path) -> Bench:
     for space in (ResidualSpace(), _saes(run)):
         if space is not None:
             ways |= _fitted(activations, space)
-    prompts = tuple(e.prompt for e in run.splits.test.examples[:MOST_PROMPTS])
-    return Bench(run.model, ways, run.splits.test.options, prompts, run.read)
+    test = run.splits.test
+    some = {example.prompt: example for example in test.examples[:MOST_PROMPTS]}
+    told = ((), some) if test.scored else (test.options, {})
+    return Bench(run.model, ways, told[0], tuple(some), run.read, told[1])
 
 
 def _fitted(activations: Any, space: Space) -> dict[str, Steering]:

@@ -29,7 +29,7 @@ class Panel:
     said: str
     """What changed, in a sentence."""
     bars: go.Figure | None = None
-    """P(option) before and after; None without options or probe."""
+    """P(option) before and after; None without options or probe, or where replies are scored."""
     layers: go.Figure | None = None
     """Predicted error by layer, before and after, at the token where the probe may be asked."""
     tokens: go.Figure | None = None
@@ -49,17 +49,23 @@ def panel(
     """
     _require_prompt(prompt)
     options = bench.options if options is None else options
-    if not bench.ways or len(options) < 2:
+    example = Example(0, prompt, options, 0)
+    if bench.scored:
+        example = bench.examples.get(prompt)
+    if not bench.ways or (not bench.scored and len(options) < 2):
         return Panel("Without a probe and options there are replies only.")
+    if example is None:
+        return Panel("Only a run's own prompts have a scorer; of others there are replies only.")
     key = (bench, prompt, options, choices)
     shown = _PANELS.get(key)
     if shown is None:
         with bench.lock:
-            ledger = _ledger(bench, Example(0, prompt, options, 0), choices)
+            ledger = _ledger(bench, example, choices)
             frame = ledger.frame()
+            bars = None if bench.scored else plots.option_bars(ledger.options, *ledger.probs)
             shown = Panel(
                 _said(ledger),
-                plots.option_bars(ledger.options, *ledger.probs),
+                bars,
                 plots.error_by_layer(frame),
                 plots.ledger(frame, title="Token by token"),
                 ledger,
@@ -77,15 +83,18 @@ def replies(bench: Bench, prompt: str, choices: Choices) -> tuple[str, str]:
     _require_prompt(prompt)
     with bench.lock:
         steering, n = bench.steering(choices), choices.max_new_tokens
+        if bench.scored:  # what is shown is what is scored
+            n = bench.settings.reply_tokens
         wanted = [None] if steering is None else [None, choices]
         keys = [(bench, prompt, n, each) for each in wanted]
-        missing = [key for key in keys if key not in _REPLIES]
+        known = {key: _REPLIES[key] for key in keys if key in _REPLIES}
+        missing = [key for key in keys if key not in known]
         if missing:
             steerings = [None if key[-1] is None else steering for key in missing]
-            texts = _reply(bench, prompt, steerings, n)
-            for key, text in zip(missing, texts, strict=True):
-                _keep(_REPLIES, key, text)
-        return _REPLIES[keys[0]], _REPLIES[keys[-1]]
+            known |= zip(missing, _reply(bench, prompt, steerings, n), strict=True)
+        for key in keys:  # the last to be forgotten, both of them
+            _keep(_REPLIES, key, known[key])
+        return known[keys[0]], known[keys[-1]]
 
 
 def _require_prompt(prompt: str) -> None:
@@ -188,6 +197,9 @@ def _said(ledger: Ledger) -> str:
         change = f"The answer stays {after or 'none'}" + (
             f", {sure[0]}, then {sure[1]}" * bool(after)
         )
+    if ledger.replies != (None, None):
+        stays = before == after
+        change = f"The reply stays {after}" if stays else f"The reply was {before} and is {after}"
     moved = "nothing is moved"
     if ledger.fired:
         moved = (

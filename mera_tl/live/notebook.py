@@ -65,13 +65,15 @@ def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:
     start = bench.start
     first = bench.prompts[0] if bench.prompts else ""
     layers = [(str(n), n) for n in range(bench.model.n_layers)]
+    # Replies to a scored task have no options, and the length at which they are scored.
+    own = {"display": "none"} if bench.scored else {}
     # Sliders report when they are let go, text when it is left: a pass is not for every key.
     return {
         "prompt": widgets.Textarea(
             first if prompt is None else prompt, description="prompt", continuous_update=False
         ),
         "options": widgets.Text(
-            ", ".join(bench.options), description="options", continuous_update=False
+            ", ".join(bench.options), description="options", continuous_update=False, layout=own
         ),
         "way": widgets.Dropdown(
             options=[("none", ""), *((w, w) for w in bench.ways)],
@@ -95,6 +97,6 @@ def _controls(widgets: Any, bench: Bench, prompt: str | None) -> dict[str, Any]:
             description="tokens",
         ),
         "n": widgets.IntSlider(
-            16, min=4, max=64, step=4, description="reply", continuous_update=False
+            16, min=4, max=64, step=4, description="reply", continuous_update=False, layout=own
         ),
     }

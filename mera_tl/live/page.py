@@ -9,6 +9,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -37,7 +38,7 @@ textarea { min-height: 8rem; resize: vertical; }
 #said { font-size: 1.15rem; font-weight: 600; margin: .3rem 0; }
 #wrong { color: var(--stop); } .choice label { display: flex; gap: .4rem; }
 button.again { margin: .4rem .4rem 0 0; }
-.tokens { overflow-x: auto; }
+.tokens { overflow-x: auto; } [hidden] { display: none !important; }
 .dash-slider-mark { color: var(--soft) !important; }
 @media (max-width: 760px) { #page, .figures { grid-template-columns: minmax(0, 1fr); } }
 :root { --Dash-Fill-Inverse-Strong: var(--page); --Dash-Text-Primary: var(--ink);
@@ -132,7 +133,7 @@ def _layout(bench: Bench) -> Any:
     from dash import html
 
     head = html.H1(f"{bench.model.name}, steered live")
-    sides = [html.Div(_controls(bench), id="controls"), html.Div(_shown(), id="shown")]
+    sides = [html.Div(_controls(bench), id="controls"), html.Div(_shown(bench), id="shown")]
     note = (
         "Predictions are shown only at tokens to which the probe was fitted. A certificate "
         "covers the direction that says so, at its own threshold and layers, and nothing else."
@@ -148,13 +149,18 @@ def _controls(bench: Bench) -> list[Any]:
     marks = {i: f"{t:g}" for i, t in enumerate(THRESHOLDS) if t in marked}
     rules = {"threshold": "as far as the threshold asks", "strength": "by a fixed length"}
     prompt = bench.prompts[0] if bench.prompts else ""
+    # An input box would show a slider's step, not the threshold.
+    slider = partial(dcc.Slider, allow_direct_input=False)
     controls: list[Any] = [
         html.Label("Prompt", htmlFor="prompt"),
         dcc.Textarea(id="prompt", value=prompt),
         html.Button("Run", id="read", className="again"),
         html.Button("Another example", id="next", className="again", disabled=not bench.prompts),
-        html.Label("Options, with commas between", htmlFor="options"),
-        dcc.Input(id="options", value=", ".join(bench.options), debounce=True),
+        html.Label("Options, with commas between", htmlFor="options", hidden=bench.scored),
+        html.Div(
+            dcc.Input(id="options", value=", ".join(bench.options), debounce=True),
+            hidden=bench.scored,
+        ),
         html.Div("Direction", className="label"),
         dcc.Dropdown([*bench.ways], start.way or None, id="way", placeholder="none"),
         html.Div("Layers", className="label"),
@@ -162,21 +168,21 @@ def _controls(bench: Bench) -> list[Any]:
         html.Div("Move", className="label"),
         dcc.RadioItems(rules, "threshold", id="rule", className="choice"),
         html.Div(["Threshold ", html.Span(id="at")], className="label"),
-        dcc.Slider(0, len(THRESHOLDS) - 1, 1, value=step, marks=marks, id="threshold"),
+        slider(0, len(THRESHOLDS) - 1, 1, value=step, marks=marks, id="threshold"),
         html.Div("Strength, in residual norms", className="label"),
-        dcc.Slider(0, 2, 0.05, value=0.1, marks={0: "0", 1: "1", 2: "2"}, id="strength"),
+        slider(0, 2, 0.05, value=0.1, marks={0: "0", 1: "1", 2: "2"}, id="strength"),
         html.Div("Tokens", className="label"),
         dcc.RadioItems(POSITIONS, start.positions, id="positions", className="choice"),
-        html.Div("Tokens of a reply", className="label"),
-        dcc.Slider(4, 64, 4, value=16, marks={4: "4", 32: "32", 64: "64"}, id="n"),
+        html.Div("Tokens of a reply", className="label", hidden=bench.scored),
+        html.Div(
+            slider(4, 64, 4, value=16, marks={4: "4", 32: "32", 64: "64"}, id="n"),
+            hidden=bench.scored,
+        ),
     ]
-    for control in controls:
-        if "Slider" in type(control).__name__:
-            control.allow_direct_input = False  # its box would show the step, not the threshold
     return controls
 
 
-def _shown() -> list[Any]:
+def _shown(bench: Bench) -> list[Any]:
     from dash import dcc, html
 
     live: dict[str, Any] = {"aria-live": "polite"}
@@ -185,7 +191,11 @@ def _shown() -> list[Any]:
         html.P(id="said", **live),
         html.P(id="wrong", role="alert"),
         html.Div(
-            [dcc.Graph(id="bars", **graph), dcc.Graph(id="by-layer", **graph)], className="figures"
+            [
+                html.Div(dcc.Graph(id="bars", **graph), hidden=bench.scored),
+                html.Div(dcc.Graph(id="by-layer", **graph)),
+            ],
+            className="figures",
         ),
         html.Div(
             [
