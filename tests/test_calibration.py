@@ -349,6 +349,21 @@ def test_only_the_calibration_split_certifies(spoken):
     assert decision.setup["data"] == split.data_hash and decision.setup["task"] == "toy"
 
 
+def test_texts_of_which_only_what_differs_is_cut_off_are_one(spoken):
+    model, split, steering = spoken
+    long = " ".join(["red"] * 200)
+    texts = [f"{long} {word}" for word in ("one", "two", "three")]
+    copies = (
+        dataclasses.replace(split.examples[i], prompt=f"question : {text} ? answer :", text=text)
+        for i, text in enumerate(texts)
+    )
+    mixed = dataclasses.replace(split, examples=(*copies, *split.examples[3:]))
+    settings = dataclasses.replace(QUIET, truncate=True)
+    decision = calibrate(model, mixed, steering.at(0.3), settings=settings)
+    assert (decision.n, decision.unused) == (18, 2)
+    assert calibrate(model, split, steering.at(0.3), settings=settings).n == 20  # control
+
+
 def test_hooks_are_those_of_the_certified_candidate_and_of_no_other(spoken):
     model, split, steering = spoken
     candidates = [

@@ -24,7 +24,7 @@ from mera_tl.certificate.evidence import Evidence
 from mera_tl.certificate.terms import DEFAULT_THRESHOLDS, Terms
 from mera_tl.inference.activations import rows_fitted
 from mera_tl.inference.answers import ReadSettings, option_tokens
-from mera_tl.inference.evaluation import check_call
+from mera_tl.inference.evaluation import check_call, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.identity import identity_of
 from mera_tl.models.model import Model
@@ -76,7 +76,8 @@ def calibrate(
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run
     origins = [each.probe.manifest for each in steerings]
-    n_given, task = len(task), evidence_of(task, terms.seed, origins)
+    n_given = len(task)
+    task = evidence_of(task, terms.seed, origins, model=model, settings=settings)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
     asked, counts = [unsteered, *steerings], terms.metric == "correct"
     told: dict[str, Any] = {"settings": settings, "decide": counts, "passes": passes}
@@ -167,11 +168,17 @@ def distinct(texts: Sequence[str], seed: int) -> list[int]:
 
 
 def evidence_of(
-    task: Task[CalibrationRole], seed: int, origins: Iterable[Mapping[str, Any]]
+    task: Task[CalibrationRole],
+    seed: int,
+    origins: Iterable[Mapping[str, Any]],
+    *,
+    model: Model,
+    settings: ReadSettings,
 ) -> Task[CalibrationRole]:
     """Return the examples of a calibration split that are evidence: one of each text.
 
-    `origins` are manifests of the probes that are to be certified.
+    `origins` are manifests of the probes that are to be certified. Texts of which only what differs
+    is cut off are one.
 
     Raises:
         ValueError: if it is another split, or a probe was fitted to some of it.
@@ -189,7 +196,11 @@ def evidence_of(
                 f"{min(seen)}, ...), so these are no evidence; fit it on task.split(...).train, of "
                 "the same split and seed."
             )
-    return task.subset(distinct([example.key for example in task.examples], seed))
+    task = task.subset(distinct([example.key for example in task.examples], seed))
+    if settings.truncate:
+        prompts = [str(tokens) for tokens in tokenize_task(model, task, settings)]
+        task = task.subset(splitting.distinct(prompts, seed))
+    return task
 
 
 def setup_of(model: Model, task: Task[Any], settings: ReadSettings) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def certify_class_probe(
 ) -> Calibration:
     """Certify on held-out examples that the classifier beats the model, or abstain."""
     settings = settings or ReadSettings()
-    task = evidence_of(task, terms.seed, [probe.manifest])
+    task = evidence_of(task, terms.seed, [probe.manifest], model=model, settings=settings)
     read = collect(model, task, settings=settings)
     return certify_outcomes(
         task,

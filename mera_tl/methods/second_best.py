@@ -87,7 +87,8 @@ def certify_flip(
 ) -> Calibration:
     """Certify the one flip that was chosen, on held-out examples, or abstain."""
     settings = settings or ReadSettings()
-    task = evidence_of(task, terms.seed, [found.steering.probe.manifest])
+    origins = [found.steering.probe.manifest]
+    task = evidence_of(task, terms.seed, origins, model=model, settings=settings)
     base = evaluate(model, task, reading_hooks(found.steering), settings=settings, title="flip")
     threshold = found.chosen.threshold
     return certify_outcomes(

@@ -60,7 +60,8 @@ def certify_trust(
         ValueError: if the task is not a calibration split, or as `evaluate`.
     """
     settings = settings or ReadSettings()
-    task = evidence_of(task, terms.seed, [steering.probe.manifest])
+    origins = [steering.probe.manifest]
+    task = evidence_of(task, terms.seed, origins, model=model, settings=settings)
     probe, (layer,) = steering.probe, steering.layer_numbers
     seen = predicted_error(probe.score(learned.resid("last"))[layer])
     right = learned.correct.numpy()
