@@ -234,7 +234,7 @@ def kept(
             shared = cache / fingerprint(key())
             if not (shared / last).exists():
                 make(shared)
-            _link(shared, folder, last)
+            link(shared, folder, last)
     try:
         return load(folder)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -243,7 +243,7 @@ def kept(
         ) from None
 
 
-def _link(source: Path, folder: Path, last: str) -> None:
+def link(source: Path, folder: Path, last: str) -> None:
     """Link a folder's files into another, or copy them across file systems; `last` comes last."""
     names = {path.name for path in source.iterdir() if not path.name.endswith(".tmp")} - {last}
     for name in (*sorted(names), last):

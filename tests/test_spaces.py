@@ -1,5 +1,6 @@
 """The laws of SAE space, on tiny SAEs of every architecture and on the organism's own."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -411,7 +412,11 @@ def test_the_organisms_saes_explain_it_and_noise_does_not():
     assert bad["recovered"] < good.loc[1, "recovered"]
 
 
-def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path):
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path, monkeypatch):
     from mera_tl.sae import TrainOptions, train_saes
 
     model, task = models["llama"], make_task(60)
@@ -430,5 +435,15 @@ def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path)
     assert explained["long"] > explained["short"] + 0.2
     activations = collect(model, task, settings=QUIET)
     assert fit_latent_probe(activations, space).weights.shape == (model.n_layers, 4 * WIDTH)
+    # A training that is killed while it writes leaves none, and no mixture.
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "link", interrupted)
+        train_saes(model, task, (1,), tmp_path / "long", options=short, settings=QUIET)
+    with pytest.raises(ValueError, match="no SAE"):
+        load_saes(tmp_path / "long", "all", model)
+    train_saes(model, task, (1,), tmp_path / "long", options=short, settings=QUIET)
+    again = load_saes(tmp_path / "long", "all", model).saes[1].W_dec
+    assert torch.equal(again, load_saes(tmp_path / "short", "all", model).saes[1].W_dec)
+    assert not list((tmp_path / "long").glob(".*"))
     with pytest.raises(ValueError, match="numbered 0 to 2"):
         train_saes(model, task, (3,), tmp_path, options=short, settings=QUIET)

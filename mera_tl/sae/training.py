@@ -5,6 +5,7 @@ are scaled to a norm of sqrt(d_model) on average while training; the scale is fo
 latents are read from raw activations.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mera_tl import storage
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.decoding import left_pad
 from mera_tl.inference.evaluation import run_batches, tokenize_task
@@ -46,6 +48,7 @@ def train_saes(
             f"layers={layers} but {model.name} has {model.n_layers} layers, numbered 0 to "
             f"{model.n_layers - 1}; choose among them."
         )
+    storage.require_folder(Path(out))
     prompts = tokenize_task(model, task, settings)
     paths = []
     for layer in layers:
@@ -60,10 +63,18 @@ def train_saes(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed * 1000 + layer)
             sae = _train(model, resid, layer, options)
-        path.mkdir(parents=True, exist_ok=True)
-        sae.save_inference_model(path)
+        _save(sae, path)
         paths.append(path)
     return paths
+
+
+def _save(sae: Any, path: Path) -> None:
+    """Write an SAE whole or not at all, in the place of an earlier one."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
+        sae.save_inference_model(scratch)
+        storage.reopen(path / "cfg.json")
+        storage.link(Path(scratch), path, "cfg.json")
 
 
 def hold_out(task: Task[Any]) -> tuple[Task[Any], Task[Any]]:
