@@ -6,10 +6,8 @@ calibration split tests that one model against the unchanged one, with the whole
 steering. Expected: the most gain where labels are many, at the price of other weights to serve and
 of what the adapter does elsewhere, which nothing here measures.
 
-The committed result has `--steps 20 --rates 3e-3` only: 45 s of processor time, one split.
-
 It needs peft, which is no dependency: `pip install --target peft peft`, then put that folder on
-PYTHONPATH. Five minutes of processor time a split for a Llama of six million weights.
+PYTHONPATH. Eight minutes of processor time a split for a Llama of six million weights.
 
     python -m experiments.lora --model M --data-dir D --template F
 """
