@@ -97,6 +97,20 @@ def test_replies_end_at_stop_texts_and_do_not_depend_on_the_batch(models):
     assert cut == replies[0][: replies[0].index(word)]
 
 
+def test_replies_are_drawn_as_a_task_asks_and_what_is_not_applied_is_said(models, caplog):
+    lm = SteeredLM(models["llama"], steering_of(models["llama"]))
+
+    def replies(**told):
+        told = {"until": [], "max_gen_toks": 6, **told}
+        return lm.generate_until(requests("generate_until", [(p, told) for p in PROMPTS]))
+
+    hot = {"do_sample": True, "temperature": 2.0}
+    assert replies(**hot, top_k=1) == replies(**hot, top_p=1e-6) == replies(do_sample=False)
+    assert replies(**hot) != replies(do_sample=False) and not caplog.records
+    replies(num_beams=4)
+    assert "asks for num_beams, which is not applied" in caplog.text
+
+
 def test_steering_by_the_answer_needs_its_options(models):
     model, task = models["llama"], make_task(4)
     steering = replace(steering_of(model), direction=torch.randn(2, 3, 32), rule=Adaptive(-3.0))

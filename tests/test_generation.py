@@ -12,7 +12,9 @@ import mera_tl
 from mera_tl import Additive, Steering, generate
 from mera_tl.cli import carried
 from mera_tl.inference import ReadSettings
+from mera_tl.steering import Sampling, reply_to
 
+QUIET = ReadSettings(progress=False)
 PROMPTS = [example.prompt for example in make_task(6).examples]
 
 
@@ -49,6 +51,25 @@ def test_draws_follow_the_seed_and_are_shared_by_steered_and_unsteered(models, s
     twice = generate(model, PROMPTS[:1] * 4, **options, seed=0)
     assert twice[0].tokens == plain[0].tokens
     assert len({r.tokens for r in twice}) > 1  # a prompt that comes again gets another draw
+
+
+@pytest.mark.parametrize("kept", [{"top_k": 3}, {"top_p": 0.2}])
+def test_draws_among_the_likeliest_are_of_these_alone(models, kept):
+    model = models["llama"]
+    (prompt,) = model.tokenize(PROMPTS[:1])
+    ids = torch.tensor([prompt])
+    probs = model.next_token_logits(ids, torch.ones_like(ids)).softmax(-1)[0]
+    order = probs.argsort(descending=True)
+    n = kept.get("top_k") or int((probs[order].cumsum(0) < kept["top_p"]).sum()) + 1
+    sampling = Sampling(1, 1.0, **kept)
+    rows = reply_to(model, [prompt] * 600, [], sampling, settings=QUIET)
+    first = torch.tensor([row.tokens[0] if row.tokens else model.eos_ids[0] for row in rows])
+    share = torch.bincount(first, minlength=len(probs))[order[:n]] / 600
+    assert share.sum() == 1 and n < len(probs) / 4
+    expected = probs[order[:n]] / probs[order[:n]].sum()
+    assert (share - expected).abs().max() < 4 * 0.5 / 600**0.5
+    with pytest.raises(ValueError, match="top_p=0"):
+        Sampling(top_p=0.0)
 
 
 def test_draws_have_the_probabilities_of_the_model(models):

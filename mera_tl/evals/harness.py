@@ -4,6 +4,7 @@ The harness's own models put hooks on without saying where a prompt ends or whic
 padding, so numbers change with the batch size. Here every request is read as in `evaluate`.
 """
 
+import logging
 from typing import Any
 
 from mera_tl.evals.likelihood import Continuation, log_likelihoods
@@ -23,6 +24,8 @@ except ImportError as error:
 
 MAX_NEW_TOKENS = 256
 """Of a reply whose task names no length; the harness's own default."""
+_APPLIED = {"until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks"}
+logger = logging.getLogger(__name__)
 
 
 class SteeredLM(TemplateLM):
@@ -137,10 +140,15 @@ class SteeredLM(TemplateLM):
 
 
 def _sampling(kwargs: dict[str, Any]) -> Sampling:
+    """Return how a task wants its replies drawn; warn of what it asks for and does not get."""
+    if other := sorted(kwargs.keys() - _APPLIED):
+        logger.warning("The task asks for %s, which is not applied.", ", ".join(other))
     until = kwargs.get("until") or ()
     samples = kwargs.get("do_sample", bool(kwargs.get("temperature")))
     return Sampling(
         max_new_tokens=int(kwargs.get("max_gen_toks", MAX_NEW_TOKENS)),
         temperature=float(kwargs.get("temperature", 1.0)) if samples else 0.0,
         stop=(until,) if isinstance(until, str) else tuple(until),
+        top_k=int(kwargs.get("top_k") or 0),
+        top_p=float(kwargs.get("top_p") or 1.0),
     )

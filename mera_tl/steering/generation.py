@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
@@ -77,12 +78,21 @@ class Sampling:
     """Of the random numbers of every prompt."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply; they are no part of it."""
+    top_k: int = 0
+    """Draw among so many of the most likely tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the most likely tokens that have this probability together, at least."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} and temperature={self.temperature} must be "
                 "at least 1 and a finite number from 0 on."
+            )
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_k={self.top_k} and top_p={self.top_p} must be 0 or more, and above 0 and at "
+                "most 1."
             )
 
 
@@ -252,7 +262,7 @@ def _decode(
         logits = decoding.prompt_again(answers)
     for step in range(sampling.max_new_tokens):
         here = [rows[i] for i in decoding.rows.tolist()]
-        emitted = _choose(logits, here, sampling.temperature)
+        emitted = _choose(logits, here, sampling)
         log_probs = logits.float().log_softmax(-1).gather(1, emitted[:, None])[:, 0].tolist()
         ends = decoding.is_end(emitted).tolist()
         going = []
@@ -270,12 +280,18 @@ def _decode(
 
 
 def _choose(
-    logits: Float[Tensor, "batch d_vocab"], rows: Sequence[Row], temperature: float
+    logits: Float[Tensor, "batch d_vocab"], rows: Sequence[Row], sampling: Sampling
 ) -> Int[Tensor, " batch"]:
-    if not temperature:
+    if not sampling.temperature:
         return logits.argmax(-1)
     noise = torch.stack([row.gumbel(logits.shape[-1]) for row in rows]).to(logits.device)
-    return (logits.double() / temperature + noise).argmax(-1)
+    scores: Any = logits.double() / sampling.temperature
+    ids: Any = None  # transformers' filters do not look at what was said
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(ids, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
+    return (scores + noise).argmax(-1)
 
 
 def _is_stopped(model: Model, row: Row, stop: Sequence[str]) -> bool:
