@@ -7,9 +7,12 @@ steering. Expected: the most gain where labels are many, at the price of other w
 of what the adapter does elsewhere, which nothing here measures.
 
 It needs peft, which is no dependency: `pip install --target peft peft`, then put that folder on
-PYTHONPATH. Eight minutes of processor time a split for a Llama of six million weights.
+PYTHONPATH. Eight minutes of processor time a split for a Llama of seven million weights; half an
+hour for SmolLM2.
 
     python -m experiments.lora --model M --data-dir D --template F
+    python -m experiments.lora --model smollm2 --data-dir D --rows None --train 150 \\
+        --calibration 100 --test 150 --seeds 0 --batch 4 --steps 50 100 200
 """
 
 import random
