@@ -393,7 +393,7 @@ def test_a_long_prompt_is_drawn_from_where_something_is_read_or_moved():
     long = pd.DataFrame(rows).assign(valid=lambda df: df["pos"] == 39)
     figure = plots.ledger(long, title="Row 7")
     assert list(figure.layout.xaxis3.ticktext) == [f"t{pos}" for pos in range(31, 40)]
-    assert "without the first 31 tokens" in figure.layout.title.subtitle.text
+    assert "from token 31 on" in figure.layout.title.subtitle.text
     long.loc[long["pos"] == 20, "shift"] = 0.1  # what is moved is shown, valid or not
     assert plots.ledger(long, title="Row 7").layout.xaxis3.ticktext[0] == "t12"
     for whole in (long.assign(valid=True), long.assign(valid=False, shift=0.0)):
