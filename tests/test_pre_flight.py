@@ -7,7 +7,9 @@ import pytest
 from conftest import arguments, make_task, organism, write_task
 
 from mera_tl.benchmark import Preflight, RunConfig, open_run, preflight, run
+from mera_tl.benchmark.duration import FAMILY_PASSES
 from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.methods import Choices
 from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
 
@@ -113,7 +115,7 @@ def test_a_run_says_what_is_wrong_wherever_it_is_shown(mera, checkpoints, tmp_pa
 
 def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
     sizes = {"train": "300", "calibration": "100", "test": "50"}
-    asked = ["no_steering", "optimal_probe", "flip", "searched"]
+    asked = ["no_steering", "optimal_probe", "flip", "searched", "affine", "rotation"]
     prompts = {}
     for positions in ("all", "last"):
         config = RunConfig(
@@ -124,7 +126,12 @@ def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
             assert seconds["unsteered"] == pytest.approx((300 + 50) * rate)
             assert seconds["flip"] == pytest.approx((100 + 50) * rate)
             assert not seconds["no_steering"]
-            assert 1 >= seconds["searched"] - (2 * 100 + 50) * rate > 0
+            unsteered = 100 if positions == "all" else 0  # the first to need that run has paid
+            assert 1 >= seconds["searched"] - (unsteered + 100 + 50) * rate > 0
+            judged = round(Choices().search_share * 300)
+            saved = seconds["affine"] - seconds["rotation"]
+            assert saved == pytest.approx(FAMILY_PASSES * judged * rate)
+            assert seconds["rotation"] < seconds["flip"] + 100 * rate
             prompts[positions] = seconds["optimal_probe"] / rate
     assert prompts["all"] > 11 * 100 + 50 > 3 * prompts["last"] > 3 * 150
 

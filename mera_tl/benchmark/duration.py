@@ -53,7 +53,7 @@ def method_seconds(
     n_other = N_PROMPTS * len(parse_tasks(config.other_tasks))
     seconds = {"unsteered": rate * (n_train + n_test + n_other)}
     families = [each.name for each in methods if each.name in FAMILIES]
-    passes_known = False
+    is_shared = False  # once a method has run the calibration examples for all that follow
     for each in methods:
         search, fit = _searching(each, splits, model.n_layers, share), 0.0
         if each.name in families[:1]:
@@ -61,9 +61,9 @@ def method_seconds(
         tried = 0.0 if each.name in READERS else 1.0 if search else thresholds
         if each.name in FAMILIES:
             tried = share
-        alone = each.name in READERS or (whole and not search)
-        unsteered = not (passes_known and not alone)
-        passes_known = passes_known or (each.certifies and not alone)
+        shares = each.certifies and each.name not in READERS and (search > 0 or not whole)
+        unsteered = 0 if shares and is_shared else 1
+        is_shared = is_shared or shares
         prompts = (n_calibration * (unsteered + tried) + n_other) * each.certifies
         prompts += n_test * (each.name != "no_steering")
         if each.name == "optimal_probe":

@@ -16,11 +16,13 @@ import torch
 
 from mera_tl import storage
 from mera_tl.benchmark.config import RunConfig
+from mera_tl.benchmark.duration import FAMILY_PASSES
 from mera_tl.benchmark.resources import SPARE, free_memory
 from mera_tl.benchmark.run import Run
 from mera_tl.inference.activations import positions_of
 from mera_tl.inference.answers import ReadSettings, by_length
 from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.methods.race import Choices
 from mera_tl.models.loading import load_model, require_devices
 from mera_tl.models.model import Model
 from mera_tl.steering.many import CACHED
@@ -45,7 +47,8 @@ class Estimate:
     copies: int
     """Caches of their own for the prompts that a search moves as a whole."""
     kept: int
-    """What calibration examples leave unsteered, kept for all methods; less where there is less."""
+    """What examples that choose and certify leave unsteered, kept for all methods; less where there
+    is less."""
     process: int
     """Python and its libraries, where they share the device's memory."""
     batch: str
@@ -125,7 +128,7 @@ class Estimate:
             ("cache of a batch", self.cache, self.batch),
             ("passing activations", self.passing, "of the same batch"),
             ("copies of caches", self.copies, "where a search moves whole prompts"),
-            ("kept for reuse", self.kept, "of calibration examples, for all methods"),
+            ("kept for reuse", self.kept, "what examples leave unsteered, for all methods"),
             ("Python, libraries", self.process, "taken already"),
             ("memory in all", self.device, f"at most; {human(self.free)} free now"),
             ("files on disk", self.disk, self.collected),
@@ -158,14 +161,15 @@ def estimate(run: Run) -> Estimate:
     train, positions = run.splits.train, positions_of(settings)
     device = _device(config)
     free = free_memory(device, config.n_devices)
-    known = tokenize_task(model, run.splits.calibration, settings)
+    judged = FAMILY_PASSES * Choices().search_share * len(train)
+    known = len(run.splits.calibration) + round(judged)
     return Estimate(
         title=f"{model.name} in {config.dtype} on {device}, {train.name}:",
         weights=weight_bytes(model),
         cache=cache_bytes(model, rows, columns + new),
         passing=passing_bytes(model, rows, columns),
         copies=CACHED * cache_bytes(model, 1, copied),
-        kept=min(int(SPARE * free), cache_bytes(model, len(known), max(map(len, known)) + new)),
+        kept=min(int(SPARE * free), cache_bytes(model, known, columns + new)),
         process=0 if device.startswith("cuda") else psutil.Process().memory_info().rss,
         batch=f"{rows} prompts of up to {columns} tokens, {new} decoded",
         activations=activation_bytes(model, len(train), settings),

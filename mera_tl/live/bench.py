@@ -72,7 +72,7 @@ class Bench:
     prompts: tuple[str, ...] = field(default=(), repr=False)
     settings: ReadSettings = ReadSettings(progress=False)
     examples: Mapping[str, Example] = field(default_factory=dict, repr=False)
-    """Of a scored task, by prompt: replies to others have no scorer."""
+    """By prompt, where they are of a run: its scorers come with them."""
     lock: Any = field(default_factory=Lock, repr=False)
     """Hooks are put on the one model that all readers share, so one at a time runs it."""
 
@@ -157,8 +157,7 @@ def open_bench(
     setup = getattr(steering.certificate, "setup", None) or {}
     settings = ReadSettings(progress=False, **(setup.get("readout") or {}))
     name = CERTIFIED if isinstance(steering.certificate, Calibration) else GIVEN
-    options = () if settings.readout == "reply" else tuple(setup.get("options", ()))
-    return Bench(model, {name: steering}, options, (), settings)
+    return Bench(model, {name: steering}, tuple(setup.get("options", ())), (), settings)
 
 
 def _of_run(model: Model | str | None, path: Path) -> Bench:
@@ -176,8 +175,7 @@ def _of_run(model: Model | str | None, path: Path) -> Bench:
             ways |= _fitted(activations, space)
     test = run.splits.test
     some = {example.prompt: example for example in test.examples[:MOST_PROMPTS]}
-    told = ((), some) if test.scored else (test.options, {})
-    return Bench(run.model, ways, told[0], tuple(some), run.read, told[1])
+    return Bench(run.model, ways, test.options, tuple(some), run.read, some)
 
 
 def _fitted(activations: Any, space: Space) -> dict[str, Steering]:

@@ -49,11 +49,9 @@ def panel(
     """
     _require_prompt(prompt)
     options = bench.options if options is None else options
-    example = Example(0, prompt, options, 0)
-    if bench.scored:
-        example = bench.examples.get(prompt)
     if not bench.ways or (not bench.scored and len(options) < 2):
         return Panel("Without a probe and options there are replies only.")
+    example = bench.examples.get(prompt) if bench.scored else Example(0, prompt, options, 0)
     if example is None:
         return Panel("Only a run's own prompts have a scorer; of others there are replies only.")
     key = (bench, prompt, options, choices)

@@ -376,10 +376,14 @@ class _Batch:
 
     def _unsteered(self, prompts: Sequence[Sequence[int]]) -> UnsteeredPass:
         """Run prompts without steering, unless that was done and kept."""
-        told = (self.model, prompts, self.options, self.settings, self.prefix, self.decide)
-        if self.passes is None or self.stack.everywhere:
-            return unsteered_pass(*told, list(self.stack.layers), whole=self.stack.everywhere)
-        return self.passes.of(*told)
+        model, whole = self.model, self.stack.everywhere
+        told = (model, prompts, self.options, self.settings, self.prefix, self.decide)
+        if self.passes is None or whole:
+            return unsteered_pass(*told, list(self.stack.layers), whole=whole)
+        read = (self.options.tokens, self.options.continuations, self.options.ends)
+        settings = replace(self.settings, progress=False)
+        key = (id(model), settings, self.decide, read, *map(tuple, prompts))
+        return self.passes.of(key, lambda: unsteered_pass(*told, range(model.n_layers)))
 
     def _run(self, rows: _Rows, start: UnsteeredPass) -> Reading:
         """Run rows that are first moved in the same layer."""

@@ -4,8 +4,8 @@ Many methods of a run are certified on the same prompts. They share one pass: th
 the final prompt token, the key-value cache, and the unsteered answers are kept.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,23 +96,10 @@ class Passes:
         self._left = n_bytes
         self._kept: dict[Hashable, UnsteeredPass] = {}
 
-    def of(
-        self,
-        model: Model,
-        prompts: Sequence[Sequence[int]],
-        options: OptionTokens,
-        settings: ReadSettings,
-        prefix: Prefix | None,
-        decide: bool,
-    ) -> UnsteeredPass:
-        """Return the pass of a batch of prompts that no steering moves before their final token."""
-        read = (options.tokens, options.continuations, options.ends)
-        key = (id(model), replace(settings, progress=False), decide, read, *map(tuple, prompts))
-        found = self._kept.get(key)
-        if found is None:
-            layers = range(model.n_layers)
-            found = unsteered_pass(model, prompts, options, settings, prefix, decide, layers)
-            if found.n_bytes <= self._left:
-                self._left -= found.n_bytes
-                self._kept[key] = found
+    def of(self, key: Hashable, run: Callable[[], UnsteeredPass]) -> UnsteeredPass:
+        """Return the pass that a key names, with all it depends on; run it where it is not kept."""
+        found = self._kept.get(key) or run()
+        if key not in self._kept and found.n_bytes <= self._left:
+            self._left -= found.n_bytes
+            self._kept[key] = found
         return found
