@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from conftest import arguments, make_task, organism, write_task
 
-from mera_tl.benchmark import Preflight, RunConfig, open_run, preflight, run
-from mera_tl.benchmark.duration import FAMILY_PASSES
+from mera_tl.benchmark import Preflight, RunConfig, duration, open_run, preflight, run
 from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.inference.evaluation import tokenize_task
 from mera_tl.methods import Choices
 from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
@@ -128,10 +128,13 @@ def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
             assert not seconds["no_steering"]
             unsteered = 100 if positions == "all" else 0  # the first to need that run has paid
             assert 1 >= seconds["searched"] - (unsteered + 100 + 50) * rate > 0
+            tokens = tokenize_task(opened.model, opened.splits.train, opened.read)
+            share = duration.TRIAL_TOKENS * 300 / sum(map(len, tokens))
             judged = round(Choices().search_share * 300)
-            saved = seconds["affine"] - seconds["rotation"]
-            assert saved == pytest.approx(FAMILY_PASSES * judged * rate)
-            assert seconds["rotation"] < seconds["flip"] + 100 * rate
+            tried = share * (100 + duration.FAMILY_TRIALS * judged)
+            assert seconds["rotation"] == pytest.approx((tried + 50) * rate)
+            first = tried + 50 + duration.FAMILY_PASSES * judged
+            assert seconds["affine"] == pytest.approx(first * rate)
             prompts[positions] = seconds["optimal_probe"] / rate
     assert prompts["all"] > 11 * 100 + 50 > 3 * prompts["last"] > 3 * 150
 
