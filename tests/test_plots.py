@@ -316,6 +316,16 @@ def test_predicted_errors_are_counted_before_and_after():
     assert sum(bool(shape.showlegend) for shape in figure.layout.shapes) == 1
 
 
+def test_axes_are_labelled_with_one_bin_and_with_many_layers():
+    """Left alone plotly labels the only bin's centre; every second of 30 layers fits no phone."""
+    axis = FIGURES["predicted"].layout.xaxis2
+    assert (axis.tick0, axis.dtick, axis.range) == (0, 0.2, (0, 1))
+    few = pd.concat([probes().assign(layer=layer) for layer in range(4)])
+    many = pd.concat([probes().assign(layer=layer) for layer in range(30)])
+    assert list(plots.probe_error(few).layout.xaxis.tickvals) == [0, 1, 2, 3]
+    assert plots.probe_error(many).layout.xaxis.tickvals is None
+
+
 @pytest.mark.parametrize("threshold", [0.001, 0.01, 0.05, 0.35, 0.5, 0.7, 0.99])
 def test_no_bar_straddles_the_threshold(threshold):
     """The bars on its right hold exactly what the caption counts as above it."""
