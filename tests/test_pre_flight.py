@@ -7,8 +7,7 @@ import pytest
 from conftest import arguments, make_task, organism, write_task
 
 from mera_tl.benchmark import Preflight, RunConfig, duration, open_run, preflight, run
-from mera_tl.inference import ReadSettings, evaluate
-from mera_tl.inference.evaluation import tokenize_task
+from mera_tl.inference import ReadSettings, evaluate, tokenize_task
 from mera_tl.methods import Choices
 from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
