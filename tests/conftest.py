@@ -154,7 +154,7 @@ def run_in(folder, config, methods):
     """Leave a run's records in a folder."""
     from mera_tl.benchmark import open_run
 
-    with open_run(config, folder, progress=False) as run:
+    with open_run(config, folder) as run:
         list(run.records(methods))
     return folder
 

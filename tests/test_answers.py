@@ -27,8 +27,7 @@ from mera_tl.models import Model, load_model, resid_post
 from mera_tl.steering import Steering
 from mera_tl.tasks import Example, Task
 
-QUIET = ReadSettings(progress=False)
-EXACT = replace(QUIET, readout="exact")
+EXACT = ReadSettings("exact")
 cached_task = cache(talking_task)
 
 
@@ -65,8 +64,8 @@ def summed_by_hand(theirs, tokenizer, prompt: list[int], option: str) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_are_scored_as_hugging_face_scores_them(family, options, models, originals):
     model, task = models[family], make_task(10, options=options)
-    together = evaluate(model, task, settings=QUIET)
-    alone = evaluate(model, task, settings=replace(QUIET, batch_size=1))
+    together = evaluate(model, task)
+    alone = evaluate(model, task, settings=ReadSettings(batch_size=1))
     assert (together.probs - alone.probs).abs().max() < 1e-5
     for i, example in enumerate(task.examples):
         prompt = model.tokenize([example.prompt])[0]
@@ -129,9 +128,11 @@ def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
         ]
         examples = [Example(i, text, ("spam", "ham"), 0) for i, text in enumerate(texts)]
         task = Task("sms", tuple(examples), "all")
-        lengths = {len(ids) for o in option_tokens(model, task, QUIET).continuations for ids in o}
+        lengths = {
+            len(ids) for o in option_tokens(model, task, ReadSettings()).continuations for ids in o
+        }
         assert lengths == {1, 2, 3}
-        run = evaluate(model, task, settings=QUIET)
+        run = evaluate(model, task)
         for i, text in enumerate(texts):
             prompt = model.tokenize([text])[0]
             with torch.inference_mode():
@@ -141,7 +142,7 @@ def test_a_real_tokenizer_splits_variants_and_a_prompt_may_end_in_a_space():
 
 def n_passes(model: Model, task) -> int:
     calls = []
-    evaluate(model, task, [(resid_post(0), lambda x, hook: calls.append(x.shape))], settings=QUIET)
+    evaluate(model, task, [(resid_post(0), lambda x, hook: calls.append(x.shape))])
     return len(calls)
 
 
@@ -154,8 +155,8 @@ def test_options_of_one_token_cost_no_further_pass_and_each_prefix_is_fed_once(m
 def test_what_hooks_do_to_option_tokens_counts_for_their_prompt(models):
     model, task = models["llama"], make_task(6, options=PAIRS["unequal lengths"])
     steering = Steering(random_probe(model), positions="generated").at(0.4)
-    run = evaluate(model, task, steering.fwd_hooks(), settings=QUIET)
-    plain = evaluate(model, task, settings=QUIET)
+    run = evaluate(model, task, steering.fwd_hooks())
+    plain = evaluate(model, task)
     assert run.n_steered.sum() > 0 and (run.probs - plain.probs).abs().max() > 1e-3
     # Three prefixes of one token and one of two, in every layer.
     assert (run.n_steerable == 4 * model.n_layers).all()
@@ -167,9 +168,9 @@ def test_options_that_share_a_variant_keep_their_own_spelling(models):
     model = models["gpt2"]
     task = make_task(4, options=("a", "A"))
     with pytest.raises(ValueError, match="'A' is not in the vocabulary"):
-        option_tokens(model, task, QUIET)
+        option_tokens(model, task, ReadSettings())
     with pytest.raises(ValueError, match="cannot be told apart"):
-        option_tokens(model, make_task(4, options=("red bird", "red  bird")), QUIET)
+        option_tokens(model, make_task(4, options=("red bird", "red  bird")), ReadSettings())
 
 
 # --- replies ------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def slow_replies(model: Model, task, n_new: int = 8):
 
 def slow_answers(model: Model, task, readout: str):
     """Return, per example, answer, probabilities, tokens, and where the answer token is."""
-    options = option_tokens(model, task, replace(QUIET, readout=readout))
+    options = option_tokens(model, task, ReadSettings(readout))
     answers = []
     for prompt, tokens, logits in slow_replies(model, task):
         reply = tokens[len(prompt) :]
@@ -253,7 +254,7 @@ def slow_answers(model: Model, task, readout: str):
 @pytest.mark.parametrize("readout", ["exact", "exact_anywhere"])
 def test_replies_equal_decoding_by_hand(model, readout):
     task = cached_task(model)
-    run = evaluate(model, task, settings=replace(QUIET, readout=readout))
+    run = evaluate(model, task, settings=ReadSettings(readout))
     for i, (answer, probs, _, _) in enumerate(slow_answers(model, task, readout)):
         assert run.predictions[i] == answer
         assert run.replies[i] is not None
@@ -267,7 +268,7 @@ def test_replies_equal_decoding_by_hand(model, readout):
 
 @pytest.mark.parametrize("readout", ["exact", "exact_anywhere"])
 def test_activations_are_the_residual_stream_at_last_and_at_the_answer(model, readout):
-    task, settings = cached_task(model), replace(QUIET, readout=readout)
+    task, settings = cached_task(model), ReadSettings(readout)
     activations = collect(model, task, settings=settings)
     plain = evaluate(model, task, settings=settings)
     assert torch.equal(activations.outcomes.predictions, plain.predictions)
@@ -296,8 +297,8 @@ def test_the_answers_above_are_not_all_alike(models):
 
 
 def test_last_readout_needs_no_decoding(model, task):
-    run = evaluate(model, task, settings=replace(QUIET, readout="last"))
-    options = option_tokens(model, task, replace(QUIET, readout="last"))
+    run = evaluate(model, task, settings=ReadSettings("last"))
+    options = option_tokens(model, task, ReadSettings("last"))
     for i, example in enumerate(task.examples):
         ids = torch.tensor([model.tokenize([example.prompt])[0]])
         logits = model.hooked(ids, attention_mask=torch.ones_like(ids))[0, -1]
@@ -343,21 +344,21 @@ def test_a_failed_collection_leaves_nothing_behind(model, task, tmp_path, monkey
 
     monkeypatch.setattr(mera_tl.inference.activations, "read_batch", fail)
     with pytest.raises(RuntimeError, match="power cut"):
-        collect(model, task, settings=QUIET, out=tmp_path)
+        collect(model, task, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    whole = collect(model, task.subset(range(8)), settings=QUIET, out=tmp_path)
+    whole = collect(model, task.subset(range(8)), out=tmp_path)
     whole.save(tmp_path)  # control: a folder may be written again
     assert Activations.load(tmp_path).manifest == whole.manifest
     monkeypatch.setattr(mera_tl.inference.activations, "_save_rest", fail)
     with pytest.raises(RuntimeError, match="power cut"):
-        collect(model, task.subset(range(8, 16)), settings=QUIET, out=tmp_path)
+        collect(model, task.subset(range(8, 16)), out=tmp_path)
     with pytest.raises(ValueError, match=r"There is no file .*manifest\.json"):
         Activations.load(tmp_path)  # not new activations beside what is said of the old ones
 
 
 def test_values_that_are_not_finite_are_refused_and_looked_for_once(models, monkeypatch):
-    activations = collect(models["llama"], make_task(4), settings=QUIET)
+    activations = collect(models["llama"], make_task(4))
     looks, real = [], torch.isfinite
     monkeypatch.setattr(torch, "isfinite", lambda x: looks.append(x.shape) or real(x))
     for _ in range(3):
@@ -374,7 +375,7 @@ def test_values_that_are_not_finite_are_refused_and_looked_for_once(models, monk
 
 # --- one token per option -----------------------------------------------------------------------
 
-LAST = replace(QUIET, readout="last")
+LAST = ReadSettings("last")
 
 
 def test_option_that_shares_its_tokens_is_refused(models):

@@ -386,7 +386,7 @@ def test_a_certified_steering_by_the_answer_knows_its_options(
     if readout == "options":  # of several tokens, which takes more than the logits of the prompt
         options = tuple(f"{option} red" for option in options)
     task = make_task(12, options=options).subset(range(12), role="calibration")
-    read = ReadSettings(readout, progress=False)
+    read = ReadSettings(readout)
     decision = calibrate(model, task, by_answer(model, positions), min_gain=-0.99, settings=read)
     steering = decision.steering
     prompts = model.tokenize([example.prompt for example in task.examples])[:6]

@@ -27,8 +27,6 @@ from mera_tl.probes import fit_error_probe
 from mera_tl.steering import Additive, Steering
 from mera_tl.tasks import Task, load_task
 
-QUIET = ReadSettings(progress=False)
-
 # Mild to strong: the gain rises to six points at the sixth threshold, then over-steering sets in;
 # regressions grow throughout, to 5 % at the peak.
 RISE = np.sin(np.pi / 2 * np.arange(1, 7) / 6)
@@ -340,11 +338,11 @@ def spoken(models):
 def test_only_the_calibration_split_certifies(spoken):
     model, split, steering = spoken
     with pytest.raises(ValueError, match="needs the calibration split, got the test split"):
-        calibrate(model, split.subset(range(20), role="test"), steering, settings=QUIET)
-    decision = calibrate(model, split, steering, delta=0.1, settings=QUIET)
+        calibrate(model, split.subset(range(20), role="test"), steering)
+    decision = calibrate(model, split, steering, delta=0.1)
     assert decision.terms == Terms(delta=0.1)
     assert decision.n == 20 and decision.unused == 0
-    assert decision.base == pytest.approx(evaluate(model, split, settings=QUIET).accuracy)
+    assert decision.base == pytest.approx(evaluate(model, split).accuracy)
     assert [row.threshold for row in decision.evidence] == pytest.approx(DEFAULT_THRESHOLDS)
     assert decision.setup["data"] == split.data_hash and decision.setup["task"] == "toy"
 
@@ -358,7 +356,7 @@ def test_texts_of_which_only_what_differs_is_cut_off_are_one(spoken):
         for i, text in enumerate(texts)
     )
     mixed = dataclasses.replace(split, examples=(*copies, *split.examples[3:]))
-    settings = dataclasses.replace(QUIET, truncate=True)
+    settings = ReadSettings(truncate=True)
     decision = calibrate(model, mixed, steering.at(0.3), settings=settings)
     assert (decision.n, decision.unused) == (18, 2)
     assert calibrate(model, split, steering.at(0.3), settings=settings).n == 20  # control
@@ -371,7 +369,7 @@ def test_hooks_are_those_of_the_certified_candidate_and_of_no_other(spoken):
         dataclasses.replace(steering, rule=Additive(0.6)),
         dataclasses.replace(steering.at(0.3), layers=(1,)),
     ]
-    decision = calibrate(model, split, candidates, min_gain=-0.99, settings=QUIET)
+    decision = calibrate(model, split, candidates, min_gain=-0.99)
     assert not decision.abstained and decision.steering.certificate is decision
     wanted = dict(candidates[decision.chosen].fwd_hooks())
     hooks = dict(decision.fwd_hooks())
@@ -389,13 +387,13 @@ def test_hooks_are_those_of_the_certified_candidate_and_of_no_other(spoken):
 def test_candidates_that_cannot_be_certified_are_refused(spoken):
     model, split, steering = spoken
     with pytest.raises(ValueError, match="Candidate 1 has no threshold"):
-        calibrate(model, split, [steering.at(0.3), steering], settings=QUIET)
+        calibrate(model, split, [steering.at(0.3), steering])
     with pytest.raises(ValueError, match="there more than once"):
-        calibrate(model, split, [steering.at(0.3)] * 2, settings=QUIET)
+        calibrate(model, split, [steering.at(0.3)] * 2)
     with pytest.raises(ValueError, match="neither a Steering nor"):
-        calibrate(model, split, [], settings=QUIET)
+        calibrate(model, split, [])
     with pytest.raises(ValueError, match="contradicts"):
-        calibrate(model, split, steering, terms=Terms(), delta=0.1, settings=QUIET)
+        calibrate(model, split, steering, terms=Terms(), delta=0.1)
 
 
 def test_what_a_probe_was_fitted_to_is_no_evidence_for_it():
@@ -403,18 +401,16 @@ def test_what_a_probe_was_fitted_to_is_no_evidence_for_it():
     model, task = organism(), load_task("spam_cue")
     sizes = {"train": 60, "calibration": 30, "test": 30}
     here, there = task.split(0, **sizes), task.split(1, train=2000, calibration=30, test=30)
-    some = [
-        collect(model, each, settings=QUIET) for each in (here.train, there.train.subset(range(60)))
-    ]
-    elsewhere = collect(model, load_task("yesno_bias").subset(range(60)), settings=QUIET)
+    some = [collect(model, each) for each in (here.train, there.train.subset(range(60)))]
+    elsewhere = collect(model, load_task("yesno_bias").subset(range(60)))
 
     def certify(activations):
         steering = Steering(fit_error_probe(activations), layers="best", positions="last")
-        return calibrate(model, here.calibration, steering.at(0.5), settings=QUIET)
+        return calibrate(model, here.calibration, steering.at(0.5))
 
     assert certify(some[0]).n == certify([some[0], elsewhere]).n == 30  # controls
     shared = {e.row for e in here.calibration.examples} & set(some[1].outcomes.rows.tolist())
-    whole = collect(model, here.calibration, settings=QUIET)
+    whole = collect(model, here.calibration)
     for activations, n in ((whole, 30), ([some[0], whole], 30), (some[1], len(shared))):
         if n:
             with pytest.raises(ValueError, match=f"fitted to {n} of the 30 calibration"):
@@ -442,11 +438,11 @@ def test_one_example_per_text_is_evidence(spoken):
         for copy, prompt in enumerate((example.prompt, example.prompt.upper(), example.prompt))
     ]
     thrice = Task("toy", tuple(examples), "calibration")
-    decision = calibrate(model, thrice, steering, settings=QUIET)
+    decision = calibrate(model, thrice, steering)
     texts = {example.key for example in split.examples}
     assert decision.n == len(texts) and decision.unused == len(thrice) - len(texts)
     assert f"{decision.unused} repeated texts unused" in str(decision)
-    other = calibrate(model, thrice, steering, terms=Terms(seed=1), settings=QUIET)
+    other = calibrate(model, thrice, steering, terms=Terms(seed=1))
     assert decision.examples != other.examples  # the choice is the seed's
-    again = calibrate(model, thrice, steering, settings=QUIET)
+    again = calibrate(model, thrice, steering)
     assert decision.examples == again.examples

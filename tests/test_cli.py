@@ -73,7 +73,7 @@ def test_the_main_job_writes_records_certificates_and_a_table(mera, checkpoints,
 
 def test_abstaining_equals_the_unsteered_run_bit_for_bit(checkpoints, toy, tmp_path):
     config = config_of(checkpoints, toy)
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         records = list(run.records(["no_steering", "optimal_probe"]))
     assert records[1]["decision"] == "ABSTAIN"  # a random model cannot be certified at n = 15
     lines = [
@@ -177,7 +177,7 @@ def test_a_folder_in_use_is_refused(mera, checkpoints, toy, tmp_path):
 
 def test_activations_with_nan_are_refused(checkpoints, toy, tmp_path):
     config = config_of(checkpoints, toy)
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         run.model.hooked.blocks[1].mlp.W_out.data[0, 0] = torch.nan
         with pytest.raises(ValueError, match="NaN or infinity"):
             list(run.records(["optimal_probe"]))

@@ -77,20 +77,20 @@ def test_a_node_killed_in_mid_run_costs_nothing(nodes, checkpoints, tmp_path):
         methods=("no_steering", "additive_probe", "optimal_probe"),
         **SMALL,
     )
-    plain = run_grid(config, tmp_path / "plain", progress=False)
+    plain = run_grid(config, tmp_path / "plain")
     folder = tmp_path / "ray"
     with a_node_dies(nodes, when=lambda: list(folder.glob("*/config.json"))):
-        records = run_grid(config, folder, ray=nodes.address, progress=False)
+        records = run_grid(config, folder, ray=nodes.address)
     assert timeless(records) == timeless(plain)
 
 
 def test_a_node_killed_while_it_collects_costs_a_shard(nodes, checkpoints, tmp_path):
     task, folder = write_task(tmp_path), tmp_path / "ray" / "activations"
     config = RunConfig(model=str(checkpoints["llama"]), task=task, device="cpu", batch_tokens=60)
-    with open_run(config, tmp_path / "plain", progress=False) as run:
+    with open_run(config, tmp_path / "plain") as run:
         assert len(run.activations.outcomes) == 36
     with (
-        open_run(config, folder.parent, progress=False) as run,
+        open_run(config, folder.parent) as run,
         a_node_dies(nodes, when=lambda: list(folder.glob("shards/*/manifest.json"))),
     ):
         collect_shards(run, 6, ray=nodes.address)

@@ -8,14 +8,12 @@ from conftest import make_task, talking_task
 
 from mera_tl.inference import ReadSettings, by_length, evaluate, tokenize_task
 
-QUIET = ReadSettings(progress=False)
-
 
 @pytest.mark.parametrize("changes", [{"batch_tokens": 30}, {"batch_size": 5}, {"batch_size": 1}])
 def test_answers_do_not_depend_on_the_batching(changes, model):
     task = talking_task(model)
-    wide = evaluate(model, task, settings=QUIET)
-    run = evaluate(model, task, settings=replace(QUIET, **changes))
+    wide = evaluate(model, task)
+    run = evaluate(model, task, settings=ReadSettings(**changes))
     assert torch.equal(run.predictions, wide.predictions)
     assert (run.probs - wide.probs).abs().max() < 1e-5
 
@@ -55,7 +53,7 @@ def test_batch_halves_itself_when_memory_runs_out(models, task, monkeypatch, cap
             raise torch.OutOfMemoryError("out of memory")
         return real(model, prompts, *args, **kwargs)
 
-    settings = replace(QUIET, batch_size=16)
+    settings = ReadSettings(batch_size=16)
     wanted = evaluate(model, task, settings=settings)
     monkeypatch.setattr(mera_tl.inference.evaluation, "read_batch", small_machine)
     run = evaluate(model, task, settings=settings)
@@ -73,7 +71,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(models, task, monkeypat
 
     monkeypatch.setattr(mera_tl.inference.evaluation, "read_batch", fail)
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        evaluate(models["llama"], task, settings=QUIET)
+        evaluate(models["llama"], task)
 
 
 def long_task(models, n_words: int, options=("yes", "no")):
@@ -87,12 +85,12 @@ def test_too_long_a_prompt_names_its_row_and_truncation_spares_the_question(mode
     model = models["gpt2"]
     task = long_task(models, 100)
     with pytest.raises(ValueError, match=r"row 2\).*--truncate"):
-        evaluate(model, task, settings=QUIET)
-    run = evaluate(model, task, settings=replace(QUIET, truncate=True))
+        evaluate(model, task)
+    run = evaluate(model, task, settings=ReadSettings(truncate=True))
     assert len(run) == 6
 
-    for readout, n_after in (("exact", QUIET.max_new_tokens), ("options", 0), ("last", 0)):
-        settings = replace(QUIET, truncate=True, readout=readout)
+    for readout, n_after in (("exact", ReadSettings().max_new_tokens), ("options", 0), ("last", 0)):
+        settings = ReadSettings(truncate=True, readout=readout)
         tokens = tokenize_task(model, task, settings)[2]
         assert len(tokens) == model.n_ctx - n_after
         assert model.tokenizer.decode(tokens).endswith("? answer :")

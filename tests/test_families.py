@@ -145,7 +145,7 @@ def originals(checkpoints):
 def test_either_engine_gives_the_same_numbers(family, models, originals):
     model, original = models[family], originals[family]
     # A readout that decodes, so that there are generated tokens to steer.
-    task, read = talking_task(model), ReadSettings(readout="exact_anywhere", progress=False)
+    task, read = talking_task(model), ReadSettings(readout="exact_anywhere")
     ours, theirs = (collect(each, task, settings=read) for each in (model, original))
     for position, resid in ours.by_position.items():
         assert (theirs.by_position[position] - resid).abs().max() < 1e-4

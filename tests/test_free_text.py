@@ -6,10 +6,8 @@ import pytest
 import torch
 from conftest import make_task, mixed_options, original, random_probe
 
-from mera_tl.inference import ReadSettings, evaluate, free_text
+from mera_tl.inference import evaluate, free_text
 from mera_tl.steering import Additive, Gated, Steering
-
-QUIET = ReadSettings(progress=False)
 
 
 def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints):
@@ -31,7 +29,7 @@ def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints)
         with torch.no_grad():
             log_probs = hf(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         logs += log_probs.gather(1, text[:, None])[:, 0].tolist()
-    free = free_text.free_text(model, task, n_new=10, settings=QUIET)
+    free = free_text.free_text(model, task, n_new=10)
     assert free.n_tokens == len(logs)
     assert free.distinct_1 == pytest.approx(sum(distinct) / len(distinct))
     assert free.perplexity == pytest.approx(torch.tensor(logs).mean().neg().exp().item(), rel=1e-3)
@@ -39,9 +37,9 @@ def test_perplexity_and_text_agree_with_hugging_face(model, models, checkpoints)
 
 def test_a_shift_that_breaks_the_model_shows(models):
     model, task = models["qwen2"], make_task(8)
-    plain = free_text.free_text(model, task, settings=QUIET)
+    plain = free_text.free_text(model, task)
     hooks = Steering(random_probe(model), rule=Additive(30.0)).fwd_hooks()
-    broken = free_text.free_text(model, task, hooks, settings=QUIET)
+    broken = free_text.free_text(model, task, hooks)
     assert broken.perplexity > 2 * plain.perplexity
     assert broken.distinct_2 < 1
 
@@ -49,9 +47,7 @@ def test_a_shift_that_breaks_the_model_shows(models):
 def test_inert_hooks_change_nothing(models):
     model, task = models["llama"], make_task(4)
     inert = Steering(random_probe(model)).fwd_hooks()
-    assert free_text.free_text(model, task, inert, settings=QUIET) == free_text.free_text(
-        model, task, settings=QUIET
-    )
+    assert free_text.free_text(model, task, inert) == free_text.free_text(model, task)
 
 
 def test_a_steering_by_the_answer_is_that_of_the_answer(models):
@@ -60,12 +56,12 @@ def test_a_steering_by_the_answer_is_that_of_the_answer(models):
     task = make_task(12, options=mixed_options(model))
     directions = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
     steering = Steering(random_probe(model), directions, Gated(-torch.inf, 5.0), positions="last")
-    answers = evaluate(model, task, settings=QUIET).predictions.tolist()
+    answers = evaluate(model, task).predictions.tolist()
     assert set(answers) == {0, 1}
     for place, answer in enumerate(answers):
         one = task.subset([place])
         given, own, none = (
-            free_text.free_text(model, one, hooks, n_new=6, settings=QUIET)
+            free_text.free_text(model, one, hooks, n_new=6)
             for hooks in (
                 steering.fwd_hooks(),
                 replace(steering, direction=directions[answer]).fwd_hooks(),

@@ -14,7 +14,6 @@ from mera_tl.cli import carried
 from mera_tl.inference import ReadSettings
 from mera_tl.steering import Sampling, reply_to
 
-QUIET = ReadSettings(progress=False)
 PROMPTS = [example.prompt for example in make_task(6).examples]
 
 
@@ -62,7 +61,7 @@ def test_draws_among_the_likeliest_are_of_these_alone(models, kept):
     order = probs.argsort(descending=True)
     n = kept.get("top_k") or int((probs[order].cumsum(0) < kept["top_p"]).sum()) + 1
     sampling = Sampling(1, 1.0, **kept)
-    rows = reply_to(model, [prompt] * 600, [], sampling, settings=QUIET)
+    rows = reply_to(model, [prompt] * 600, [], sampling)
     first = torch.tensor([row.tokens[0] if row.tokens else model.eos_ids[0] for row in rows])
     share = torch.bincount(first, minlength=len(probs))[order[:n]] / 600
     assert share.sum() == 1 and n < len(probs) / 4

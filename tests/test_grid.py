@@ -32,7 +32,7 @@ def config(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
-    return timeless(run_grid(config, tmp_path_factory.mktemp("plain"), progress=False))
+    return timeless(run_grid(config, tmp_path_factory.mktemp("plain")))
 
 
 def test_every_job_has_one_record(config, undisturbed):
@@ -57,9 +57,9 @@ def test_shared_work_is_done_once(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "collect", counted("collect", real_collect))
     monkeypatch.setattr(grid, "load_configured", counted("load", real_load))
-    run_grid(config, tmp_path, progress=False)
+    run_grid(config, tmp_path)
     assert counts == {"collect": 4, "load": 1}
-    run_grid(config, tmp_path, progress=False)  # everything is found again
+    run_grid(config, tmp_path)  # everything is found again
     assert counts == {"collect": 4, "load": 1}  # not even the model is needed
 
 
@@ -99,51 +99,51 @@ def forwards(monkeypatch):
 def test_a_second_grid_computes_no_prompt_twice(config, tmp_path, forwards, undisturbed):
     cache = tmp_path / "cache"
     first = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
-    run_grid(first, tmp_path / "first", progress=False, cache=cache)
+    run_grid(first, tmp_path / "first", cache=cache)
     assert sum(forwards) == LOOK + 30 + 15 + 15  # training, test unsteered and steered
     forwards.clear()
     other = replace(first, layers="1")  # another run, of the same activations
-    run_grid(other, tmp_path / "other", progress=False, cache=cache)
+    run_grid(other, tmp_path / "other", cache=cache)
     assert sum(forwards) == 15  # steered
     more = replace(first, methods=METHODS)
     forwards.clear()
-    records = run_grid(more, tmp_path / "second", progress=False, cache=cache)
+    records = run_grid(more, tmp_path / "second", cache=cache)
     with_cache = sum(forwards)
     same = [r for r in undisturbed if (r["task"], r["seed"]) == ("first", 0)]
     assert timeless(records) == same
     assert len(same) == len(METHODS)
     forwards.clear()
-    run_grid(more, tmp_path / "alone", progress=False)
+    run_grid(more, tmp_path / "alone")
     assert sum(forwards) - with_cache == LOOK + 30 + 15
     n_kept = len(list(cache.iterdir()))
     again = replace(more, layers="1", methods=("optimal_probe",))
-    run_grid(again, tmp_path / "third", progress=False, cache=cache)
+    run_grid(again, tmp_path / "third", cache=cache)
     assert len(list(cache.iterdir())) == n_kept  # its probe was there
 
 
 def test_other_content_is_not_found_in_the_cache(config, tmp_path, forwards):
     cache = tmp_path / "cache"
     base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
-    run_grid(base, tmp_path / "base", progress=False, cache=cache)
+    run_grid(base, tmp_path / "base", cache=cache)
     wording = tmp_path / "wording.txt"
     wording.write_text("question : {text} answer :")
     for change in ({"template": str(wording)}, {"readout": "last"}, {"seeds": (1,)}):
         forwards.clear()
-        run_grid(replace(base, **change), tmp_path / str(change)[2:6], progress=False, cache=cache)
+        run_grid(replace(base, **change), tmp_path / str(change)[2:6], cache=cache)
         assert sum(forwards) == LOOK + 30 + 15 + 15
 
 
 def test_another_models_work_is_not_found_in_the_cache(config, tmp_path):
     cache, name = tmp_path / "cache", Path(config.models[0]).name
     base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
-    run_grid(base, tmp_path / "base", progress=False, cache=cache)
+    run_grid(base, tmp_path / "base", cache=cache)
     n_kept = len(list(cache.iterdir()))
     weights = shutil.copytree(config.models[0], tmp_path / name) / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-2] ^= 1  # one bit of one neuron; name, tokens and data are the same
     weights.write_bytes(changed)
     other = replace(base, models=(str(tmp_path / name),))
-    run_grid(other, tmp_path / "other", progress=False, cache=cache)
+    run_grid(other, tmp_path / "other", cache=cache)
     assert len(list(cache.iterdir())) == 2 * n_kept > 0
 
 
@@ -172,12 +172,12 @@ def test_a_failing_job_is_a_record_and_the_others_go_on(
     assert len(printed) == 1 + len(records) - len(failed)
     assert all(name in printed[0] for name in ("seed", "SPI low", "p,", "layers", "shift", "f1"))
     monkeypatch.undo()  # the disk has room again
-    assert timeless(run_grid(config, tmp_path, progress=False)) == undisturbed
+    assert timeless(run_grid(config, tmp_path)) == undisturbed
 
 
 def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbed):
     gone = replace(config, tasks=("nowhere/gone.toml", config.tasks[1]))
-    records = run_grid(gone, tmp_path, progress=False)
+    records = run_grid(gone, tmp_path)
     assert sum("failure" in record for record in records) == 2 * len(METHODS)
     assert timeless(r for r in records if "failure" not in r) == [
         r for r in undisturbed if r["task"] == undisturbed[-1]["task"]
@@ -186,7 +186,7 @@ def test_data_that_vanished_fails_its_own_runs_only(config, tmp_path, undisturbe
 
 def test_two_processes_in_one_folder_are_refused(config, tmp_path):
     with storage.lock(tmp_path), pytest.raises(ValueError, match="in use by another process"):
-        run_grid(config, tmp_path, progress=False)
+        run_grid(config, tmp_path)
 
 
 # A child imports once and forks; each grandchild runs the grid and is killed at a random moment.
@@ -200,7 +200,7 @@ rng, killed = random.Random(seed), 0
 while True:
     child = os.fork()
     if child == 0:
-        run_grid(config, folder, progress=False)
+        run_grid(config, folder)
         os._exit(0)
     if killed < kills:
         time.sleep(rng.uniform(0, float(sys.argv[5])))
@@ -247,7 +247,7 @@ def test_pairs_choose_what_a_contrastive_probe_compares(tmp_path):
     )
     for pairs in (0, 5):
         config, folder = replace(base, pairs=pairs), tmp_path / str(pairs)
-        (record,) = run_grid(config, folder, progress=False, cache=tmp_path / "cache")
+        (record,) = run_grid(config, folder, cache=tmp_path / "cache")
         assert record["details"]["penalty"] == pairs
         folder /= run_name(config.runs()[0])
         (kept,) = (folder / "probes").iterdir()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SHARED
 
-from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.inference import evaluate
 from mera_tl.models import load_model
 from mera_tl.tasks import Example, Task
 
@@ -62,7 +62,7 @@ def test_options_agree_with_lm_evaluation_harness(which, checkpoints, tmp_path, 
     examples = tuple(Example(i, prompt, options, 0) for i, prompt in enumerate(prompts))
     task = Task("sms", examples, "all")
     model = load_model(str(path), device="cpu")
-    run = evaluate(model, task, settings=ReadSettings(progress=False))
+    run = evaluate(model, task)
     logs = log_likelihoods(path, prompts, [v for each in variants for v in each], tmp_path)
     sums = logs.reshape(len(prompts), len(options), -1).logsumexp(-1).softmax(-1)
     assert (run.probs - sums).abs().max() < 1e-4

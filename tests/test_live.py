@@ -15,8 +15,6 @@ from mera_tl.live import Bench, Choices, effects, open_bench, panel, replies, se
 from mera_tl.report import RunFolder
 from mera_tl.tasks import Example
 
-QUIET = mera_tl.ReadSettings(progress=False)
-
 
 @pytest.fixture(scope="module")
 def splits():
@@ -26,7 +24,7 @@ def splits():
 @pytest.fixture(scope="module")
 def bench(splits):
     model = mera_tl.load_model("organism")
-    activations = mera_tl.collect(model, splits.train, settings=QUIET)
+    activations = mera_tl.collect(model, splits.train)
     probe = mera_tl.fit_error_probe(activations, penalty=0.01)
     vectors = mera_tl.fit_direction(activations, probe, "controlled_contrastive").vectors
     way = mera_tl.Steering(probe, vectors, layers=(1,), positions="last")
@@ -50,8 +48,8 @@ def test_a_panel_says_what_evaluate_says(bench, splits, changes):
     choices = chosen(bench, **changes)
     steering = bench.steering(choices)
     some = splits.test.subset(range(6))
-    before = mera_tl.evaluate(bench.model, some, settings=QUIET)
-    after = mera_tl.evaluate(bench.model, some, steering.fwd_hooks(), settings=QUIET)
+    before = mera_tl.evaluate(bench.model, some)
+    after = mera_tl.evaluate(bench.model, some, steering.fwd_hooks())
     assert not before.probs.allclose(after.probs)  # the control: it does something
     for i, example in enumerate(some.examples):
         told = panel(bench, example.prompt, choices).ledger
@@ -166,7 +164,7 @@ def test_replies_to_a_scored_task_are_scored_as_in_its_run(tmp_path, bench):
 
 def test_a_saved_steering_is_read_as_it_was_certified(bench, splits, tmp_path):
     (way,) = bench.ways.values()
-    settings = mera_tl.ReadSettings("exact", max_new_tokens=3, progress=False)
+    settings = mera_tl.ReadSettings("exact", max_new_tokens=3)
     decision = mera_tl.calibrate(
         bench.model, splits.calibration, way.at(0.3), min_gain=-0.9, settings=settings
     )

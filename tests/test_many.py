@@ -14,7 +14,6 @@ from mera_tl.sae import fit_latent_probe, load_saes
 from mera_tl.steering import Adaptive, Additive, Gated, Passes, Steering, evaluate_many
 from mera_tl.tasks import load_task
 
-QUIET = ReadSettings(progress=False)
 COUNTS = ("n_steered", "n_steerable", "n_tokens", "n_layers")
 
 
@@ -93,7 +92,7 @@ def test_the_other_engine_runs_only_layers_above_the_first_steered_one(checkpoin
         rows[[layer.mlp for layer in model.hooked.layers].index(module)] += len(out)
 
     handles = [layer.mlp.register_forward_hook(counting) for layer in model.hooked.layers]
-    evaluate_many(model, task, some, settings=QUIET)
+    evaluate_many(model, task, some)
     for handle in handles:
         handle.remove()
     assert rows[2] - rows[0] == 4 * 14
@@ -102,7 +101,7 @@ def test_the_other_engine_runs_only_layers_above_the_first_steered_one(checkpoin
 def check_each(model, readout):
     words = ("very good film", "blue bird")
     task = make_task(14, options=words) if readout == "options" else talking_task(model, 14)
-    settings = replace(QUIET, readout=readout, batch_tokens=140)
+    settings = ReadSettings(readout, batch_tokens=140)
     steerings = many(model)
     roomy = replace(settings, batch_tokens=2048)
     plain = evaluate(model, task, settings=roomy)
@@ -134,7 +133,7 @@ def test_who_starts_from_a_kept_pass_answers_as_from_its_own(engine, readout, ch
     words = ("very good film", "blue bird")
     task = make_task(14, options=words) if readout == "options" else talking_task(model, 14)
     steerings, passes = list(many(model).values()), Passes()
-    settings = replace(QUIET, readout=readout, batch_tokens=140)
+    settings = ReadSettings(readout, batch_tokens=140)
     for decide in (False, True):
         for part, some in ((task, steerings[::2]), (task, steerings), (task.subset(range(5)), [])):
             told = {"settings": settings, "decide": decide}
@@ -145,11 +144,11 @@ def test_who_starts_from_a_kept_pass_answers_as_from_its_own(engine, readout, ch
 
 def test_a_kept_pass_is_not_run_again_and_what_does_not_fit_is():
     model, splits = organism(), organism_task()
-    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    probe = fit_error_probe(collect(model, splits.train))
     none, some = ([Steering(probe, positions="last").at(t)] for t in (0.999999, 0.4))
 
     def cost(steerings, passes, **told):
-        told = {"settings": QUIET, "passes": passes, **told}
+        told = {"settings": ReadSettings(), "passes": passes, **told}
         work = lambda: evaluate_many(model, splits.calibration, steerings, **told)  # noqa: E731
         return tokens_through_blocks(model, work)
 
@@ -159,7 +158,7 @@ def test_a_kept_pass_is_not_run_again_and_what_does_not_fit_is():
     assert cost(some, passes) < cost(some, None) - first / 2
     assert cost(none, small) == cost(none, small) == first
     assert cost(none, passes, decide=True) > first / 2  # other readings are no pass of these
-    assert cost(none, passes, settings=replace(QUIET, readout="last")) > first / 2
+    assert cost(none, passes, settings=ReadSettings("last")) > first / 2
 
 
 def organism_task(n=60):
@@ -169,14 +168,14 @@ def organism_task(n=60):
 def test_in_the_latents_of_an_sae_each_equals_itself_alone():
     model, splits = organism(), organism_task(24)
     space = load_saes("organism", (1, 2), model)
-    probe = fit_latent_probe(collect(model, splits.train, settings=QUIET), space)
+    probe = fit_latent_probe(collect(model, splits.train), space)
     layer = space.layers[:1]
     steerings = [
         Steering(probe, space=space, layers=layer, positions="last").at(t) for t in (0.2, 0.5)
     ] + [Steering(probe, space=space).at(0.3)]
-    outcomes = evaluate_many(model, splits.calibration, steerings, settings=QUIET)
+    outcomes = evaluate_many(model, splits.calibration, steerings)
     for steering, cheap in zip(steerings, outcomes, strict=True):
-        whole = evaluate(model, splits.calibration, steering.fwd_hooks(), settings=QUIET)
+        whole = evaluate(model, splits.calibration, steering.fwd_hooks())
         assert_same(cheap, whole, steering.rule)
         assert (whole.n_steered > 0).any()
 
@@ -198,13 +197,11 @@ def tokens_through_blocks(model, work):
 
 def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
     model, splits = organism(), organism_task()
-    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    probe = fit_error_probe(collect(model, splits.train))
     steering = Steering(probe, layers=(2,))  # from layer 1 of 4 it costs 5.2 evaluations
     grid = [steering.at(t) for t in DEFAULT_THRESHOLDS]
-    one = tokens_through_blocks(model, lambda: evaluate(model, splits.calibration, settings=QUIET))
-    ten = tokens_through_blocks(
-        model, lambda: evaluate_many(model, splits.calibration, grid, settings=QUIET)
-    )
+    one = tokens_through_blocks(model, lambda: evaluate(model, splits.calibration))
+    ten = tokens_through_blocks(model, lambda: evaluate_many(model, splits.calibration, grid))
     assert len(grid) == 10
     assert one <= ten <= 4 * one
 
@@ -212,13 +209,11 @@ def test_ten_thresholds_on_whole_prompts_cost_at_most_four_evaluations():
 def test_steerings_that_are_made_one_by_one_share_their_prompts():
     """Each has a residual space of its own, equal to the others'."""
     model, splits = organism(), organism_task()
-    probe = fit_error_probe(collect(model, splits.train, settings=QUIET))
+    probe = fit_error_probe(collect(model, splits.train))
     grid = [Steering(probe, layers=(2,), positions="last").at(t) for t in DEFAULT_THRESHOLDS]
     assert len({id(each.space) for each in grid}) == len(grid)
     one, ten = (
-        tokens_through_blocks(
-            model, lambda n=n: evaluate_many(model, splits.calibration, grid[:n], settings=QUIET)
-        )
+        tokens_through_blocks(model, lambda n=n: evaluate_many(model, splits.calibration, grid[:n]))
         for n in (1, 10)
     )
     assert one < ten < 2 * one
@@ -227,7 +222,7 @@ def test_steerings_that_are_made_one_by_one_share_their_prompts():
 @pytest.mark.parametrize(("positions", "readout"), [("last", "options"), ("generated", "exact")])
 def test_what_is_not_finite_is_refused_as_alone(models, positions, readout):
     """Not taken for an answer: the likeliest of options that are all NaN is the first."""
-    model, read = models["llama"], replace(QUIET, readout=readout)
+    model, read = models["llama"], ReadSettings(readout)
     steering = Steering(random_probe(model), rule=Additive(3e38), layers=(1,))
     steering, task = replace(steering, positions=positions), talking_task(model)
     with pytest.raises(ValueError, match="not finite from layer 1 on"):

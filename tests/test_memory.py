@@ -11,8 +11,6 @@ from mera_tl.benchmark import RunConfig, memory
 from mera_tl.inference import ReadSettings, collect, tokenize_task
 from mera_tl.models import load_model
 
-QUIET = ReadSettings(progress=False)
-
 
 def profiled_peak(work) -> int:
     """Return the most bytes that were allocated at once while `work` ran."""
@@ -59,7 +57,7 @@ def test_what_passes_is_within_a_third_of_the_profile(shape, model):
 
 @pytest.mark.parametrize("readout", ["exact", "last"])
 def test_the_file_of_activations_is_exact(readout, model, tmp_path):
-    settings, task = replace(QUIET, readout=readout), talking_task(model)
+    settings, task = ReadSettings(readout), talking_task(model)
     collect(model, task, settings=settings, out=tmp_path)
     size = (tmp_path / "activations.safetensors").stat().st_size
     assert memory.activation_bytes(model, len(task), settings) == size
@@ -95,7 +93,7 @@ def test_bytes_for_people(size, text):
 def test_memory_does_not_grow_with_the_activations_collected(models, tmp_path):
     """Only answers are kept, a few numbers an example; in memory, everything is."""
     model, positions = models["llama"], 2
-    sizes, settings = (100, 900), replace(QUIET, readout="exact_anywhere")
+    sizes, settings = (100, 900), ReadSettings("exact_anywhere")
 
     def grown(folder: Path | None) -> float:
         """Return the bytes that each further example adds to the peak."""

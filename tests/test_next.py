@@ -8,13 +8,11 @@ from importlib.metadata import version
 import pytest
 
 import mera_tl
-from mera_tl.inference import ReadSettings
 from mera_tl.models import describe_models, load_model
 
 pytestmark = pytest.mark.skipif(
     int(version("transformer-lens").split(".")[0]) < 4, reason="transformer-lens is older than 4"
 )
-QUIET = ReadSettings(progress=False)
 
 
 def test_every_module_imports():
@@ -34,10 +32,10 @@ def test_the_organism_is_read_probed_and_steered():
     model = load_model("organism")
     assert model.engine == "hugging_face"
     train, _, test = mera_tl.load_task("spam_cue").split(seed=0)
-    probe = mera_tl.fit_error_probe(mera_tl.collect(model, train, settings=QUIET))
-    plain = mera_tl.evaluate(model, test, settings=QUIET)
+    probe = mera_tl.fit_error_probe(mera_tl.collect(model, train))
+    plain = mera_tl.evaluate(model, test)
     hooks = mera_tl.Steering(probe).at(0.3).fwd_hooks()
-    steered = mera_tl.evaluate(model, test, hooks, settings=QUIET)
+    steered = mera_tl.evaluate(model, test, hooks)
     assert 0.5 < plain.accuracy < 0.8 and steered.n_steered.sum() > 0
     assert (steered.probs - plain.probs).abs().max() > 0.01
 

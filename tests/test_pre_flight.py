@@ -12,12 +12,10 @@ from mera_tl.methods import Choices
 from mera_tl.report import RunFolder
 from mera_tl.tasks import load_task
 
-QUIET = ReadSettings(progress=False)
-
 
 @pytest.fixture(scope="module")
 def sound() -> Preflight:
-    return preflight(organism(), load_task("spam_cue"), QUIET)
+    return preflight(organism(), load_task("spam_cue"))
 
 
 def test_a_sound_baseline_has_no_warning(sound):
@@ -45,13 +43,13 @@ def test_control_tokens_in_the_data_of_plain_prompts_are_counted():
     task = load_task("spam_cue").subset(range(20))
     typed = replace(task.examples[3], prompt=f"{task.examples[3].prompt} <eos>")
     mixed = replace(task, examples=(*task.examples[:3], typed, *task.examples[4:]))
-    assert preflight(organism(), task, QUIET, n=4).typed_controls == 0
-    flight = preflight(organism(), mixed, QUIET, n=4)
+    assert preflight(organism(), task, n=4).typed_controls == 0
+    flight = preflight(organism(), mixed, n=4)
     assert flight.typed_controls == 1 and "in the text of 1 training prompt," in flight.warnings[0]
     # A template that is written by hand has them in every prompt: that is meant.
     everywhere = [replace(each, prompt=f"{each.prompt} <eos>") for each in task.examples]
     meant = replace(task, examples=tuple(everywhere))
-    assert preflight(organism(), meant, QUIET, n=4).typed_controls == 0
+    assert preflight(organism(), meant, n=4).typed_controls == 0
     old = {name: value for name, value in flight.to_json().items() if name != "typed_controls"}
     assert Preflight.from_json(old).typed_controls == 0
 
@@ -64,7 +62,7 @@ def test_what_is_printed_fits_a_terminal(sound):
 
 @pytest.mark.parametrize("readout", ["options", "exact"])
 def test_a_random_model_is_seen_through_and_its_replies_are_shown(models, readout):
-    task, settings = make_task(30), replace(QUIET, readout=readout)
+    task, settings = make_task(30), ReadSettings(readout)
     flight = preflight(models["llama"], task, settings, n=20)
     answers = evaluate(models["llama"], task, settings=settings)
     assert flight.degenerate and flight.n == 20 and len(flight.shown) == 3
@@ -82,7 +80,7 @@ def test_the_text_is_shown_and_not_the_question_around_it(models):
         replace(example, prompt=f"{text} {asked}", text=text)
         for example, text in zip(task.examples, texts, strict=True)
     ]
-    flight = preflight(models["llama"], replace(task, examples=tuple(shown)), QUIET)
+    flight = preflight(models["llama"], replace(task, examples=tuple(shown)))
     for one, text in zip(flight.shown, texts, strict=True):
         assert one["prompt"].endswith("...") and len(one["prompt"]) == 150 < len(text)
         assert text.startswith(one["prompt"][:-3])
@@ -120,7 +118,7 @@ def test_the_estimate_is_made_of_what_each_method_runs(tmp_path):
         config = RunConfig(
             model="organism", task="spam_cue", positions=positions, search_budget="1s", **sizes
         )
-        with open_run(config, tmp_path / positions, progress=False) as opened:
+        with open_run(config, tmp_path / positions) as opened:
             rate, seconds = opened.preflight.seconds_per_prompt, opened.seconds(asked)
             assert seconds["unsteered"] == pytest.approx((300 + 50) * rate)
             assert seconds["flip"] == pytest.approx((100 + 50) * rate)

@@ -10,7 +10,6 @@ from mera_tl.inference import ReadSettings, collect, evaluate, prefix
 from mera_tl.models import load_model
 from mera_tl.steering import BACK, Adaptive, Steering, evaluate_many, evaluate_reach
 
-QUIET = ReadSettings(progress=False, batch_tokens=300)
 BEGINNING = "this is not a film : one two three four five six . "
 
 
@@ -43,7 +42,7 @@ def check(model, monkeypatch):
     some = [Steering(probe, rule=rule, positions=where) for where in ("last", "generated", "all")]
 
     def work():
-        read = [replace(QUIET, readout=readout) for readout in ("options", "exact")]
+        read = [ReadSettings(readout, batch_tokens=300) for readout in ("options", "exact")]
         runs = [evaluate(model, task, s.fwd_hooks(), settings=r) for s in some for r in read]
         collected = [collect(model, task, settings=r) for r in read]
         runs += evaluate_many(model, task, some[:2], settings=read[0])
@@ -67,7 +66,7 @@ def test_what_is_seen_of_a_steering_counts_a_shared_beginning(models, monkeypatc
     by_answer = torch.stack([probe.weights, -probe.weights.roll(1, 1)])
     one = Steering(probe, rule=Adaptive(0.0), positions="last")
     some = (one, replace(one, direction=by_answer), replace(one, positions="all"))
-    read = [replace(QUIET, readout=readout) for readout in ("options", "exact")]
+    read = [ReadSettings(readout, batch_tokens=300) for readout in ("options", "exact")]
 
     def work():
         told = [(each.fwd_hooks(), {"settings": r, "title": ""}) for each in some for r in read]

@@ -26,11 +26,10 @@ from mera_tl.live import open_bench
 warnings.simplefilter("ignore")
 model = mera_tl.load_model("organism")
 splits = mera_tl.load_task("yesno_bias").split(train=60, calibration=20, test=20)
-quiet = ReadSettings(progress=False)
-activations = mera_tl.collect(model, splits.train, settings=quiet)
+activations = mera_tl.collect(model, splits.train)
 probe = mera_tl.fit_error_probe(activations)
 steering = mera_tl.Steering(probe, layers=(1,), positions="last").at(0.3)
-decision = mera_tl.calibrate(model, splits.calibration, steering, settings=quiet)
+decision = mera_tl.calibrate(model, splits.calibration, steering)
 direction = mera_tl.fit_direction(activations, probe, "pattern")
 (reply,) = mera_tl.generate(model, ["a prompt"], steering)
 slips = [

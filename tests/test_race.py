@@ -54,8 +54,7 @@ from mera_tl.sae import load_saes
 from mera_tl.steering import Adaptive, Additive, Direction, Gated, ResidualSpace, SAESpace, Steering
 from mera_tl.tasks import load_task
 
-QUIET = ReadSettings(progress=False)
-WIDE = replace(QUIET, batch_size=128)
+WIDE = ReadSettings(batch_size=128)
 
 
 def split(task, n=16):
@@ -91,7 +90,7 @@ def test_going_on_from_a_prompt_that_was_run_equals_running_it_again(model, read
     words = ("very good film", "blue bird")
     task = make_task(16, options=words) if readout == "options" else talking_task(model, 16)
     prompts = model.tokenize([example.prompt for example in task.examples])
-    settings = replace(QUIET, readout=readout)
+    settings = ReadSettings(readout)
     options = option_tokens(model, task, settings)
     with torch.inference_mode(), hooked_pass(model, ()):
         decoding = Decoding(model, prompts, ())
@@ -117,8 +116,8 @@ def test_a_probe_per_answer_reads_only_the_rows_of_its_answer(model):
     shut = replace(probe, weights=torch.zeros_like(probe.weights), bias=probe.bias - 50)
     split = LinearProbe.of_answers(probe, (shut, probe))
     steering = Steering(split, positions="last", rule=Gated(-5.0))
-    plain = evaluate(model, task, settings=replace(QUIET, readout="last"))
-    moved = evaluate(model, task, steering.fwd_hooks(), settings=replace(QUIET, readout="last"))
+    plain = evaluate(model, task, settings=ReadSettings("last"))
+    moved = evaluate(model, task, steering.fwd_hooks(), settings=ReadSettings("last"))
     assert 0 < (plain.predictions == 1).sum() < 16
     assert torch.equal(moved.n_steered > 0, plain.predictions == 1)
     change = (
@@ -141,10 +140,10 @@ class _Tiny:
 
 
 def test_an_infinite_limit_is_bit_equal_to_no_steering(model, task):
-    plain = evaluate(model, task, settings=QUIET)
+    plain = evaluate(model, task)
     for steering in steerings(model).values():
         inert = replace(steering, rule=Gated()).fwd_hooks()
-        change = (evaluate(model, task, inert, settings=QUIET).probs - plain.probs).abs().max()
+        change = (evaluate(model, task, inert).probs - plain.probs).abs().max()
         again = any(hook.per_answer for _, hook in inert)  # a token run twice is not bit-equal
         assert change < 1e-5 if again else change == 0
 
@@ -156,7 +155,7 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
     """Rows that answer at once are skipped below the limit; those that answer later never are."""
     model = models["llama"]
     train = split(talking_task(model, 80)).train
-    activations = collect(model, train, settings=QUIET)
+    activations = collect(model, train)
     assert activations.outcomes.answered.any()
     probe, other = random_probe(model), random_probe(model, seed=1)
     directions = {
@@ -165,7 +164,7 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
     }
     told = LinearProbe.of_answers(probe, (probe, other))
     fitted = {3.0: ProbeSet(probe, directions), None: ProbeSet(told, directions)}
-    data = SearchData(model, train, activations, fitted, "error", QUIET)
+    data = SearchData(model, train, activations, fitted, "error", ReadSettings())
     names = [
         Candidate("one", 3.0, (0, 2), "last", 0.6),
         Candidate("two", None, (1,), "last", 0.7, 0.5),
@@ -175,13 +174,13 @@ def test_gains_of_the_cheap_way_equal_those_of_whole_runs(models):
     gains = data.gains(names, places)
     assert gains[:, 1::2].isnan().all()
     for name, row in zip(names, gains, strict=True):
-        steered = evaluate(model, train, data.steering(name).fwd_hooks(), settings=QUIET)
+        steered = evaluate(model, train, data.steering(name).fwd_hooks())
         expected = steered.gain(activations.outcomes, "error")
         assert (row[::2] - expected[::2]).abs().max() < 1e-5
         assert (row[::2] != 0).any()
     base = activations.outcomes
     correct = replace(data, metric="correct").gains(names[:1], places)[0, ::2]
-    steered = evaluate(model, train, data.steering(names[0]).fwd_hooks(), settings=QUIET)
+    steered = evaluate(model, train, data.steering(names[0]).fwd_hooks())
     assert torch.equal(correct, steered.gain(base)[::2])
 
 
@@ -448,15 +447,14 @@ def test_first_order_gains_rank_candidates_as_real_ones_do():
 def test_gradients_are_those_of_whole_options(options, models):
     """A small shift of the final prompt token changes log-odds as the gradient says it will."""
     model, task = models["llama"], make_task(12, options=options)
-    resid = collect(model, task, settings=QUIET).resid()
-    gradients = log_odds_gradients(model, task, resid, QUIET).gradients
+    resid = collect(model, task).resid()
+    gradients = log_odds_gradients(model, task, resid, ReadSettings()).gradients
     probe, layer = random_probe(model), 1
     steering = Steering(probe, layers=(layer,), positions="final", rule=Additive(1e-3))
     hook = steering.hook(layer)
     foreseen = gradients[layer] @ hook.step * 1e-3
     before, after = (
-        evaluate(model, task, hooks, settings=QUIET).probs.double().log()
-        for hooks in ((), steering.fwd_hooks())
+        evaluate(model, task, hooks).probs.double().log() for hooks in ((), steering.fwd_hooks())
     )
     change = (after - before)[torch.arange(12), torch.tensor(task.labels)]
     assert change.abs().max() > 1e-5
@@ -467,7 +465,7 @@ def test_gradients_are_those_of_whole_options(options, models):
 def test_slopes_are_those_of_what_is_read(readout, models):
     """Of a decoded reply, tokens that begin no option count against the true option."""
     model, task = models["llama"], make_task(12)
-    settings = replace(QUIET, readout=readout)
+    settings = ReadSettings(readout)
     resid = collect(model, task, settings=settings).resid()
     before = log_odds_gradients(model, task, resid, settings)
     shifted = resid.clone()
@@ -522,10 +520,10 @@ def test_flip_is_searched_certified_and_helps_on_test():
 def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
     model = models["llama"]
     train = split(talking_task(model, 60)).train
-    activations = collect(model, train, settings=QUIET)
+    activations = collect(model, train)
     probe = random_probe(model)
     hooks = reading_hooks(Steering(probe, layers=(1,)))
-    read = evaluate(model, train, hooks, settings=QUIET)
+    read = evaluate(model, train, hooks)
     expected = probe.score(activations.resid("last"))[1]
     assert (read.max_score - expected).abs().max() < 1e-4
 
@@ -533,12 +531,12 @@ def test_flip_reads_the_final_prompt_token_and_nothing_later(models):
 def test_trials_in_other_latents_are_no_trials_of_these(tmp_path):
     model = organism()
     task = load_task("spam_cue").split(0, train=12, calibration=9, test=9).train
-    activations = collect(model, task, settings=QUIET)
+    activations = collect(model, task)
     saes = load_saes("organism", (1,), model).saes
     tried = Candidate("euclidean", 3.0, (1,), "last", 0.2)
 
     def known(space, ways=None):
-        data = SearchData(model, task, activations, ways or {}, "correct", QUIET, space)
+        data = SearchData(model, task, activations, ways or {}, "correct", ReadSettings(), space)
         store = TrialStore.open(tmp_path, data, Choices())
         found = list(store.gains)
         store.gains = {tried: torch.zeros(len(task)).double()}

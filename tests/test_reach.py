@@ -9,7 +9,7 @@ from conftest import random_probe, talking_task
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.steering import BACK, Additive, Reach, Steering, evaluate_reach
 
-SETTINGS = ReadSettings("exact_anywhere", batch_size=7, max_new_tokens=4, progress=False)
+SETTINGS = ReadSettings("exact_anywhere", batch_size=7, max_new_tokens=4)
 LIMIT = 0.4
 
 

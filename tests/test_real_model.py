@@ -76,13 +76,12 @@ def test_generate_of_transformers_says_what_ours_does_in_any_batch(model, origin
 
 
 def test_answers_do_not_depend_on_the_batch(model, steering, task):
-    quiet = {"progress": False}
     runs = [
-        evaluate(model, task, steering.fwd_hooks(), settings=ReadSettings(batch_size=n, **quiet))
+        evaluate(model, task, steering.fwd_hooks(), settings=ReadSettings(batch_size=n))
         for n in (1, 3)
     ]
     torch.testing.assert_close(runs[0].probs, runs[1].probs, atol=1e-4, rtol=0)
-    plain = evaluate(model, task, settings=ReadSettings(**quiet))
+    plain = evaluate(model, task)
     assert (plain.probs - runs[0].probs).abs().max() > 1e-3
 
 
@@ -94,7 +93,7 @@ def test_the_harness_reads_it_alike_in_any_batch(model, steering):
 
     asked = [Instance("loglikelihood", {}, (text, " home"), i) for i, text in enumerate(TEXTS)]
     values = [
-        SteeredLM(model, steering, settings=ReadSettings(batch_size=n, progress=False))
+        SteeredLM(model, steering, settings=ReadSettings(batch_size=n))
         .loglikelihood(asked, disable_tqdm=True)
         for n in (1, 3)
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def test_where_no_reply_is_right_only_the_instruction_has_a_direction(asked, tmp
     keys += 'text = "never said"\ninstruction = "Reply in a sentence:"\n'
     (tmp_path / "task.toml").write_text(keys)
     config = RunConfig(model="organism", task=str(tmp_path / "task.toml"), reply_tokens=4)
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         without, taught = run.records(("reply_contrast", "instruction"))
     assert without["decision"] is None
     assert any(said.startswith("reply_contrast: No direction") for said in without["warnings"])
@@ -208,7 +208,7 @@ def test_a_search_that_was_killed_ends_as_if_undisturbed(asked, tmp_path, monkey
 
 def test_the_planted_failure_is_corrected_in_sentences_and_certified():
     model = mera_tl.load_model("organism")
-    settings = ReadSettings(reply_tokens=6, progress=False)
+    settings = ReadSettings(reply_tokens=6)
     splits = load_task("spam_sentence").split(seed=0, train=400, calibration=200, test=200)
     learned = collect(model, splits.train, settings=settings)
     tried: dict = {"strengths": (1.0, 2.0, 4.0), "positions": ("last",)}
@@ -245,7 +245,7 @@ def test_a_run_of_replies_ends_in_a_report_that_shows_them(tmp_path):
     with pytest.raises(ValueError, match="no task"):
         Run(replace(config, other_tasks="spam_que"), tmp_path).announce(("no_steering",))
     methods = ("no_steering", "kind_controlled", "retry", "best_of_k", "best_of_k_scorer")
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         records = {record["method"]: record for record in run.records(methods)}
     tokens = {name: record["tokens_generated"] for name, record in records.items()}
     assert tokens["no_steering"] <= tokens["retry"] < tokens["best_of_k"]

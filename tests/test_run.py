@@ -57,7 +57,7 @@ def test_a_folder_begun_with_other_weights_is_noticed_where_they_are_loaded(tmp_
 
 def test_certificates_that_nobody_announced_are_counted(tmp_path):
     config = replace(CONFIG, train="30", calibration="15", test="15")
-    with open_run(config, tmp_path, progress=False) as run:
+    with open_run(config, tmp_path) as run:
         steering = Steering(random_probe(run.model), layers=(1,), positions="last").at(0.3)
         given = [run.calibrate(name, steering) for name in ("mine", "mine", "another", "third")]
         assert [decision.terms.delta for decision in given] == [0.05] * 4
@@ -71,7 +71,7 @@ def test_certificates_that_nobody_announced_are_counted(tmp_path):
 def test_a_search_budget_ends_with_the_best_so_far_which_is_certified_as_usual(tmp_path):
     sizes = {"train": "120", "calibration": "40", "test": "40"}
     config = replace(CONFIG, positions="last", search_budget="0.001s", **sizes)
-    with open_run(config, tmp_path, progress=False) as run:
+    with open_run(config, tmp_path) as run:
         record = run.record("searched")
     details = record["details"]
     assert details["budget"] == 0.001 and not details["complete"]
@@ -86,7 +86,7 @@ def test_a_second_run_on_the_same_calibration_examples_is_recognised(tmp_path, c
     config = replace(CONFIG, positions="last", **sizes)
 
     def warned(name, method, **changes):
-        with open_run(replace(config, **changes), tmp_path / name, progress=False) as run:
+        with open_run(replace(config, **changes), tmp_path / name) as run:
             return run.record(method)["warnings"]
 
     assert warned("first", "flip") == warned("again", "flip") == []  # the same promise twice
@@ -104,11 +104,11 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
     model = shutil.copytree(checkpoints["llama"], tmp_path / "model")
     config = RunConfig(model=str(model), task=write_task(tmp_path), **SMALL)
     out = tmp_path / "run"
-    with open_run(config, out, progress=False) as run:
+    with open_run(config, out) as run:
         first = run.record("no_steering")
     for path in model.iterdir():
         path.touch()  # a copy of the same weights
-    with open_run(config, out, progress=False) as run:
+    with open_run(config, out) as run:
         assert run.record("no_steering") == first
     data, told = tmp_path / "toy.csv", model / "tokenizer.json"
     weights = model / "model.safetensors"
@@ -122,7 +122,7 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
         before = path.read_bytes()
         path.write_bytes(other)
         refused = pytest.raises(ValueError, match=rf"changed: {what}\)")
-        with refused, open_run(config, out, progress=False):
+        with refused, open_run(config, out):
             pass
         path.write_bytes(before)
 
@@ -131,11 +131,11 @@ def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):
 def test_a_damaged_file_of_a_folder_is_named(name, checkpoints, tmp_path):
     config = RunConfig(model="organism", task="spam_cue", train="30", calibration="9", test="9")
     out = tmp_path / "run"
-    with open_run(config, out, progress=False) as run:
+    with open_run(config, out) as run:
         run.record("no_steering")
     path = out / name
     path.write_text(path.read_text("utf-8")[:20], "utf-8")
-    with pytest.raises(ValueError, match=name), open_run(config, out, progress=False) as run:
+    with pytest.raises(ValueError, match=name), open_run(config, out) as run:
         run.record("no_steering")
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_file_of_a_folder_is_named(name, checkpoints, tmp_path):
 def test_a_limit_on_regressions_is_certified_together_with_the_gain(limit, decision, tmp_path):
     sizes = {"train": "300", "calibration": "150", "test": "60", "layers": "1"}
     config = replace(CONFIG, positions="last", max_regressions=limit, **sizes)
-    with open_run(config, tmp_path, progress=False) as run:
+    with open_run(config, tmp_path) as run:
         record = run.record("flip")
     assert record["decision"] == decision
     found = RunFolder.open(tmp_path)

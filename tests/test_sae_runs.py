@@ -123,7 +123,7 @@ def test_a_grid_compares_both_spaces_on_the_same_splits(checkpoints, toy, traine
         **SMALL,
         readout="last",
     )
-    records = run_grid(config, tmp_path, progress=False)
+    records = run_grid(config, tmp_path)
     assert [(r["method"], r["space"]) for r in records] == [
         (method, space) for space in ("raw", "sae") for method in config.methods
     ]

@@ -12,12 +12,10 @@ from conftest import organism, random_probe, talking_task
 
 from mera_tl import storage
 from mera_tl.certificate import Calibration, calibrate, certify, load_steering
-from mera_tl.inference import ReadSettings, evaluate
+from mera_tl.inference import evaluate
 from mera_tl.sae import load_saes
 from mera_tl.steering import SAESpace, Steering
 from mera_tl.tasks import load_task
-
-QUIET = ReadSettings(progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def decided(models):
     where: dict = {"layers": (0, 2), "positions": "last", "first_k": 3}
     steering = Steering(random_probe(model), direction, **where)
     grid = [steering.at(threshold) for threshold in (0.3, 0.5)]
-    return model, task, calibrate(model, task, grid, min_gain=-0.99, settings=QUIET)
+    return model, task, calibrate(model, task, grid, min_gain=-0.99)
 
 
 def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
@@ -44,10 +42,7 @@ def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
     loaded = load_steering(folder, model=model)
     assert loaded.certificate == decision and loaded.first_k == 3
     assert str(decision).split("\n")[0] in (folder / "README.md").read_text()
-    runs = [
-        evaluate(model, task, steering.fwd_hooks(), settings=QUIET)
-        for steering in (decision.steering, loaded)
-    ]
+    runs = [evaluate(model, task, steering.fwd_hooks()) for steering in (decision.steering, loaded)]
     assert torch.equal(runs[0].probs, runs[1].probs) and runs[0].n_steered.sum() > 0
     assert Calibration.load(folder) == decision
     decision.save(folder)  # again, in its place
@@ -68,7 +63,7 @@ def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_p
     promise = str(decision).partition("\n")[0]
     assert html.escape(promise) in load_steering(folder)._repr_html_()
     anyway.check(other)
-    assert evaluate(other, task, anyway.fwd_hooks(), settings=QUIET).n_steered.sum() > 0
+    assert evaluate(other, task, anyway.fwd_hooks()).n_steered.sum() > 0
     chatty = dataclasses.replace(decided[0], chat=True)
     with pytest.raises(ValueError, match="template"):
         load_steering(folder, model=chatty)
@@ -154,7 +149,7 @@ def test_a_steering_in_sae_space_needs_the_saes_it_was_made_with(tmp_path):
     probe = dataclasses.replace(random_probe(model), weights=torch.randn(width) / 10)
     task = load_task("spam_cue").split(0, calibration=20, test=20).calibration
     steering = Steering(probe, space=saes, layers=(1,), positions="last").at(0.4)
-    decision = calibrate(model, task, steering, min_gain=-0.99, settings=QUIET)
+    decision = calibrate(model, task, steering, min_gain=-0.99)
     folder = decision.save(tmp_path / "steering")
     with pytest.raises(ValueError, match="in SAE space; pass space"):
         load_steering(folder)

@@ -18,7 +18,7 @@ from mera_tl.tasks import Scorer, Task
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments.steer_free_text import held, short_answers  # noqa: E402
 
-SETTINGS = ReadSettings(reply_tokens=6, batch_size=5, progress=False)
+SETTINGS = ReadSettings(reply_tokens=6, batch_size=5)
 
 
 def scored_task(model, n: int = 18):

@@ -28,14 +28,14 @@ def config(checkpoints, tmp_path) -> RunConfig:
 
 @pytest.fixture
 def at_once(config, tmp_path) -> list[bytes]:
-    with open_run(config, tmp_path / "whole", progress=False) as run:
+    with open_run(config, tmp_path / "whole") as run:
         assert len(run.activations.outcomes) > 10
     return files(tmp_path / "whole" / "activations")
 
 
 @pytest.mark.parametrize("n_shards", [1, 3, 1000])
 def test_shards_join_to_the_same_bytes(n_shards, config, at_once, tmp_path):
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         activations = collect_shards(run, n_shards)
         assert activations is not run.activations  # which is now read from the folder
     assert files(tmp_path / "run" / "activations") == at_once
@@ -43,7 +43,7 @@ def test_shards_join_to_the_same_bytes(n_shards, config, at_once, tmp_path):
 
 def test_other_batches_give_other_bytes(config, at_once, tmp_path):
     """Positive control: the bytes do tell how prompts were batched."""
-    with open_run(replace(config, batch_tokens=25), tmp_path / "run", progress=False) as run:
+    with open_run(replace(config, batch_tokens=25), tmp_path / "run") as run:
         collect_shards(run, 3)
     assert files(tmp_path / "run" / "activations")[0] != at_once[0]
 
@@ -58,7 +58,7 @@ def test_a_lost_shard_is_all_that_is_done_again(config, at_once, tmp_path, monke
         return real(model, task, **kwargs)
 
     monkeypatch.setattr(module, "collect", fragile)
-    with open_run(config, tmp_path / "run", progress=False) as run:
+    with open_run(config, tmp_path / "run") as run:
         with pytest.raises(ValueError, match=r"1 of 3 shards failed \(first: power cut\)"):
             collect_shards(run, 3)
         collect_shards(run, 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_outcomes, make_task, organism, random_probe
 
-from mera_tl.inference import Activations, ReadSettings, collect, evaluate
+from mera_tl.inference import Activations, collect, evaluate
 from mera_tl.models import resid_post
 from mera_tl.probes import fit_error_probe, metrics
 from mera_tl.sae import check, fit_latent_probe, load_saes, reconstruction
@@ -18,7 +18,6 @@ from mera_tl.steering import Adaptive, Additive, ResidualSpace, SAESpace, Steeri
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from experiments._latent_predictions import predictions  # noqa: E402
 
-QUIET = ReadSettings(progress=False)
 LAYER, WIDTH, D_SAE = 1, 32, 96
 ARCHITECTURES = ("standard", "jumprelu", "topk", "topk_unit_rows", "batchtopk")
 
@@ -208,11 +207,9 @@ def test_an_infinite_limit_is_no_steering_bit_for_bit(models):
     task = make_task(8)
     space = SAESpace({LAYER: new_sae("standard")})
     steering = Steering(latent_probe(model), space=space)
-    plain = evaluate(model, task, settings=QUIET)
-    abstained = evaluate(model, task, steering.fwd_hooks(), settings=QUIET)
-    moved = evaluate(
-        model, task, replace(steering, rule=Adaptive(-9.0)).fwd_hooks(), settings=QUIET
-    )
+    plain = evaluate(model, task)
+    abstained = evaluate(model, task, steering.fwd_hooks())
+    moved = evaluate(model, task, replace(steering, rule=Adaptive(-9.0)).fwd_hooks())
     assert torch.equal(plain.probs, abstained.probs)
     assert abstained.max_score.isfinite().all()
     assert moved.n_steered.sum() > 0
@@ -401,13 +398,13 @@ def test_the_organisms_saes_explain_it_and_noise_does_not():
     task = load_task("yesno_bias").split(seed=0, train="60", calibration="10", test="10").train
     space = load_saes("organism", "all", organism())
     assert space.layers == (1, 2)
-    good = reconstruction(organism(), task, space, settings=QUIET).set_index("layer")
+    good = reconstruction(organism(), task, space).set_index("layer")
     assert (good["explained_variance"] > 0.85).all()
     assert good["l0"].between(5, 30).all()
     assert (good["recovered"] > 0.5).all()
     with torch.no_grad():
         space.saes[1].W_dec.copy_(torch.randn_like(space.saes[1].W_dec) / 10)
-    bad = reconstruction(organism(), task, SAESpace({1: space.saes[1]}), settings=QUIET).iloc[0]
+    bad = reconstruction(organism(), task, SAESpace({1: space.saes[1]})).iloc[0]
     assert bad["explained_variance"] < 0
     assert bad["recovered"] < good.loc[1, "recovered"]
 
@@ -421,29 +418,27 @@ def test_trained_saes_are_found_and_explain_more_than_new_ones(models, tmp_path,
 
     model, task = models["llama"], make_task(60)
     options = {"n_steps": 150, "step_tokens": 128, "architecture": "topk"}
-    train_saes(
-        model, task, (1,), tmp_path / "long", options=TrainOptions(**options), settings=QUIET
-    )
+    train_saes(model, task, (1,), tmp_path / "long", options=TrainOptions(**options))
     short = TrainOptions(**{**options, "n_steps": 1})
-    train_saes(model, task, (1,), tmp_path / "short", options=short, settings=QUIET)
+    train_saes(model, task, (1,), tmp_path / "short", options=short)
     explained = {}
     for name in ("long", "short"):
         space = load_saes(tmp_path / name, "all", model)
-        table = reconstruction(model, make_task(20, seed=1), space, settings=QUIET)
+        table = reconstruction(model, make_task(20, seed=1), space)
         explained[name] = table["explained_variance"][0]
     assert explained["long"] > 0.5
     assert explained["long"] > explained["short"] + 0.2
-    activations = collect(model, task, settings=QUIET)
+    activations = collect(model, task)
     assert fit_latent_probe(activations, space).weights.shape == (model.n_layers, 4 * WIDTH)
     # A training that is killed while it writes leaves none, and no mixture.
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "link", interrupted)
-        train_saes(model, task, (1,), tmp_path / "long", options=short, settings=QUIET)
+        train_saes(model, task, (1,), tmp_path / "long", options=short)
     with pytest.raises(ValueError, match="no SAE"):
         load_saes(tmp_path / "long", "all", model)
-    train_saes(model, task, (1,), tmp_path / "long", options=short, settings=QUIET)
+    train_saes(model, task, (1,), tmp_path / "long", options=short)
     again = load_saes(tmp_path / "long", "all", model).saes[1].W_dec
     assert torch.equal(again, load_saes(tmp_path / "short", "all", model).saes[1].W_dec)
     assert not list((tmp_path / "long").glob(".*"))
     with pytest.raises(ValueError, match="numbered 0 to 2"):
-        train_saes(model, task, (3,), tmp_path, options=short, settings=QUIET)
+        train_saes(model, task, (3,), tmp_path, options=short)

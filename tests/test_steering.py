@@ -20,8 +20,6 @@ from mera_tl.inference import (
 from mera_tl.models import resid_post
 from mera_tl.steering import Adaptive, Additive, Gated, ResidualSpace, Steering
 
-QUIET = ReadSettings(progress=False)
-
 
 def random_vectors(n: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
@@ -109,8 +107,8 @@ def test_infinite_limit_is_bit_equal_to_no_steering(model, task):
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])
 def test_alone_equals_batched_and_left_padded(model, task, positions):
     hooks = steered(model, positions=positions).fwd_hooks()
-    together = evaluate(model, task, hooks, settings=QUIET)
-    alone = evaluate(model, task, hooks, settings=replace(QUIET, batch_size=1))
+    together = evaluate(model, task, hooks)
+    alone = evaluate(model, task, hooks, settings=ReadSettings(batch_size=1))
     assert (together.probs - alone.probs).abs().max() < 1e-4
     assert torch.equal(together.predictions, alone.predictions)
     assert torch.equal(together.n_steered, alone.n_steered)
@@ -143,7 +141,7 @@ def test_cached_equals_uncached(model, positions):
 def test_scopes_steer_the_tokens_they_name(model):
     task = make_task(5)
     lengths = torch.tensor([len(tokens) for tokens in prompts_of(model, task)])
-    settings = ReadSettings(progress=False, readout="last")
+    settings = ReadSettings(readout="last")
     counts = {
         scope: evaluate(
             model, task, steered(model, -1e9, positions=scope).fwd_hooks(), settings=settings
@@ -220,7 +218,7 @@ def test_hooks_are_gone_after_an_exception_and_context_with_them(model, task):
 
     hooks = [*steered(model).fwd_hooks(), (resid_post(2), fail)]
     with pytest.raises(RuntimeError, match="on purpose"):
-        evaluate(model, task, hooks, settings=QUIET)
+        evaluate(model, task, hooks)
     for point in model.hooked.hook_dict.values():
         assert not point.fwd_hooks
         assert not point.ctx
@@ -228,7 +226,7 @@ def test_hooks_are_gone_after_an_exception_and_context_with_them(model, task):
 
 def test_a_hook_that_matches_nothing_is_an_error(model, task):
     with pytest.raises(ValueError, match=r"blocks\.9\.hook_resid_post"):
-        evaluate(model, task, [(resid_post(9), lambda x, hook: x)], settings=QUIET)
+        evaluate(model, task, [(resid_post(9), lambda x, hook: x)])
 
 
 def test_plain_transformer_lens_hooks_work_without_a_window(model):
@@ -244,7 +242,7 @@ def test_plain_transformer_lens_hooks_work_without_a_window(model):
 def test_one_direction_per_answer_runs_the_last_token_twice(model):
     """Both directions zero but one: only rows whose unsteered answer is that option move."""
     task = make_task(16, options=mixed_options(model))
-    settings = ReadSettings(progress=False, readout="last")
+    settings = ReadSettings(readout="last")
     options, prompts = option_tokens(model, task, settings), prompts_of(model, task)
     probe = random_probe(model)
     direction = torch.stack([torch.zeros_like(probe.weights), probe.weights])
@@ -280,7 +278,7 @@ def test_steering_refuses_what_cannot_fit():
 def test_what_was_moved_is_counted_as_by_hand(model, positions):
     """Run each prompt alone, look at every layer before and after its hook, and count."""
     task, hooks = talking_task(model), steered(model, 0.3, positions=positions).fwd_hooks()
-    got = evaluate(model, task, hooks, settings=QUIET)
+    got = evaluate(model, task, hooks)
     before, passes, shares = {}, [], []
 
     def look(resid, hook):
@@ -295,7 +293,7 @@ def test_what_was_moved_is_counted_as_by_hand(model, positions):
     spied = [part for name, hook in hooks for part in ((name, look), (name, hook), (name, compare))]
     for i in range(len(task)):
         passes.clear()
-        evaluate(model, task.subset([i]), spied, settings=QUIET)
+        evaluate(model, task.subset([i]), spied)
         moved = torch.cat([torch.stack(layers) for layers in passes], dim=1)
         assert int(got.n_steered[i]) == int(moved.sum())
         assert int(got.n_tokens[i]) == int(moved.any(0).sum())
@@ -303,7 +301,7 @@ def test_what_was_moved_is_counted_as_by_hand(model, positions):
     assert got.relative_shift == pytest.approx(sum(shares) / max(1, len(shares)), rel=1e-4)
     if positions != "generated":
         assert 0 < got.n_steered.sum() < got.n_steerable.sum()
-    assert evaluate(model, task, settings=QUIET).relative_shift == 0  # control: nothing moved
+    assert evaluate(model, task).relative_shift == 0  # control: nothing moved
 
 
 def test_two_hooks_on_one_layer_count_each_for_itself(models):
@@ -311,9 +309,7 @@ def test_two_hooks_on_one_layer_count_each_for_itself(models):
     model = models["llama"]
     task, one = talking_task(model), steered(model, 0.3, layers=(0, 1), positions="last")
     reading = replace(one, positions="all").reading_hooks()
-    alone, both = (
-        evaluate(model, task, [*one.fwd_hooks(), *more], settings=QUIET) for more in ([], reading)
-    )
+    alone, both = (evaluate(model, task, [*one.fwd_hooks(), *more]) for more in ([], reading))
     assert torch.equal(both.probs, alone.probs) and alone.n_steered.any()
     for name in ("n_steered", "n_tokens", "n_layers", "shift"):
         assert torch.equal(getattr(both, name), getattr(alone, name)), name

@@ -11,7 +11,7 @@ from conftest import make_task, mixed_options, random_probe
 from mera_tl.inference import ReadSettings, evaluate
 from mera_tl.steering import Additive, Steering, explain
 
-SETTINGS = ReadSettings(readout="last", progress=False)
+SETTINGS = ReadSettings(readout="last")
 THRESHOLD = 0.3
 
 
@@ -110,7 +110,7 @@ def test_a_direction_per_answer_replaces_the_last_token_not_appends_it(case):
 
 def test_generated_tokens_are_shown_when_they_are_steered(case):
     model, task, steering = case
-    said = ReadSettings(readout="exact", max_new_tokens=3, progress=False)
+    said = ReadSettings(readout="exact", max_new_tokens=3)
     generated = replace(steering, positions="generated")
     lengths = set()
     for example in make_task(8).examples:
@@ -123,7 +123,7 @@ def test_generated_tokens_are_shown_when_they_are_steered(case):
 
 def test_generated_tokens_are_shown_as_text_and_as_both_where_steering_changed_them(case):
     model, _, steering = case
-    said = ReadSettings(readout="exact", max_new_tokens=3, progress=False)
+    said = ReadSettings(readout="exact", max_new_tokens=3)
     strong = replace(steering, rule=Additive(2.0), positions="last")
     n_words = n_changed = 0
     for example in make_task(8).examples:

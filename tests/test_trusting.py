@@ -114,7 +114,7 @@ def test_it_is_said_in_table_report_and_explanation(mera, folder):
 
 def test_without_a_trustworthy_answer_nothing_is_promised_and_nothing_changes(tmp_path):
     sizes = {"train": "120", "calibration": "40", "test": "40"}
-    with open_run(replace(CONFIG, max_risk=0.001, **sizes), tmp_path, progress=False) as run:
+    with open_run(replace(CONFIG, max_risk=0.001, **sizes), tmp_path) as run:
         record = run.record("withhold")
         assert torch.equal(run.treat("withhold").apply(run, run.splits.test).probs, run.base.probs)
     assert record["decision"] == "ABSTAIN" and "NO ANSWER CAN BE TRUSTED" in record["certificate"]
@@ -122,7 +122,7 @@ def test_without_a_trustworthy_answer_nothing_is_promised_and_nothing_changes(tm
 
 def test_a_primary_method_leaves_it_nothing(tmp_path):
     sizes = {"train": "120", "calibration": "40", "test": "40", "primary": "flip"}
-    with open_run(replace(CONFIG, **sizes), tmp_path, progress=False) as run:
+    with open_run(replace(CONFIG, **sizes), tmp_path) as run:
         records = list(run.records(["flip", "withhold"]))
     assert records[1]["decision"] is None and records[1]["unanswered"] == 0
 
