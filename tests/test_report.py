@@ -135,7 +135,7 @@ def test_a_shift_of_fixed_length_is_called_so_and_nothing_is_claimed_of_it(page,
     assert all("fixed length" in caption for caption in captions.values())
     assert "It is not certified; it is shown because" in text
     other = replace(run, records=tuple(r | {"details": {}} for r in run.records))
-    block = report._moved(other, report._Figures(page.parent / "other"))["by_layer"][0][1]
+    block = report._moved(other, report.Figures(page.parent / "other"))["by_layer"][0][1]
     assert "fixed length" not in block.caption  # the control
 
 

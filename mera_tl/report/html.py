@@ -2,19 +2,26 @@
 
 Figures are data in the page; a script draws them, so a hundred cost little more than one. Titles
 and captions leave the figure and become text of the page, which wraps on a narrow screen. Light or
-dark follows the reader's system. The templates escape whatever they are given.
+dark follows the reader's system. The templates escape whatever they are given. A report's figures
+also lie beside it, as files.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from mera_tl import storage
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,67 @@ class Block:
     min_width: int = 0
     folder: str = ""
     """Where its JSON and CSV lie, seen from the page; "" if they are not kept."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of a page, each written as JSON and CSV when it is placed."""
+
+    folder: Path
+    images: bool = False
+    prefix: str = ""
+    """Begins the names of one run's figures, where there are several runs."""
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.folder / "records.jsonl").exists():
+            raise ValueError(f"{self.folder} is the folder of a run; give the page another name.")
+
+    def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> Block:
+        """Keep a figure and return its place in the page."""
+        name = self.prefix + name
+        self.figures[name] = figure
+        storage.write_text(self.folder / f"{name}.json", str(figure.to_json(pretty=True)))
+        storage.write_text(self.folder / f"{name}.csv", frame.to_csv(index=False))
+        return block_of(name, figure, folder=self.folder.name)
+
+    def write_images(self) -> str:
+        """Write SVG and PNG files, if asked to; say in a sentence what came of it."""
+        if not self.images:
+            return (
+                "For the figures as SVG and PNG files, write the report with --images; every "
+                "figure's own menu saves a PNG."
+            )
+        if find_spec("kaleido") is None:
+            return (
+                "SVG and PNG files were not written: kaleido is not installed; run "
+                "`pip install mera-tl[images]`."
+            )
+        figures = [str(self.folder / f"{name}.json") for name in self.figures]
+        try:
+            # In a process of its own: a browser that hangs must not hold up the page.
+            subprocess.run(
+                [sys.executable, "-c", _WRITE_IMAGES, *figures],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=60 + 20 * len(figures),
+            )
+        except subprocess.TimeoutExpired:
+            return "SVG and PNG files were not written: the browser did not answer in time."
+        except subprocess.CalledProcessError as error:
+            why = (str(error.stderr).strip().splitlines() or ["kaleido failed"])[-1]
+            return f"SVG and PNG files were not written: {why}"
+        return f"The figures also lie in {self.folder.name}/ as SVG and PNG."
+
+
+_WRITE_IMAGES = """
+import sys, plotly.io
+figures = [plotly.io.from_json(open(path, encoding="utf-8").read()) for path in sys.argv[1:]]
+for kind in ("svg", "png"):
+    paths = [path.removesuffix("json") + kind for path in sys.argv[1:]]
+    plotly.io.write_images(figures, paths, width=900)
+"""
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,20 @@ JSON and the numbers in them as CSV. The templates say where everything stands; 
 """
 
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 
 from mera_tl import plots, storage
-from mera_tl.benchmark.records import promise, table
-from mera_tl.certificate.certificate import percent, promised_points
+from mera_tl.benchmark.records import promise
+from mera_tl.certificate.certificate import percent
 from mera_tl.plots.style import knob_axis
-from mera_tl.report.html import Block, Table, block_of, render
+from mera_tl.report import tables
+from mera_tl.report.html import Block, Figures, Table, render
 from mera_tl.report.run_folder import RunFolder, find_runs, records_frame
 
 MOST_EXAMPLES = 600
@@ -52,7 +49,7 @@ def write_report(
     out = Path(out) if out is not None else first / "report.html"
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file, such as {out / 'report.html'}.")
-    figures = _Figures(out.with_name(f"{out.stem}_files"), images=images)
+    figures = Figures(out.with_name(f"{out.stem}_files"), images=images)
     if len(runs) == 1:
         title, template = f"Steering {runs[0].title}", "run.html"
         context = {"r": _run(runs[0], figures)}
@@ -65,71 +62,10 @@ def write_report(
     return out
 
 
-@dataclass(frozen=True)
-class _Figures:
-    """The figures of a page, each written as JSON and CSV when it is placed."""
-
-    folder: Path
-    images: bool = False
-    prefix: str = ""
-    """Begins the names of one run's figures, where there are several runs."""
-    figures: dict[str, go.Figure] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if (self.folder / "records.jsonl").exists():
-            raise ValueError(f"{self.folder} is the folder of a run; give the page another name.")
-
-    def place(self, name: str, figure: go.Figure, frame: pd.DataFrame) -> Block:
-        """Keep a figure and return its place in the page."""
-        name = self.prefix + name
-        self.figures[name] = figure
-        storage.write_text(self.folder / f"{name}.json", str(figure.to_json(pretty=True)))
-        storage.write_text(self.folder / f"{name}.csv", frame.to_csv(index=False))
-        return block_of(name, figure, folder=self.folder.name)
-
-    def write_images(self) -> str:
-        """Write SVG and PNG files, if asked to; say in a sentence what came of it."""
-        if not self.images:
-            return (
-                "For the figures as SVG and PNG files, write the report with --images; every "
-                "figure's own menu saves a PNG."
-            )
-        if find_spec("kaleido") is None:
-            return (
-                "SVG and PNG files were not written: kaleido is not installed; run "
-                "`pip install mera-tl[images]`."
-            )
-        figures = [str(self.folder / f"{name}.json") for name in self.figures]
-        try:
-            # In a process of its own: a browser that hangs must not hold up the page.
-            subprocess.run(
-                [sys.executable, "-c", _WRITE_IMAGES, *figures],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=60 + 20 * len(figures),
-            )
-        except subprocess.TimeoutExpired:
-            return "SVG and PNG files were not written: the browser did not answer in time."
-        except subprocess.CalledProcessError as error:
-            why = (str(error.stderr).strip().splitlines() or ["kaleido failed"])[-1]
-            return f"SVG and PNG files were not written: {why}"
-        return f"The figures also lie in {self.folder.name}/ as SVG and PNG."
-
-
-_WRITE_IMAGES = """
-import sys, plotly.io
-figures = [plotly.io.from_json(open(path, encoding="utf-8").read()) for path in sys.argv[1:]]
-for kind in ("svg", "png"):
-    paths = [path.removesuffix("json") + kind for path in sys.argv[1:]]
-    plotly.io.write_images(figures, paths, width=900)
-"""
-
-
 # --- one run ------------------------------------------------------------------------------------
 
 
-def _run(run: RunFolder, figures: _Figures) -> dict[str, Any]:
+def _run(run: RunFolder, figures: Figures) -> dict[str, Any]:
     """Gather what the page of a run shows, from top to bottom."""
     first, verdict, frame = run.records[0], run.verdict, records_frame(run.records)
     main, asked = run.main_method, _asked(run)
@@ -146,12 +82,12 @@ def _run(run: RunFolder, figures: _Figures) -> dict[str, Any]:
         "winner": [*_winner(run), *filter(None, [run.trust, promise(run.records)])],
         "certificate": str(certificate or ""),
         "evidence": list(_evidence(run, figures, asked)) if asked else [],
-        "ways": Table.of(_ways(run)),
+        "ways": Table.of(tables.ways(run)),
         "slider": _slider(run, figures.prefix, asked) if asked else None,
         "shown_method": main,
         **_examples(run, changes),
         "scatter": list(_scatter(changes, figures, str(main))),
-        "methods": Table.of(_methods(run)),
+        "methods": Table.of(tables.methods(run)),
         "n_methods": len(run.records),
         "comparison": [
             figures.place("spi", plots.spi_dots(frame), frame),
@@ -159,35 +95,13 @@ def _run(run: RunFolder, figures: _Figures) -> dict[str, Any]:
         ],
         "others": list(_others(run, figures, asked)),
         "reading": list(_reading(run, figures)),
-        "failures": Table.of(_failures(run)),
+        "failures": Table.of(tables.failures(run)),
         **_moved(run, figures),
-        "side": Table.of(_side_effects(run)),
+        "side": Table.of(tables.side_effects(run)),
         # An option a line: a narrow page would break them at their hyphens.
         "command": run.command.replace(" --", " \\\n  --") + f"\nmera report {run.path.name}",
-        "hashes": Table.of(_hashes(run)),
+        "hashes": Table.of(tables.hashes(run)),
     }
-
-
-def _ways(run: RunFolder) -> pd.DataFrame:
-    """Tabulate what could be done, the recommended first."""
-
-    def points(share: float | None) -> str:
-        return "" if share is None else f"{100 * share:+.1f}"
-
-    rows = [
-        {
-            "do": way.what,
-            "by": "" if way.what == "leave alone" else way.method,
-            "certified": "yes" if way.certified else "no",
-            "gain, points": points(way.gain),
-            "at least": "" if way.at_least is None else promised_points(way.at_least),
-            "better / worse": "" if way.n is None else f"{way.recoveries} / {way.regressions}",
-            "passes": str(way.passes),
-            "needs": ", ".join(way.needs),
-        }
-        for way in run.recommendation.ways
-    ]
-    return pd.DataFrame(rows)
 
 
 def _constant(run: RunFolder) -> str:
@@ -271,7 +185,7 @@ def _asked(run: RunFolder) -> str | None:
     return run.verdict.method or max(best, key=lambda method: best[method], default=None)
 
 
-def _evidence(run: RunFolder, figures: _Figures, method: str) -> Iterator[Block]:
+def _evidence(run: RunFolder, figures: Figures, method: str) -> Iterator[Block]:
     """Yield what a decision rests on: the search's own figure, or curve and bars of a grid."""
     tried = run.tried(method)
     if not tried.empty:
@@ -328,7 +242,7 @@ def _siblings(tried: pd.DataFrame, chosen: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(tried[same]).sort_values("threshold")
 
 
-def _others(run: RunFolder, figures: _Figures, asked: str | None) -> Iterator[dict[str, Any]]:
+def _others(run: RunFolder, figures: Figures, asked: str | None) -> Iterator[dict[str, Any]]:
     """Yield the other certificates, those that abstain last."""
     others = [m for m in run.certificates if m != run.verdict.method]
     for method in sorted(others, key=lambda m: run.certificates[m].abstained):
@@ -351,34 +265,14 @@ def _others(run: RunFolder, figures: _Figures, asked: str | None) -> Iterator[di
         }
 
 
-def _reading(run: RunFolder, figures: _Figures) -> Iterator[Block]:
+def _reading(run: RunFolder, figures: Figures) -> Iterator[Block]:
     frame = run.probe_errors()
     for metric in ("rmse", "auroc") if len(frame) else ():
         figure = plots.probe_error(frame, metric=metric, n=run.records[0]["n_train"])
         yield figures.place(f"probe_{metric}", figure, frame)
 
 
-def _failures(run: RunFolder) -> pd.DataFrame:
-    """Tabulate how well failing replies are read, within kinds of question first."""
-    told = [(r["method"], r["details"]) for r in run.records if "probe_auroc" in r["details"]]
-    rows = [
-        {
-            "method": method,
-            "AUROC within kinds": _or_none(details["probe_auroc_within_kind"]),
-            "over all": _or_none(details["probe_auroc"]),
-            "layer": str(details["layers"][0]),
-            "prompts": str(details["n_search"]),
-        }
-        for method, details in told
-    ]
-    return pd.DataFrame(rows)
-
-
-def _or_none(auroc: float | None) -> str:
-    return "no pair to compare" if auroc is None else f"{auroc:.2f}"
-
-
-def _moved(run: RunFolder, figures: _Figures) -> dict[str, Any]:
+def _moved(run: RunFolder, figures: Figures) -> dict[str, Any]:
     """Gather whom a steering reaches: by predicted error in each layer, by token, in the plane.
 
     Of the verdict's method, or of the certified one that moves activations.
@@ -412,19 +306,7 @@ def _moved(run: RunFolder, figures: _Figures) -> dict[str, Any]:
     return {"moved": places, "by_layer": by_layer, "moved_layer": main}
 
 
-# --- tables and examples ------------------------------------------------------------------------
-
-_CHANGES = {"0->1": "recovered", "1->0": "regressed"}
-
-
-def _methods(run: RunFolder) -> pd.DataFrame:
-    """Tabulate methods, the decision first: a phone shows the first columns."""
-    first = ["method", "decision", "accuracy", "SPI", "recovered", "regressed"]
-    named = table(run.records).rename(columns=_CHANGES)
-    frame = pd.DataFrame(named[[*first, "steered", "threshold"]])
-    # What a method costs, where replies are generated to be scored.
-    tokens = [record.get("tokens_generated", 0.0) for record in run.records]
-    return frame.assign(**{"tokens per reply": tokens}) if any(tokens) else frame
+# --- examples ---------------------------------------------------------------------------------
 
 
 def _examples(run: RunFolder, changes: pd.DataFrame) -> dict[str, Any]:
@@ -482,7 +364,7 @@ def _short(share: float) -> float:
     return round(share, 4)
 
 
-def _scatter(changes: pd.DataFrame, figures: _Figures, method: str) -> Iterator[Block]:
+def _scatter(changes: pd.DataFrame, figures: Figures, method: str) -> Iterator[Block]:
     """Draw every example's error before and after; its points open the explorer's examples."""
     if not changes.empty:
         errors = pd.DataFrame(changes[["row", "error_before", "error_after", "change"]])
@@ -490,51 +372,10 @@ def _scatter(changes: pd.DataFrame, figures: _Figures, method: str) -> Iterator[
         yield figures.place("errors", plots.error_before_after(errors, method=method), errors)
 
 
-def _side_effects(run: RunFolder) -> pd.DataFrame:
-    """Tabulate what else changed: probabilities, balance of answers, unanswered prompts."""
-    rows = []
-    for record in run.records:
-        answers, told = run.changes(record["method"]), record.get("free_text")
-        said = {} if answers.empty else answers["prediction_after"].value_counts().to_dict()
-        text = {"perplexity": "perplexity", "distinct word pairs": "distinct_2"} if told else {}
-        rows.append(
-            {
-                "method": record["method"],
-                "regressed": record["transitions"]["1->0"],
-                "error change": record["error_change"],
-                "weighted F1": record["f1"],
-                "unanswered": record["unanswered"],
-                **{name: (told or {})[key] for name, key in text.items()},
-                **_elsewhere(record),
-                **{f'answers "{option}"': int(count) for option, count in sorted(said.items())},
-            }
-        )
-    frame = pd.DataFrame(rows)
-    elsewhere = [name for name in frame if name.endswith("better / worse")]
-    frame = frame.fillna(dict.fromkeys(elsewhere, "")).fillna(0)
-    counts = [name for name in frame if name.startswith("answers ")]
-    return frame.astype(dict.fromkeys(counts, int))
-
-
-def _elsewhere(record: dict[str, Any]) -> dict[str, str]:
-    """Say what a steering did to a few prompts of other tasks."""
-    return {
-        f"{task}, better / worse": f"{told['better']} / {told['worse']} of {told['n']}"
-        for task, told in (record.get("elsewhere") or {}).items()
-    }
-
-
-def _hashes(run: RunFolder) -> pd.DataFrame:
-    first = run.records[0]
-    hashes = {"configuration": first["hashes"]["config"], "model": first["hashes"]["model"]}
-    hashes |= {f"{role} data": value for role, value in first["hashes"]["data"].items()}
-    return pd.DataFrame((hashes | first["versions"]).items(), columns=["what", "value"])
-
-
 # --- several runs -------------------------------------------------------------------------------
 
 
-def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
+def _overview(runs: Sequence[RunFolder], figures: Figures) -> dict[str, Any]:
     """Gather the comparison of all runs, then each run, folded away."""
     records = [record for run in runs for record in run.records]
     frame = records_frame(records)
@@ -543,14 +384,9 @@ def _overview(runs: Sequence[RunFolder], figures: _Figures) -> dict[str, Any]:
         "spi_dots": plots.spi_dots(frame),
         "transitions": plots.transitions(frame),
     }
-    numbers = table(records).rename(columns=_CHANGES)
-    same = [c for c in ("model", "space", "seed", "n") if len(set(numbers[c])) == 1]
-    first = ["task", "method", "decision"]
-    numbers = numbers.drop(columns=[*same, "error"])
-    others = [column for column in numbers if column not in first]
     return {
         "models": sorted({record["model"] for record in records}),
         "comparison": [figures.place(name, figure, frame) for name, figure in drawn.items()],
-        "numbers": Table.of(pd.DataFrame(numbers[[*first, *others]])),
+        "numbers": Table.of(tables.compared(records)),
         "runs": [_run(run, replace(figures, prefix=f"run{i}_")) for i, run in enumerate(runs)],
     }
