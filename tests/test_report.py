@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from mera_tl import storage
 from mera_tl.benchmark import RunConfig
 from mera_tl.certificate import percent
-from mera_tl.report import RunFolder, find_runs, records_frame, render, report, write_report
+from mera_tl.report import RunFolder, find_runs, html, records_frame, render, report, write_report
 
 METHODS = ("no_steering", "additive_probe", "optimal_probe")
 CONFIG = RunConfig(
@@ -262,9 +262,9 @@ def test_without_a_browser_a_sentence_says_so(page, folder, tmp_path, monkeypatc
         return write_report(folder, tmp_path / "page.html", images=True).read_text("utf-8")
 
     assert "write the report with --images" in page.read_text("utf-8")
-    monkeypatch.setattr(report, "_WRITE_IMAGES", "raise SystemExit('there is no browser')")
+    monkeypatch.setattr(html, "_WRITE_IMAGES", "raise SystemExit('there is no browser')")
     assert "SVG and PNG files were not written: there is no browser" in said()
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(html, "find_spec", lambda name: None)
     assert "pip install mera-tl[images]" in said()
 
 
