@@ -212,6 +212,13 @@ def toy(tmp_path_factory):
     return write_task(tmp_path_factory.mktemp("toy"))
 
 
+def change_one_bit(weights: Path):
+    """Change one bit of one neuron; names and sizes are the same."""
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 1
+    weights.write_bytes(changed)
+
+
 SMALL: dict = {"train": "30", "calibration": "15", "test": "15"}
 """Splits of such a task."""
 
@@ -304,15 +311,6 @@ def spoken_options(model, task) -> tuple[str, str]:
 def talking_task(model, n: int = 24):
     """Random prompts whose options the model does say."""
     return make_task(n, options=spoken_options(model, make_task(n)))
-
-
-def read_again(decoding, rows, options, settings, fwd_hooks, *, answers):
-    """Read some rows of prompts that were run, under hooks from the final prompt token on."""
-    from mera_tl.inference import hooked_pass, read_from
-
-    with torch.inference_mode(), hooked_pass(decoding.model, fwd_hooks):
-        fork = decoding.fork(rows, fwd_hooks)
-        return read_from(fork, fork.prompt_again(answers, whole=False), options, settings)
 
 
 def certified(model, task, steering):

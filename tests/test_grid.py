@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, python, timeless, write_task
+from conftest import SMALL, change_one_bit, python, timeless, write_task
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid, run_name
@@ -70,10 +70,7 @@ def test_a_model_that_was_written_anew_under_its_name_is_loaded_anew(config, tmp
     run = replace(config.runs()[0], model=str(there))
     first = load(run)
     assert load(run) is first
-    weights = there / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-2] ^= 1
-    weights.write_bytes(changed)
+    change_one_bit(there / "model.safetensors")
     assert load(run).fingerprint != first.fingerprint
 
 
@@ -138,10 +135,7 @@ def test_another_models_work_is_not_found_in_the_cache(config, tmp_path):
     base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
     run_grid(base, tmp_path / "base", cache=cache)
     n_kept = len(list(cache.iterdir()))
-    weights = shutil.copytree(config.models[0], tmp_path / name) / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-2] ^= 1  # one bit of one neuron; name, tokens and data are the same
-    weights.write_bytes(changed)
+    change_one_bit(shutil.copytree(config.models[0], tmp_path / name) / "model.safetensors")
     other = replace(base, models=(str(tmp_path / name),))
     run_grid(other, tmp_path / "other", cache=cache)
     assert len(list(cache.iterdir())) == 2 * n_kept > 0

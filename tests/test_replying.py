@@ -27,7 +27,10 @@ from mera_tl.tasks import Scorer, load_task
 
 @pytest.fixture(scope="module")
 def asked(models):
-    return models["llama"], scored_task(models["llama"])
+    """A model, a scored task to learn from, and its activations."""
+    model = models["llama"]
+    train = replace(scored_task(model), role="train")
+    return model, train, collect(model, train, settings=SETTINGS)
 
 
 def test_what_a_prompt_adds_to_all_its_replies_does_not_count():
@@ -67,8 +70,7 @@ def test_a_probe_of_the_kind_of_question_reads_nothing_within_kinds():
 
 
 def test_given_replies_are_read_as_they_were_when_they_were_made(asked):
-    model, task = asked
-    activations = collect(model, task, settings=SETTINGS)
+    model, task, activations = asked
     prompts = [e.prompt for e in task.examples]
     replies = [r.tokens for r in generate(model, prompts, max_new_tokens=6)]
     read = reply_activations(model, model.tokenize(prompts), replies, settings=SETTINGS)
@@ -78,8 +80,7 @@ def test_given_replies_are_read_as_they_were_when_they_were_made(asked):
 
 
 def test_drawing_again_pays_for_what_it_draws(asked):
-    model, task = asked
-    learned = collect(model, task, settings=SETTINGS)
+    model, task, learned = asked
     probe = fit_error_probe(learned, position="generated")
     draws = draw_replies(model, task, probe, 3, settings=SETTINGS)
     tokens = torch.stack([each.n_generated for each in draws.outcomes])
@@ -97,8 +98,8 @@ def test_drawing_again_pays_for_what_it_draws(asked):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_gate_may_open_at_every_generated_token(asked, temperature):
-    model, task = asked
-    probe = fit_error_probe(collect(model, task, settings=SETTINGS), position="generated")
+    model, task, learned = asked
+    probe = fit_error_probe(learned, position="generated")
     steering = Steering(probe, 9 * probe.weights, Gated(), layers=(1,), positions="generated")
     prompts, sampled = [e.prompt for e in task.examples], {"temperature": temperature}
     plain, read = (
@@ -125,9 +126,7 @@ def test_a_gate_may_open_at_every_generated_token(asked, temperature):
 
 
 def test_what_cannot_be_learned_is_said_or_left_out(asked):
-    model, task = asked
-    train = replace(task, role="train")
-    activations = collect(model, train, settings=SETTINGS)
+    model, train, activations = asked
     choices = ReplyChoices(("instruction",))
     with pytest.raises(ValueError, match="its prompts have no instruction"):
         fit_reply_directions(model, train, activations, choices, SETTINGS)
@@ -139,10 +138,9 @@ def test_what_cannot_be_learned_is_said_or_left_out(asked):
 
 
 def test_where_no_reply_is_right_only_the_instruction_has_a_direction(asked, tmp_path):
-    model, task = asked
+    model, task, _ = asked
     never = Scorer("contains", {"text": "never said"})
-    train = replace(task, role="train")
-    train = replace(train, examples=tuple(replace(e, scorer=never) for e in train.examples))
+    train = replace(task, examples=tuple(replace(e, scorer=never) for e in task.examples))
     activations = collect(model, train, settings=SETTINGS)
     with pytest.raises(ValueError, match="0 right examples are too few .*; 0 of 11 prompts have"):
         search_replies(model, train, activations, settings=SETTINGS)
@@ -161,9 +159,7 @@ def test_where_no_reply_is_right_only_the_instruction_has_a_direction(asked, tmp
 
 
 def test_what_moves_generated_tokens_alone_reads_a_probe_of_these(asked):
-    model, task = asked
-    train = replace(task, role="train")
-    activations = collect(model, train, settings=SETTINGS)
+    model, train, activations = asked
     few: dict = {"strengths": (2.0,), "layers": (1,), "rounds": ((99, 2), (4, 99))}
     for positions in ("generated", "final"):
         choices = ReplyChoices(("contrastive",), positions=(positions,), **few)
@@ -176,9 +172,7 @@ def test_what_moves_generated_tokens_alone_reads_a_probe_of_these(asked):
 
 
 def test_a_search_that_was_killed_ends_as_if_undisturbed(asked, tmp_path, monkeypatch):
-    model, task = asked
-    train = replace(task, role="train")
-    activations = collect(model, train, settings=SETTINGS)
+    model, train, activations = asked
     # With this seed the best on few prompts are not the best of those that have seen more.
     some: dict = {"strengths": (2.0, 8.0), "search_share": 0.44, "seed": 4}
     choices = ReplyChoices(("contrastive",), rounds=((99, 2), (2, 99)), **some)

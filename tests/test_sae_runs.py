@@ -6,7 +6,7 @@ import sys
 
 import conftest
 import pytest
-from conftest import SMALL, call_mera
+from conftest import SMALL, call_mera, change_one_bit
 
 from mera_tl import storage
 from mera_tl.benchmark import GridConfig, run_grid
@@ -80,10 +80,7 @@ def test_a_folder_knows_its_saes(mera, checkpoints, toy, trained, tmp_path):
     for path in own.glob("*/*"):
         path.touch()  # a copy of the same
     mera("run", *told)
-    weights = next(own.glob("*/*.safetensors"))
-    changed = bytearray(weights.read_bytes())
-    changed[-2] ^= 1
-    weights.write_bytes(changed)
+    change_one_bit(next(own.glob("*/*.safetensors")))
     assert "changed: its SAEs)" in mera("run", *told, code=2).err
 
 

@@ -1,13 +1,11 @@
 """Laws of the other steering families: what each must do to an activation, and to a model."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import organism
 from sklearn.linear_model import LogisticRegression
 from test_methods import run_of
-from test_race import WIDE, planted
+from test_race import WIDE, blanked, planted
 
 from mera_tl.certificate import calibrate, load_steering
 from mera_tl.inference import evaluate, rows_fitted
@@ -157,11 +155,7 @@ def test_a_family_is_chosen_on_training_data_and_corrects_where_it_can(name):
 def test_examples_that_judge_teach_a_family_nothing():
     splits, activations = planted()
     told, found = {"choices": CHOICES, "settings": WIDE}, []
-    fit, judge = divide(splits.train, CHOICES.search_share, CHOICES.seed)
-    for blank in ([], judge, fit[:30]):
-        resid = activations.by_position["last"].clone()
-        resid[blank] = 0
-        seen = replace(activations, by_position={"last": resid})
+    for seen in blanked(activations, CHOICES):
         taught = search_family(FAMILIES["affine"], organism(), splits.train, seen, **told)
         found.append(taught.steering.space.start)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
