@@ -22,8 +22,8 @@ from mera_tl.inference.evaluation import run_batches, tokenize_task
 from mera_tl.inference.outcomes import Metric, Outcomes
 from mera_tl.inference.prefix import Prefix
 from mera_tl.models.model import Model, resid_post
-from mera_tl.steering.many import Stack
 from mera_tl.steering.spaces import SAESpace
+from mera_tl.steering.stack import Stack
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Task
 

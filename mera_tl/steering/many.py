@@ -4,20 +4,17 @@ What they share is run once. Each prompt runs unsteered and leaves its residual 
 cache; products with the probes tell which steering moves which example, and in which layer first.
 All other outcomes are known: they are the unsteered ones. What is left are rows, each one example
 under one steering. They start from what the unsteered pass left in the first layer that moves them,
-many steerings and examples in one batch, under one hook a layer that looks up each row's probe,
-direction and rule. A row that leaves the prompt alone costs one token; one that does not, its
-prompt from that layer on. Every outcome equals that of `evaluate` with that steering's hooks.
+many steerings and examples in one batch, under one hook a layer (`stack`). A row that leaves the
+prompt alone costs one token; one that does not, its prompt from that layer on. Every outcome equals
+that of `evaluate` with that steering's hooks.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from einops import einsum
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl.inference.answers import (
@@ -28,15 +25,13 @@ from mera_tl.inference.answers import (
     read_from,
     tokens_read,
 )
-from mera_tl.inference.decoding import Decoding, Window, hooked_pass
+from mera_tl.inference.decoding import Decoding, hooked_pass
 from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
 from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
-from mera_tl.models.model import Model, resid_post
-from mera_tl.steering.hook import Positions, SteerHook, first_column, last_column, relative_shift
-from mera_tl.steering.rules import Rule
-from mera_tl.steering.spaces import Space
+from mera_tl.models.model import Model
+from mera_tl.steering.stack import Extent, Stack, columns_of, extent_of
 from mera_tl.steering.steering import Steering
 from mera_tl.steering.unsteered import Passes, Recorder, UnsteeredPass, unsteered_pass
 from mera_tl.tasks.task import Task
@@ -99,235 +94,7 @@ def evaluate_many(
     return [outcomes[i] for i in range(len(steerings))]
 
 
-# --- many steerings as one hook a layer ---------------------------------------------------------
-
-_Scope = tuple[Positions, int | None]
-"""What of a pass a steering may move: its positions, and of how many generated tokens."""
-
-
-def _scope(steering: Steering) -> _Scope:
-    return steering.positions, steering.first_k
-
-
-def _columns(scope: _Scope, window: Window, n_columns: int) -> Bool[Tensor, " pos"]:
-    """Return which columns of a pass are in scope."""
-    n_prompt, column = min(window.n_prompt, n_columns), torch.arange(n_columns)
-    start = first_column(scope[0], n_prompt, n_columns)
-    stop = last_column(scope[1], n_prompt, n_columns, window.n_before)
-    return (column >= start) & (column < stop)
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """Steerings of one space."""
-
-    steerings: tuple[Steering, ...]
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether one of them may move prompt tokens before the final one."""
-        return any(each.positions == "all" for each in self.steerings)
-
-    @cached_property
-    def layers(self) -> Mapping[int, "StackedLayer"]:
-        """What they do, layer by layer."""
-        numbers = sorted({layer for each in self.steerings for layer in each.layer_numbers})
-        return {layer: StackedLayer.of(self.steerings, layer) for layer in numbers}
-
-    @cached_property
-    def groups(self) -> list[list[int]]:
-        """Numbers of the steerings that read the same probe in the same layers and positions."""
-        groups: dict[Any, list[int]] = {}
-        for number, each in enumerate(self.steerings):
-            key = (id(each.probe), each.layer_numbers, *_scope(each))
-            groups.setdefault(key, []).append(number)
-        return list(groups.values())
-
-    def hooks(self, steering: Int[Tensor, " label"]) -> list[tuple[str, "RowHook"]]:
-        """Return hooks for rows each of which has a steering of its own, by the row's label."""
-        return [
-            (resid_post(number), RowHook(layer, steering))
-            for number, layer in self.layers.items()
-            if (layer.slot[steering] >= 0).any()
-        ]
-
-
-@dataclass(frozen=True, eq=False)
-class StackedLayer:
-    """What many steerings do in one layer, each different probe, step and rule held once."""
-
-    layer: int
-    space: Space
-    probes: tuple[int, ...]
-    """The id of the probe of each reader."""
-    weights: Float[Tensor, "reader answer d"]
-    bias: Float[Tensor, "reader answer"]
-    steps: Float[Tensor, "slot answer d"]
-    reader: Int[Tensor, " slot"]
-    """The reader that goes with each step."""
-    slot: Int[Tensor, " steering"]
-    """The step of each steering; -1 where it does not act in this layer."""
-    scope: Int[Tensor, " steering"]
-    scopes: tuple[_Scope, ...]
-    rule: Int[Tensor, " steering"]
-    rules: tuple[Rule, ...]
-
-    @staticmethod
-    def of(steerings: Sequence[Steering], layer: int) -> "StackedLayer":
-        """Gather what some steerings do in a layer."""
-        hooks: dict[Any, SteerHook] = {}
-        slot = torch.full((len(steerings),), -1)
-        places: dict[Any, int] = {}
-        for number, each in enumerate(steerings):
-            if layer in each.layer_numbers:
-                rule: Any = each.rule
-                if each.limit > -math.inf:  # a step does not depend on the limit
-                    rule = replace(rule, limit=0.0)
-                key = (id(each.probe), id(each.direction), rule)
-                if key not in places:
-                    places[key] = len(places)
-                    hooks[key] = each.hook(layer)
-                slot[number] = places[key]
-        readers = {key[0]: hook for key, hook in hooks.items()}
-        rules = {rule: i for i, rule in enumerate(dict.fromkeys(each.rule for each in steerings))}
-        scopes = tuple(dict.fromkeys(map(_scope, steerings)))
-        n = max(len(each.step) if each.per_answer else 1 for each in hooks.values())
-        return StackedLayer(
-            layer,
-            steerings[0].space,
-            tuple(readers),
-            torch.stack([_by_answer(each.weights, n) for each in readers.values()]),
-            torch.stack([_by_answer(each.bias[..., None], n)[:, 0] for each in readers.values()]),
-            torch.stack([_by_answer(each.step, n) for each in hooks.values()]),
-            torch.tensor([list(readers).index(key[0]) for key in hooks]),
-            slot,
-            torch.tensor([scopes.index(_scope(each)) for each in steerings]),
-            scopes,
-            torch.tensor([rules[each.rule] for each in steerings]),
-            tuple(rules),
-        )
-
-    def scores(
-        self, resid: Float[Tensor, "row pos d_model"], answers: Int[Tensor, " row"]
-    ) -> Float[Tensor, "reader row pos"]:
-        """Return every probe's score of every token, the unsteered answers known."""
-        features = self.space.read(resid, self.layer)
-        own = self._of_answers(answers)
-        weights, bias = (x[:, own].to(features.device) for x in (self.weights, self.bias))
-        score = einsum(features, weights, "row pos d, reader row d -> reader row pos")
-        return score + bias[..., None]
-
-    def moves(
-        self, steering: Int[Tensor, " steering"], answers: Int[Tensor, " row"]
-    ) -> Bool[Tensor, "steering row"]:
-        """Return whether a steering's step has any length, for a row of that answer."""
-        length = (self.steps != 0).any(-1)
-        return length[self.slot[steering]][:, self._of_answers(answers)]
-
-    def _of_answers(self, answers: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
-        answers = answers.cpu()
-        return answers if self.weights.shape[1] > 1 else torch.zeros_like(answers)
-
-
-def _by_answer(values: Float[Tensor, "*answer d"], n_answers: int) -> Tensor:
-    return values.expand(n_answers, -1) if values.ndim == 1 else values
-
-
-@dataclass(frozen=True, eq=False)
-class RowHook:
-    """A hook on one layer's `resid_post` whose rows have a steering each; see `SteerHook`."""
-
-    stacked: StackedLayer = field(repr=False)
-    steering: Int[Tensor, " label"] = field(repr=False)
-
-    def __call__(self, resid: Float[Tensor, "row pos d_model"], hook: Any) -> Tensor:
-        """Return the steered activations, each row's by its own steering."""
-        window: Window = hook.ctx["window"]
-        assert window.labels is not None and window.answers is not None
-        steering = self.steering[window.labels.cpu()]
-        rows = (self.stacked.slot[steering] >= 0).nonzero()[:, 0]
-        if not len(rows):
-            return resid
-        everything = len(rows) == len(resid)
-        here, there = rows.to(resid.device), resid.device
-        some = resid if everything else resid[here]
-        pace = _Pace.of(self.stacked, some, steering[rows], window, rows)
-        self._leave(hook, pace, len(resid), here)
-        moved = pace.amount != 0
-        if not moved.any():
-            return resid
-        row, column = moved.nonzero().unbind(-1)
-        before = some[row, column]
-        step = self.stacked.steps.to(there)[pace.slot.to(there)[row], pace.own.to(there)[row]]
-        shift = pace.amount[row, column, None] * step
-        after = self.stacked.space.write(
-            before, pace.features[row, column], shift, self.stacked.layer
-        )
-        steered = resid.clone()
-        steered[here[row], column] = after
-        hook.ctx["left"][-1]["shift"].index_add_(0, here[row], relative_shift(after, before))
-        return steered
-
-    @staticmethod
-    def _leave(hook: Any, pace: "_Pace", n_rows: int, here: Tensor) -> None:
-        """Leave for the decoding what it counts."""
-        device, n_columns = here.device, pace.score.shape[1]
-        left = {
-            "moved": torch.zeros(n_rows, n_columns, dtype=torch.bool, device=device),
-            "shift": torch.zeros(n_rows, device=device),
-            "steerable": torch.zeros(n_rows, dtype=torch.long, device=device),
-            "max_score": torch.full((n_rows,), -torch.inf, device=device),
-        }
-        left["moved"][here] = pace.amount != 0
-        left["steerable"][here] = pace.scope.sum(-1)
-        left["max_score"][here] = pace.score.masked_fill(~pace.scope, -torch.inf).amax(-1)
-        hook.ctx.setdefault("left", []).append(left)
-
-
-@dataclass(frozen=True, eq=False)
-class _Pace:
-    """How far the tokens of some rows move."""
-
-    features: Float[Tensor, "row pos d"]
-    score: Float[Tensor, "row pos"]
-    scope: Bool[Tensor, "row pos"]
-    amount: Float[Tensor, "row pos"]
-    slot: Int[Tensor, " row"]
-    own: Int[Tensor, " row"]
-    """The unsteered answer, where steps depend on it."""
-
-    @staticmethod
-    def of(
-        stacked: StackedLayer,
-        resid: Float[Tensor, "row pos d_model"],
-        steering: Int[Tensor, " row"],
-        window: Window,
-        rows: Int[Tensor, " row"],
-    ) -> "_Pace":
-        device, n_columns = resid.device, resid.shape[1]
-        assert window.answers is not None
-        own = stacked._of_answers(window.answers.cpu()[rows])
-        slot = stacked.slot[steering]
-        reader = stacked.reader[slot]
-        features = stacked.space.read(resid, stacked.layer)
-        weights, bias = (x[reader, own].to(device) for x in (stacked.weights, stacked.bias))
-        score = einsum(features, weights, "row pos d, row d -> row pos") + bias[:, None]
-        columns = torch.stack([_columns(each, window, n_columns) for each in stacked.scopes])
-        scope = columns[stacked.scope[steering]].to(device)
-        scope &= window.real.to(device)[rows.to(device)]
-        amount = torch.zeros_like(score)
-        rule = stacked.rule[steering]
-        for number in rule.unique().tolist():
-            these = (rule == number).to(device)
-            amount[these] = stacked.rules[number].amount(score[these])
-        amount *= scope & (stacked.steps[slot, own] != 0).any(-1).to(device)[:, None]
-        return _Pace(features, score, scope, amount, slot, own)
-
-
-# --- one batch of prompts -----------------------------------------------------------------------
-
-
-_Heights = Mapping[tuple[int, _Scope], Tensor]
+_Heights = Mapping[tuple[int, Extent], Tensor]
 """Per layer and scope the highest unsteered scores "when reader row": in the prompt, after it."""
 
 
@@ -435,7 +202,7 @@ class _Batch:
         found = []
         for numbers in self.stack.groups:
             first, chosen = self.stack.steerings[numbers[0]], torch.tensor(numbers)
-            layers, scope = first.layer_numbers, _scope(first)
+            layers, scope = first.layer_numbers, extent_of(first)
             stacked = [self.stack.layers[layer] for layer in layers]
             readers = [layer.probes.index(id(first.probe)) for layer in stacked]
             high = [heights[n, scope][:, r] for n, r in zip(layers, readers, strict=True)]
@@ -462,12 +229,12 @@ class _Batch:
 
     def _heights(
         self, record: Recorder, answers: Int[Tensor, " row"]
-    ) -> tuple[_Heights, Mapping[_Scope, Int[Tensor, "when row"]]]:
+    ) -> tuple[_Heights, Mapping[Extent, Int[Tensor, "when row"]]]:
         """Return the highest scores, and how many tokens of each scope are in and after prompts."""
-        scopes = {_scope(each) for each in self.stack.steerings}
+        scopes = {extent_of(each) for each in self.stack.steerings}
         n = len(answers)
-        heights: dict[tuple[int, _Scope], Tensor] = {}
-        counts: dict[_Scope, Tensor] = {s: torch.zeros(2, n, dtype=torch.long) for s in scopes}
+        heights: dict[tuple[int, Extent], Tensor] = {}
+        counts: dict[Extent, Tensor] = {s: torch.zeros(2, n, dtype=torch.long) for s in scopes}
         for number, layer in self.stack.layers.items():
             high = {s: torch.full((2, len(layer.probes), n), -torch.inf) for s in scopes}
             for window, resid in zip(record.windows, record.resid[number], strict=True):
@@ -476,7 +243,7 @@ class _Batch:
                 real = window.real[:, -resid.shape[1] :].cpu()
                 score = layer.scores(resid, answers[window.labels]).cpu()
                 for scope in scopes:
-                    inside = real & _columns(scope, window, resid.shape[1])
+                    inside = real & columns_of(scope, window, resid.shape[1])
                     top = score.masked_fill(~inside, -torch.inf).amax(-1)
                     high[scope][late].scatter_reduce_(1, rows.expand_as(top), top, "amax")
                     if number == next(iter(self.stack.layers)):
