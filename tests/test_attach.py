@@ -425,7 +425,7 @@ def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(models, originals
     # Audited: which of these were answered better, or worse, than unsteered.
     audits = tmp_path / "outcomes.jsonl"
     rows = [{"prompt": hash_of_prompt(p), "steered": 0, "unsteered": 1} for p in prompts]
-    audits.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    audits.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8-sig")
     said = mera("monitor", audits, "--log", path, "--state", tmp_path / "monitor.json").out
     assert "3 audited pairs (0 better, 3 worse)" in said
 

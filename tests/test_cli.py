@@ -291,7 +291,8 @@ def test_the_usual_ways_to_write_an_option_mean_the_same():
     ],
 )
 def test_a_file_of_options_is_overridden_by_the_command_line(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    # With the byte order mark of some editors, which is no text.
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
     told = parsed("run", "--config", tmp_path / name)
     assert (told.model, told.min_gain, told.chat) == ("organism", 0.02, True)
     again = parsed("run", f"--config={tmp_path / name}", "--min-gain", 0.05)

@@ -20,6 +20,9 @@ TABLE = [
     ("regex", {"pattern": r"^\d{4}$"}, "", {"1234": 1, "12345": 0}),
     ("numeric", {}, "so it is 1,204", {"1204": 1, "first 3, then 1,204.": 1, "12": 0, "no": 0}),
     ("numeric", {}, "6", {"5-6": 1, "10-4=6": 1, "-6": 0, "it is -6": 0, "x-6": 1}),
+    ("numeric", {}, "-5", {"\u22125": 1, "5": 0, "it is 3 \u2212 8 = \u22125.": 1}),
+    ("numeric", {"tolerance": 0.1}, "0.01", {"0.0105": 1, "0.05": 0, "0": 0}),
+    ("numeric", {"tolerance": 0.1}, "0", {"0.05": 1, "0.2": 0}),
     ("numeric", {"tolerance": 0.01}, "3.14", {"3.15": 1, "3.2": 0, "-3.14": 0}),
     ("begins_with", {}, "yes", {"Yes, it is": 1, '"yes"': 1, "yesterday": 0, "Oh yes": 0}),
     ("ends_with", {"text": "I hope this helps."}, "", {"So. I hope this helps!": 1, "helps.": 0}),
@@ -28,6 +31,7 @@ TABLE = [
     ("ends_with", {}, "8", {"It is 8.": 1, "8": 1, "It is 18.": 0}),
     ("ends_with", {"text": "!"}, "", {"Yes!": 1, '"Yes!"': 1, "Yes.": 0, "": 0}),
     ("json_schema", {}, "", {'{"a": 1}': 1, "[]": 1, "3": 0, '{"a": NaN}': 0, "{'a': 1}": 0}),
+    ("json_schema", {}, '{"n": null}', {'{"n": null}': 1, "{}": 0, '{"n": 0}': 0}),
     (
         "json_schema",
         {"schema": SCHEMA},
@@ -144,6 +148,33 @@ def test_a_task_file_names_a_scorer_and_its_arguments(folder):
         load_task(str(path))
     path.write_text('data = "rows.jsonl"\ntemplate = "{q}"\nscorer = "words"\nmst = 3\n')
     with pytest.raises(ValueError, match="unknown key 'mst'"):
+        load_task(str(path))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        ('"lacks"', "no reference, and no argument"),  # every reply would be right
+        ('"contains"\ntext = " "', "no reference, and no argument"),
+        ('"exact_match"', "no reference, and no argument"),
+        ('"regex"', "neither a pattern nor a reference"),
+        ('"regex"\npattern = "(a"', "missing \\)"),
+        ('"numeric"\nreference = "q"', "has no number"),
+        ('"json_schema"\nschema = {type = "objekt"}', "objekt"),
+        ('"every"\nscorers = [{name = "lacks"}]', "no reference, and no argument"),
+        ('"every"\nscorers = []', "Error"),
+    ],
+)
+def test_a_scorer_that_can_grade_no_reply_is_found_when_the_task_is_loaded(
+    folder, scorer, message
+):
+    path = folder / "t.toml"
+    (folder / "rows.jsonl").write_text('{"q": "What is it?"}')
+    head = 'data = "rows.jsonl"\ntemplate = "{q} ?"\nlabel_in_prompt = true\nscorer = '
+    path.write_text(f'{head}"lacks"\ntext = "war"\n')
+    assert len(load_task(str(path))) == 1  # the control
+    path.write_text(f"{head}{scorer}\n")
+    with pytest.raises(ValueError, match=f"row 0 .*{message}"):
         load_task(str(path))
 
 

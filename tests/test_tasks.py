@@ -387,6 +387,32 @@ def test_a_label_or_a_choice_that_is_missing_is_not_the_word_none(tmp_path: Path
     assert task.source["left_out"] == {"without a choice for every option": 2}
 
 
+def test_a_byte_order_mark_is_no_text_and_a_long_text_no_damage(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    keys = 'options = ["y", "n"]\ntemplate_file = "w.txt"\ndata = "d.csv"\n'
+    for name, text in {
+        "d.csv": f"text,label\n{long},y\n",
+        "t.toml": keys,
+        "t.yaml": 'options: ["y", "n"]\ntemplate_file: w.txt\ndata: d.csv\n',
+        "w.txt": "{text}?",
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    for name in ("t.toml", "t.yaml"):
+        assert load_task(str(tmp_path / name)).examples[0].prompt == f"{long.strip()}?"
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
+    keys = 'options = ["y", "n"]\ntemplate = "{text}"\ndata = "d.jsonl"\n'
+    (tmp_path / "t.toml").write_text(keys, encoding="utf-8")
+    lines = ['{"text": "\\ud83d\\ude00", "label": "y"}', '{"text": "so \\ud83d", "label": "n"}']
+    data = tmp_path / "d.jsonl"
+    data.write_text(lines[0], encoding="utf-8")
+    assert load_task(str(tmp_path / "t.toml")).examples[0].prompt == "\U0001f600"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match="Row 1 of d.jsonl holds half a character"):
+        load_task(str(tmp_path / "t.toml"))
+
+
 def test_rows_end_at_line_feeds_alone(tmp_path: Path) -> None:
     odd = "next\x85line, line\u2028separator, form\x0cfeed"
     lines = f"ham\t{odd}\n\nspam\tlast\n"

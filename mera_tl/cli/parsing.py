@@ -283,7 +283,7 @@ def _with_file(argv: Sequence[str]) -> list[str]:
     path = Path(argv[argv.index("--config") + 1])
     readers = {".toml": tomllib.loads, ".json": json.loads}
     try:
-        values = readers.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8"))
+        values = readers.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as options ({reason}); correct it.") from None

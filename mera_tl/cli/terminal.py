@@ -54,7 +54,7 @@ def read_lines(path: Path) -> list[str]:
     """
     try:
         # At line feeds only: a text may hold other characters that Python counts as line ends.
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text (byte {error.start}); save it as such."

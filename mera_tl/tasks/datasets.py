@@ -344,6 +344,11 @@ def _ask(row: Row, number: int, title: str, form: Form, options: tuple[str, ...]
         )
     # One pass over the template: braces inside the data are never looked at.
     prompt = FIELD.sub(lambda match: texts[match[1]], form.template)
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(
+            f"Row {number} of {title} holds half a character, as JSON of a text that was cut may, "
+            "which no tokenizer reads; correct the row."
+        )
     return Example(number, prompt, options, label, texts.get(form.text, ""))
 
 
@@ -360,7 +365,10 @@ def _graded(question: Example, row: Row, grading: scored.Grading, title: str) ->
         raise ValueError(f"Row {question.row} of {title}: {error}") from None
     if grading.reference and not told["reference"]:
         return f"with a blank {grading.reference}"
-    return replace(question, prompt=prompt, scorer=scorer, **told)
+    graded = replace(question, prompt=prompt, scorer=scorer, **told)
+    if not scorer.own_code:  # what can grade no reply to this row is found before any is given
+        graded.score("{}")
+    return graded
 
 
 def _column(row: Row, column: str, number: int, title: str) -> Any:

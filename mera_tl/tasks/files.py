@@ -127,7 +127,11 @@ def _delimited(reader: Any) -> Sequence[Row]:
     header = [name.strip() for name in reader.fieldnames or ()]
     if len({name.casefold() for name in header} - {""}) < len(header):
         raise ValueError(f"the header {', '.join(header)} has a column twice, or one without name")
-    rows = list(reader)
+    limit = csv.field_size_limit(2**31 - 1)  # of Python's own it is no more than 131,072 characters
+    try:
+        rows = list(reader)
+    finally:
+        csv.field_size_limit(limit)
     for number, row in enumerate(rows):
         if None in row or None in row.values():
             raise ValueError(f"row {number} has not as many fields as the header")
@@ -148,7 +152,7 @@ def read_keys(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode().removeprefix("\ufeff")
         keys = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path.") from None
@@ -163,11 +167,13 @@ def read_keys(path: Path) -> dict[str, Any]:
 def read_template(path: Path) -> str:
     """Read a template byte for byte: white space at its ends is part of the prompt.
 
+    A byte order mark is none of it: some editors write one.
+
     Raises:
         ValueError: if the file is missing, empty or not UTF-8.
     """
     try:
-        template = path.read_bytes().decode()
+        template = path.read_bytes().decode().removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The template {path} cannot be read ({error}); check it.") from None
     if not template.strip():

@@ -25,6 +25,8 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 _NUMBER = re.compile(
     r"(?:(?<![\w.])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+"
 )
+_MINUS = str.maketrans("\u2212", "-")
+"""What is typeset as a minus sign is one."""
 _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
 _ITEM = re.compile(r"(?m)^[ \t]*(\d+)[.)][ \t]+\S")
 _SENTENCE_END = re.compile(r"(?<!\d)(?<!\b[A-Z])[.!?]+(?=[\s\"'”’)]|$)|(?<=\d)[.!?]+(?=\s|$)")
@@ -105,9 +107,16 @@ def _normalised(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", plain).split()) or text.strip().lower()
 
 
-def _answers(reference: str) -> list[str]:
-    """Return the accepted answers of a reference, which a vertical bar keeps apart."""
-    return [part for part in reference.split("|") if part.strip()]
+def _answers(reference: str, text: str = "") -> list[str]:
+    """Return the accepted answers of a reference, which a vertical bar keeps apart, or the text.
+
+    Raises:
+        ValueError: if there is neither: then every reply would be wrong, or every one right.
+    """
+    found = [text] if text.strip() else [part for part in reference.split("|") if part.strip()]
+    if not found:
+        raise ValueError("it has no reference, and no argument, to compare a reply with")
+    return found
 
 
 def exact_match(reply: str, reference: str) -> bool:
@@ -124,7 +133,7 @@ def _occurs(text: str, reply: str) -> bool:
 
 def contains(reply: str, reference: str, text: str = "") -> bool:
     """Whether the reference, or a given text, occurs as whole words; case does not count."""
-    return any(_occurs(each, reply) for each in ([text] if text else _answers(reference)))
+    return any(_occurs(each, reply) for each in _answers(reference, text))
 
 
 def lacks(reply: str, reference: str, text: str = "") -> bool:
@@ -134,20 +143,25 @@ def lacks(reply: str, reference: str, text: str = "") -> bool:
 
 def regex(reply: str, reference: str, pattern: str = "") -> bool:
     """Whether a pattern, or else the reference, matches anywhere; the dot takes no line end."""
+    if not (pattern or reference):
+        raise ValueError("it has neither a pattern nor a reference")
     return re.search(pattern or reference, reply) is not None
 
 
 def numeric(reply: str, reference: str, tolerance: int | float = 1e-6) -> bool:
-    """Whether the last number of the reply is the reference's, within a relative tolerance."""
+    """Whether the last number of the reply is the reference's, within a relative tolerance.
+
+    Of a reference of zero the tolerance is absolute.
+    """
     said, wanted = last_number(reply), last_number(reference)
     if wanted is None:
         raise ValueError(f"the reference {reference!r} has no number")
-    return said is not None and abs(said - wanted) <= tolerance * max(1.0, abs(wanted))
+    return said is not None and abs(said - wanted) <= tolerance * (abs(wanted) or 1.0)
 
 
 def last_number(text: str) -> float | None:
     """Return the last number of a text, commas between thousands allowed, or None."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.translate(_MINUS))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -158,7 +172,7 @@ def begins_with(reply: str, reference: str, text: str = "") -> bool:
         # What begins in a quote itself is looked for before quotes are taken off.
         each.startswith(whole := wanted.strip().casefold())
         and not (whole[-1:].isalnum() and each[len(whole) :][:1].isalnum())
-        for wanted in ([text] if text else _answers(reference))
+        for wanted in _answers(reference, text)
         for each in (bare, start)
     )
 
@@ -168,7 +182,7 @@ def ends_with(reply: str, reference: str, text: str = "") -> bool:
 
     Of both, the punctuation at the very end does not count either, unless the text is nothing else.
     """
-    return any(_ends(reply, each.casefold()) for each in ([text] if text else _answers(reference)))
+    return any(_ends(reply, each.casefold()) for each in _answers(reference, text))
 
 
 def _ends(reply: str, text: str) -> bool:
@@ -198,7 +212,7 @@ def json_schema(reply: str, reference: str, schema: Mapping | str = "") -> bool:
     ).is_valid(value):
         return False
     wanted = json.loads(reference) if reference.strip().startswith("{") else {}
-    return all(isinstance(value, dict) and _same(value.get(k), v) for k, v in wanted.items())
+    return all(isinstance(value, dict) and k in value and _same(value[k], v) for k, v in wanted.items())
 
 
 def _no_constant(name: str) -> float:
