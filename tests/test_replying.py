@@ -21,7 +21,7 @@ from mera_tl.methods import (
 )
 from mera_tl.probes import auroc, auroc_within, fit_error_probe
 from mera_tl.report import write_report
-from mera_tl.steering import Gated, Steering, instruction, prompt_controlled
+from mera_tl.steering import Gated, Steering, fit_direction, instruction, prompt_controlled
 from mera_tl.tasks import Scorer, load_task
 
 
@@ -94,6 +94,32 @@ def test_drawing_again_pays_for_what_it_draws(asked):
     best = draws.best()
     for i, draw in enumerate(draws.predicted.argmin(0).tolist()):
         assert best.replies[i] == draws.outcomes[draw].replies[i]
+
+
+def test_a_reply_without_a_token_has_no_activation(asked):
+    """It is kept as zeros, which are no activation: nothing is learned from them."""
+    model, task = asked
+    replies = generate(model, [e.prompt for e in task.examples], max_new_tokens=6)
+    first = [reply.tokens[0] for reply in replies]
+    silent = replace(model, eos_ids=(max(set(first), key=first.count),))
+    read = collect(silent, task, settings=SETTINGS)
+    empty = torch.tensor([token in silent.eos_ids for token in first])
+    assert not read.resid("generated")[:, empty].any() and 0 < empty.sum() < 8
+    spoken = read.subset((~empty).nonzero()[:, 0])
+    whole, part = (fit_error_probe(each, position="generated") for each in (read, spoken))
+    assert torch.equal(whole.weights, part.weights)
+    both = [fit_direction(each, whole, "contrastive").vectors for each in (read, spoken)]
+    assert torch.equal(*both)
+    draws = draw_replies(silent, task, whole, 2, settings=SETTINGS)
+    assert torch.equal(draws.predicted[0] == 1, empty)
+    assert (draws.best().n_generated.sum() > 0) and (draws.retried(0.9).replies != ("",) * 18)
+    prompt, wrong = torch.tensor([0, 0, 0]), torch.tensor([True, True, False])
+    resid = torch.randn(2, 3, 4)
+    with_silence = torch.cat([resid, torch.zeros(2, 1, 4)], dim=1)
+    found = prompt_controlled(
+        with_silence, torch.cat([prompt, prompt[:1]]), torch.cat([wrong, wrong[:1]])
+    )
+    assert torch.equal(found, prompt_controlled(resid, prompt, wrong))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -165,9 +165,7 @@ def test_a_task_file_names_a_scorer_and_its_arguments(folder):
         ('"every"\nscorers = []', "Error"),
     ],
 )
-def test_a_scorer_that_can_grade_no_reply_is_found_when_the_task_is_loaded(
-    folder, scorer, message
-):
+def test_a_scorer_that_can_grade_no_reply_is_found_when_the_task_is_loaded(folder, scorer, message):
     path = folder / "t.toml"
     (folder / "rows.jsonl").write_text('{"q": "What is it?"}')
     head = 'data = "rows.jsonl"\ntemplate = "{q} ?"\nlabel_in_prompt = true\nscorer = '

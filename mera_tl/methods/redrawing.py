@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.activations import collect, reply_activations
+from mera_tl.inference.activations import collect, places_read, reply_activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import grade, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -88,13 +88,14 @@ def draw_replies(
 ) -> Draws:
     """Reply to every prompt greedily and then by samples, and predict the error of each reply.
 
-    `probe` reads the mean activation over a reply (position `generated`) at its best layer.
+    `probe` reads the mean activation over a reply (position `generated`) at its best layer; of a
+    reply without a token, which it cannot read, an error is certain.
 
     Raises:
         ValueError: as `evaluate`.
     """
     first = collect(model, task, settings=settings)
-    outcomes, scores = [first.outcomes], [probe.score(first.resid("generated"))]
+    outcomes, predicted = [first.outcomes], [_predicted(probe, first.resid("generated"))]
     prompts = tokenize_task(model, task, ReadSettings.of(task, settings))
     for number in range(1, n_draws):
         sampling = Sampling(settings.reply_tokens, TEMPERATURE, seed=1000 * number)
@@ -105,6 +106,13 @@ def draw_replies(
         drawn = replace(first.outcomes, replies=texts)
         outcomes.append(grade(task, drawn, n_generated, ended))
         tokens: Sequence[Sequence[int]] = [row.tokens for row in rows]
-        scores.append(probe.score(reply_activations(model, prompts, tokens, settings=settings)))
-    predicted = torch.stack([torch.sigmoid(each[probe.best_layer]) for each in scores])
-    return Draws(tuple(outcomes), predicted)
+        resid = reply_activations(model, prompts, tokens, settings=settings)
+        predicted.append(_predicted(probe, resid))
+    return Draws(tuple(outcomes), torch.stack(predicted))
+
+
+def _predicted(
+    probe: LinearProbe, resid: Float[Tensor, "layer example d_model"]
+) -> Float[Tensor, " example"]:
+    spoken = places_read(resid, torch.ones(resid.shape[1]).bool(), "generated")
+    return torch.where(spoken, probe.predicted_error(resid)[probe.best_layer], 1.0)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mera_tl.inference.activations import Activations, Position
+from mera_tl.inference.activations import Activations, Position, places_read
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Examples:
 
 
 def read_examples(activations: Mixture, position: Position) -> Examples:
-    """Return what a probe sees: only answered examples at `exact`, all of them at `last`.
+    """Return what a probe sees: all examples at `last`, elsewhere those that have the position.
 
     Raises:
         ValueError: if these are not activations, none is left, models are mixed, or an activation
@@ -51,11 +51,12 @@ def read_examples(activations: Mixture, position: Position) -> Examples:
             f"A probe reads one model, but these activations come from {len(models)} "
             f"(fingerprints {', '.join(sorted(models))}); fit one probe each."
         )
-    usable = [part.outcomes.answered | (position == "last") for part in parts]
+    usable = [places_read(p.resid(position), p.outcomes.answered, position) for p in parts]
     n, n_usable = sum(map(len, usable)), sum(int(rows.sum()) for rows in usable)
     if n_usable < n:
         logger.info(
-            "%d of %d examples were not answered, so they have no %r position and are left out.",
+            "%d of %d examples were not answered, or by no token, so they have no %r position and "
+            "are left out.",
             n - n_usable,
             n,
             position,

@@ -52,6 +52,8 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mera_tl.inference.activations import places_read
+
 logger = logging.getLogger(__name__)
 
 MIN_EXAMPLES = 3
@@ -222,8 +224,11 @@ def prompt_controlled(
     """Return wrong minus right replies to the same prompt, averaged over prompts that have both.
 
     `prompt` numbers the prompts from 0. What differs between a good and a bad reply to the same
-    question cannot be the question. Zero where no prompt has both.
+    question cannot be the question. Zero where no prompt has both. A reply without a token, all
+    zero, is left out: a difference from it would be the whole activation.
     """
+    spoken = places_read(resid, ~incorrect, "generated")
+    resid, prompt, incorrect = resid[:, spoken], prompt[spoken], incorrect[spoken]
     n_prompts = int(prompt.max()) + 1 if len(prompt) else 1
     wrong, right = (
         torch.nn.functional.one_hot(prompt, n_prompts).to(resid) * rows[:, None]
@@ -277,7 +282,8 @@ def _difference(wrong: _Sums, right: _Sums) -> Tensor:
 def fit_direction(activations: Any, probe: ReadProbe, kind: str) -> Direction:
     """Find which way to move for a probe, in every layer; the activations are training data.
 
-    Examples without an answer have no `exact` position and count only at `last`.
+    Examples without an answer have no `exact` position, and replies without a token no `generated`:
+    they count only at `last`.
 
     Raises:
         ValueError: if these are not activations and a probe, or there is no such kind of direction.
@@ -306,8 +312,8 @@ def fit_directions(
             "collect(model, task) and fit_error_probe(activations)."
         )
     outcomes = activations.outcomes
-    kept = (outcomes.answered | (probe.position == "last")).nonzero()[:, 0]
     resid = activations.resid(probe.position)
+    kept = places_read(resid, outcomes.answered, probe.position).nonzero()[:, 0]
     statistics = None
     for part in kept.split(CHUNK):
         batch = Statistics.of(

@@ -212,7 +212,8 @@ def json_schema(reply: str, reference: str, schema: Mapping | str = "") -> bool:
     ).is_valid(value):
         return False
     wanted = json.loads(reference) if reference.strip().startswith("{") else {}
-    return all(isinstance(value, dict) and k in value and _same(value[k], v) for k, v in wanted.items())
+    said = value if isinstance(value, dict) else {}
+    return all(k in said and _same(said[k], v) for k, v in wanted.items())
 
 
 def _no_constant(name: str) -> float:
