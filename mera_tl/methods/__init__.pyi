@@ -1,9 +1,6 @@
 from .candidates import Candidate as Candidate
 from .candidates import ProbeSet as ProbeSet
 from .candidates import SearchData as SearchData
-from .candidates import Trial as Trial
-from .candidates import choose as choose
-from .candidates import tabulate as tabulate
 from .class_probe import ClassProbe as ClassProbe
 from .class_probe import certify_class_probe as certify_class_probe
 from .class_probe import fit_class_probe as fit_class_probe
@@ -21,7 +18,6 @@ from .methods import find_methods as find_methods
 from .methods import method as method
 from .race import Choices as Choices
 from .race import Search as Search
-from .race import TrialStore as TrialStore
 from .race import divide as divide
 from .race import fit_probe_sets as fit_probe_sets
 from .race import list_candidates as list_candidates
@@ -40,4 +36,8 @@ from .second_best import search_flip as search_flip
 from .treatment import Method as Method
 from .treatment import Run as Run
 from .treatment import Treatment as Treatment
+from .trials import Trial as Trial
+from .trials import TrialStore as TrialStore
+from .trials import choose as choose
+from .trials import tabulate as tabulate
 from .trusting import certify_trust as certify_trust

@@ -1,4 +1,4 @@
-"""One way of steering, tried on examples: a candidate, its gains, the choice among many.
+"""One way of steering, in words, and what it takes to try it on examples.
 
 A candidate that acts from the final prompt token on shares all that comes before with every other:
 each prompt is run once, each candidate costs one token, and only the examples whose score exceeds
@@ -6,10 +6,9 @@ its limit.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -135,72 +134,6 @@ def steering_of(
         return Steering(probe, direction, rule, space, *where)
     rule = Adaptive() if candidate.strength is None else Gated(strength=candidate.strength)
     return Steering(probe, direction, rule, space, *where).at(candidate.threshold)
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """A candidate with its paired gains; NaN for the examples that it has not seen."""
-
-    candidate: Candidate
-    gains: Float[Tensor, " example"]
-
-    @property
-    def seen(self) -> Float[Tensor, " seen"]:
-        """The gains on the examples that it has seen."""
-        return self.gains[~self.gains.isnan()]
-
-    def value(self, caution: float) -> float:
-        """Return the mean gain less `caution` standard errors: what it may be worth elsewhere."""
-        seen = self.seen
-        return float(seen.mean() - caution * seen.std(correction=0) / len(seen) ** 0.5)
-
-
-def choose(tried: Sequence[Trial], caution: float = 1.0) -> Candidate:
-    """Return the candidate of greatest value or, of those that are hardly worse, the simplest.
-
-    Hardly worse: no more regressions, and behind by at most one standard error of a sum of paired
-    differences that is zero on average.
-    Simplest: fewest layers, then the last token rather than all, then the mildest threshold.
-    """
-    complete = max(len(each.seen) for each in tried)
-    finalists = [each for each in tried if len(each.seen) == complete]
-    best = max(finalists, key=lambda each: each.value(caution))
-
-    def close(other: Trial) -> bool:
-        behind = best.seen - other.seen
-        harm = [int((each.seen < 0).sum()) for each in (best, other)]
-        return harm[1] <= harm[0] and float(behind.sum()) <= float(behind.norm()) + 1e-9
-
-    def simplicity(other: Trial) -> tuple[Any, ...]:
-        way = other.candidate
-        rank = (len(way.layers), way.positions == "all", way.strength or 0.0, -way.threshold)
-        return *rank, -other.value(caution)
-
-    # Only candidates that are of use at all may be called simple.
-    useful = [each for each in finalists if close(each) and each.value(caution) > 0]
-    return min(useful or [best], key=simplicity).candidate
-
-
-def tabulate(
-    tried: Sequence[Trial], caution: float = 1.0, foreseen: Mapping[Candidate, float] | None = None
-) -> pd.DataFrame:
-    """Return one row per candidate, the most valuable first; with its first-order gain if known."""
-    rows = [
-        asdict(each.candidate)
-        | {
-            "n": len(each.seen),
-            "recoveries": int((each.seen > 0).sum()),
-            "regressions": int((each.seen < 0).sum()),
-            "gain": float(each.seen.mean()),
-            "value": each.value(caution),
-        }
-        | ({} if foreseen is None else {"foreseen": foreseen.get(each.candidate)})
-        for each in tried
-    ]
-    return pd.DataFrame(rows).sort_values(["n", "value"], ascending=False, ignore_index=True)
-
-
-# --- trying ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

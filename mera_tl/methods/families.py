@@ -23,9 +23,10 @@ from torch import Tensor
 
 from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
-from mera_tl.methods.candidates import Candidate, SearchData, Trial, choose, tabulate
+from mera_tl.methods.candidates import Candidate, SearchData
 from mera_tl.methods.class_probe import fit_classes
 from mera_tl.methods.race import Choices, Search, divide, require_training
+from mera_tl.methods.trials import Trial, choose, tabulate
 from mera_tl.models.model import Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe

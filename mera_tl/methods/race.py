@@ -21,13 +21,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from scipy import stats
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from mera_tl import storage
-from mera_tl.certificate.description import describe_space, tensor_hash
 from mera_tl.inference.activations import Activations, collect
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import check_task
@@ -40,13 +37,10 @@ from mera_tl.methods.candidates import (
     Candidate,
     ProbeSet,
     SearchData,
-    Trial,
     candidate_from,
-    choose,
     steering_of,
-    tabulate,
 )
-from mera_tl.models.identity import manifest_of
+from mera_tl.methods.trials import Trial, TrialStore, choose, tabulate
 from mera_tl.models.model import Model
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import KINDS
@@ -268,78 +262,6 @@ def fit_probe_sets(
 
 BLOCK = 400
 """Candidates that are tried at a time: what a search that is ended loses at most."""
-
-
-class TrialStore:
-    """The gains that have been seen, by candidate; in a folder, if there is one."""
-
-    def __init__(self, path: Path | None, key: str, n: int) -> None:
-        self._path, self._key = path, key
-        self._nothing = torch.full((n,), torch.nan, dtype=torch.double)
-        self.gains: dict[Candidate, Float[Tensor, " example"]] = {}
-        self.seconds = 0.0
-        """Spent by earlier attempts."""
-
-    @classmethod
-    def open(cls, folder: str | Path | None, data: SearchData, choices: Any) -> "TrialStore":
-        """Open what was kept of the same search, or begin anew."""
-        about = {"choices": asdict(replace(choices, budget=None)), **manifest_of(data.model)}
-        about |= {"data": data.task.data_hash, "space": describe_space(data.space)}
-        # Of the examples that fitted nothing else is known here than what came of them.
-        about["ways"] = {
-            str(penalty): tensor_hash(
-                ways.probe.weights, ways.probe.bias, *(d.vectors for d in ways.directions.values())
-            )
-            for penalty, ways in data.probe_sets.items()
-        }
-        read = asdict(data.settings)
-        about |= {"read": {name: read[name] for name in read if not name.startswith("batch_")}}
-        path = None if folder is None else Path(folder)
-        store = cls(path, storage.fingerprint(about), len(data.task))
-        if path is not None and (path / "trials.json").exists():
-            plain = storage.read_json(path / "trials.json")
-            if plain["key"] == store._key:
-                known = [candidate_from(each) for each in plain["candidates"]]
-                # Tensors are written first: after a sudden end there may be more of them.
-                gains = storage.load_tensors(path / "trials.safetensors")["gains"][: len(known)]
-                store.gains = dict(zip(known, gains, strict=True))
-                store.seconds = plain["seconds"]
-        return store
-
-    def save(self, seconds: float) -> None:
-        """Write everything that has been seen."""
-        if self._path is not None and self.gains:
-            tensors = {"gains": torch.stack(list(self.gains.values()))}
-            storage.save_tensors(self._path / "trials.safetensors", tensors)
-            candidates = [asdict(each) for each in self.gains]
-            plain = {"key": self._key, "seconds": seconds, "candidates": candidates}
-            storage.write_json(self._path / "trials.json", plain)
-
-    def trial(self, candidate: Candidate, places: Sequence[int] | None = None) -> Trial:
-        """Return a candidate with its gains, at some places or at all."""
-        gains = self.gains.get(candidate, self._nothing)
-        if places is None:
-            return Trial(candidate, gains)
-        some = self._nothing.clone()
-        some[places] = gains[places]
-        return Trial(candidate, some)
-
-    def n_known(self, candidates: Sequence[Candidate], places: Sequence[int]) -> int:
-        """Return how many of the first places all candidates have seen."""
-        seen = [~self.trial(candidate).gains[places].isnan() for candidate in candidates]
-        return int(torch.stack(seen).all(0).int().cummin(0).values.sum())
-
-    def lacks(self, candidate: Candidate, places: Sequence[int]) -> bool:
-        """Return whether a candidate has not seen all of these places."""
-        return bool(self.trial(candidate).gains[places].isnan().any())
-
-    def add(
-        self, candidates: Sequence[Candidate], gains: Float[Tensor, "candidate example"]
-    ) -> None:
-        """Add gains; NaN is nothing new."""
-        for candidate, new in zip(candidates, gains, strict=True):
-            old = self.trial(candidate).gains
-            self.gains[candidate] = old.where(new.isnan(), new)
 
 
 def run_race(

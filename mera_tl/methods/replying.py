@@ -21,8 +21,9 @@ from mera_tl.inference.activations import Activations, prompt_activations, reply
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import tokenize_task
 from mera_tl.inference.outcomes import Metric
-from mera_tl.methods.candidates import Candidate, ProbeSet, SearchData, Trial, choose, tabulate
-from mera_tl.methods.race import Search, TrialStore, divide, require_training
+from mera_tl.methods.candidates import Candidate, ProbeSet, SearchData
+from mera_tl.methods.race import Search, divide, require_training
+from mera_tl.methods.trials import Trial, TrialStore, choose, tabulate
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.metrics import auroc, auroc_within

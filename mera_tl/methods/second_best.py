@@ -19,8 +19,9 @@ from mera_tl.inference.activations import Activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
-from mera_tl.methods.candidates import Candidate, Trial, choose, steering_of, tabulate
+from mera_tl.methods.candidates import Candidate, steering_of
 from mera_tl.methods.race import Choices, Search, divide, fit_probe_sets, require_training
+from mera_tl.methods.trials import Trial, choose, tabulate
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.steering.steering import Steering
 from mera_tl.tasks.task import Calibration as CalibrationRole
