@@ -1,6 +1,7 @@
 """A steering on the user's own model does what it does in `evaluate`."""
 
 import json
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -404,6 +405,32 @@ def test_a_certified_steering_by_the_answer_knows_its_options(
         assert list(reply.tokens) == said[: said.index(2) if 2 in said else N_NEW]
     wrong = [theirs(hf, [p], single[1 - a])[0] for p, a in zip(prompts, answers[:6], strict=True)]
     assert not torch.equal(torch.stack(wrong), torch.stack(expected))  # the control
+
+
+def test_what_a_certificate_was_not_judged_with_is_said(models, checkpoints):
+    """`generate` takes settings from the model's own configuration that our decoding has not."""
+    model, hf = models["llama"], original(checkpoints["llama"])
+    options = mixed_options(model)
+    task = make_task(12, options=options).subset(range(12), role="calibration")
+    steering = calibrate(model, task, steering_for(model), min_gain=-0.99).steering
+    assert steering is not None
+    ids, mask = padded(model.tokenize(PROMPTS[:2]))
+    told = {"attention_mask": mask, "max_new_tokens": 3}
+
+    def said(which, **options):
+        with warnings.catch_warnings(record=True) as seen, which.attach(hf):
+            warnings.simplefilter("always")
+            hf.generate(ids, **told, **options)
+            hf.generate(ids, **told, **options)
+        return [str(each.message) for each in seen if "generation_config" in str(each.message)]
+
+    assert not said(steering)  # the control: greedy, and nothing else
+    hf.generation_config.repetition_penalty, hf.generation_config.do_sample = 1.3, True
+    (sentence,) = said(steering)  # once
+    assert "do_sample=True, repetition_penalty=1.3" in sentence
+    assert "Pass do_sample=False, repetition_penalty=1.0" in sentence
+    assert not said(steering, do_sample=False, repetition_penalty=1.0)
+    assert not said(replace(steering))  # which nothing is promised of
 
 
 def test_the_log_has_a_line_per_prompt_which_the_monitor_takes(models, originals, tmp_path, mera):

@@ -36,7 +36,8 @@ layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
 for n in s["layers"]:
     layers[n].register_forward_hook(partial(steer, n))
 tokens = tokenizer(["PROMPT"], return_tensors="pt", padding=True)
-print(tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=20)))
+judged = dict(do_sample=False, repetition_penalty=1.0)  # whatever its generation_config says
+print(tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=20, **judged)))
 """
 
 

@@ -39,6 +39,16 @@ from mera_tl.steering.hook import DENSE, Move, Scope, SteerHook, relative_shift
 
 _STEERED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """First layers of the models that have hooks of ours on."""
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "suppress_tokens", "guidance_scale")),
+    **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty")),
+}
+"""Settings of `generate` under which it says what the model itself finds likeliest, as we do."""
 
 
 @contextmanager
@@ -48,11 +58,13 @@ def attach_hooks(
     *,
     log: str | Path | None = None,
     options: OptionTokens | None = None,
+    certified: bool = False,
 ) -> Iterator["Attachment"]:
     """Steer a model for the length of a `with` block; see `Steering.attach`.
 
     `model` is a `mera_tl.Model`, a `HookedTransformer`, a `TransformerBridge`, or any decoder-only
-    causal language model of transformers. `fwd_hooks` are those of a `Steering`.
+    causal language model of transformers. `fwd_hooks` are those of a `Steering`. Where these are
+    `certified`, a `generate` that samples or penalises by the model's own settings is warned of.
 
     Raises:
         ValueError: if the model is steered already, has fewer layers than the hooks, or is none of
@@ -62,7 +74,7 @@ def attach_hooks(
     host = host_of(model)
     hooks = [hook for _, hook in fwd_hooks]
     _check(host, hooks, options)
-    attachment = Attachment(host, hooks, options, None if log is None else Path(log))
+    attachment = Attachment(host, hooks, options, None if log is None else Path(log), certified)
     _STEERED.add(host.layers[0])
     try:
         with ExitStack() as stack:
@@ -180,7 +192,12 @@ class Attachment:
     """
 
     def __init__(
-        self, host: Host, hooks: Sequence[SteerHook], options: OptionTokens | None, log: Path | None
+        self,
+        host: Host,
+        hooks: Sequence[SteerHook],
+        options: OptionTokens | None,
+        log: Path | None,
+        certified: bool,
     ) -> None:
         self._host, self._options, self._log = host, options, log
         self._hooks = [hook.to(host.device_of(hook.layer)) for hook in hooks]
@@ -199,6 +216,7 @@ class Attachment:
         self._n_prompt: int | None = None  # columns of the prompt that is being replied to
         self._n_prompts = 0  # and its prompts, each of which may have several rows
         self._is_generating = self._is_paused = False
+        self._warns = certified
 
     def __repr__(self) -> str:
         moved = f"{self.n_steered:,} (layer, token) pairs moved"
@@ -225,6 +243,7 @@ class Attachment:
             if self._is_generating:  # a bridge calls the model that it wraps
                 return generate(*args, **kwargs)
             self.finish()
+            self._warn_of_settings(generate, kwargs)
             names = ("inputs_embeds", "inputs", "input_ids", "input")
             given = [kwargs.get(name) for name in names] + list(args[:1])
             tokens = next((t for t in given if isinstance(t, Tensor) and t.ndim > 1), None)
@@ -238,6 +257,26 @@ class Attachment:
                 self.finish()
 
         return wrapped
+
+    def _warn_of_settings(self, generate: Any, given: dict[str, Any]) -> None:
+        """Say once what of the model's own settings no certificate was judged with.
+
+        What a call says itself is its caller's choice.
+        """
+        config = getattr(getattr(generate, "__self__", None), "generation_config", None)
+        if not self._warns or given.get("generation_config") is not None:
+            return
+        own = {name: getattr(config, name, None) for name in _GREEDY if name not in given}
+        odd = [f"{n}={v!r:.40}" for n, v in own.items() if v not in (None, [], _GREEDY[n])]
+        if odd:
+            self._warns = False
+            warnings.warn(
+                f"{self._host.name} generates with {', '.join(odd)} of its own generation_config, "
+                "and the certificate was judged without: it says nothing about such replies. Pass "
+                + ", ".join(f"{n.split('=')[0]}={_GREEDY[n.split('=')[0]]}" for n in odd)
+                + " to `generate` for what was certified.",
+                stacklevel=3,
+            )
 
     def _count(self) -> None:
         """Add up what the hooks did in the latest pass."""

@@ -208,13 +208,17 @@ class Steering:
         padded on either side, with beams, draws, with or without a cache. `log` is a file to which
         every prompt adds a line of JSON (see `Generation.records`). A steering that depends on the
         unsteered answer runs every prompt once more; it needs the `options`, and knows those that
-        it was certified with.
+        it was certified with. A certificate was judged on greedy replies: where `generate` draws or
+        penalises by the model's own generation_config, that is warned of.
 
         Raises:
             ValueError: as `attach_hooks`, or if the model is not the one certified or fitted on.
         """
         self.check(model)
-        return attach_hooks(model, self.fwd_hooks(), log=log, options=options or self.options)
+        told: dict[str, Any] = {"log": log, "options": options or self.options}
+        # What was loaded without its certificate holds the reason in its place.
+        told["certified"] = hasattr(self.certificate, "terms")
+        return attach_hooks(model, self.fwd_hooks(), **told)
 
     @property
     def options(self) -> OptionTokens | None:
