@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import escape
 from importlib.util import find_spec
 
 import pandas as pd
@@ -72,6 +73,8 @@ def test_it_says_what_was_asked_decided_and_found(page, folder):
     record = RunFolder.open(folder).record("optimal_probe")
     for words in ("organism", "choice_hint", "300", "disjoint", record["certificate"][:60]):
         assert words in text
+    for line in record["certificate"].splitlines():  # a sentence and its terms do not run together
+        assert f"<p>{escape(line)}</p>" in text
     share = RunFolder.open(folder).changes("no_steering")["label"].value_counts(normalize=True)
     assert f"would get {100 * share.max():.1f} %" in text
     assert record["hashes"]["model"] in text and record["versions"]["torch"] in text
