@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -48,6 +49,20 @@ def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
     decision.save(folder)  # again, in its place
     assert load_steering(folder).certificate == decision
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_several_certificates_names_those_that_steer(decided, tmp_path):
+    decision = decided[2]
+    for certificates in (tmp_path / "certificates", tmp_path / "run" / "certificates"):
+        decision.save(certificates / "steers")
+        decision.at(min_gain=0.99).save(certificates / "abstains")
+    for folder in (tmp_path, tmp_path / "certificates", tmp_path / "run"):
+        with pytest.raises(ValueError, match="pass one that steers: .*steers") as error:
+            load_steering(folder)
+        assert "abstains" not in str(error.value)
+    shutil.rmtree(tmp_path / "certificates" / "steers")
+    with pytest.raises(ValueError, match="and none steers"):
+        load_steering(tmp_path / "certificates")
 
 
 def test_another_model_is_refused_and_gets_no_certificate(decided, models, tmp_path):

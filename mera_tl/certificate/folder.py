@@ -20,6 +20,8 @@ from mera_tl.steering.steering import Steering
 FORMAT = 1
 """Of the folder; raised when a file changes its meaning."""
 FILES = ("steering.json", "steering.safetensors", "README.md")
+_AROUND = ("*", "certificates/*", "*/certificates/*")
+"""Where certificates lie below a folder that holds some: their own, a run's, one of runs."""
 
 
 def write_folder(
@@ -62,12 +64,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, of another format or was changed.
     """
     path = folder / "steering.json"
-    inside = sorted(found.parent for found in folder.glob("certificates/*/steering.json"))
+    inside = [p.parent for each in _AROUND for p in sorted(folder.glob(f"{each}/steering.json"))]
     if inside and not path.exists():
-        raise ValueError(
-            f"{folder} is the folder of a run; pass one of its certificates: "
-            f"{', '.join(map(str, inside))}."
-        )
+        steer = [str(each) for each in inside if (each / "steering.safetensors").exists()]
+        advice = f"; pass one that steers: {', '.join(steer)}" if steer else ", and none steers"
+        raise ValueError(f"{folder} holds certificates of several methods or runs{advice}.")
     content = storage.read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
