@@ -331,6 +331,12 @@ def test_hooks_that_can_move_nothing_say_so(model, recwarn):
     recwarn.clear()
     steering.reading_hooks(), steering.at(0.5).fwd_hooks()
     assert not recwarn
+    against = replace(steering, direction=-steering.probe.weights)
+    with pytest.warns(UserWarning, match="rule moves nothing here .*score does not fall"):
+        against.at(0.5).fwd_hooks()
+    recwarn.clear()
+    replace(against, rule=Gated()).at(0.5).fwd_hooks()
+    assert not recwarn
 
 
 def test_the_highest_score_is_that_of_real_tokens(model):

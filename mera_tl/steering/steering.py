@@ -30,6 +30,9 @@ from mera_tl.steering.spaces import ResidualSpace, Space
 class Steering:
     """What to steer, which way, how far and where; steers nothing until it is given a limit.
 
+    As `Steering(probe, direction.vectors, layers="best", positions="last").at(0.3)`: above a
+    predicted error of 0.3. `fwd_hooks()` are hooks of TransformerLens, `attach(model)` acts on any.
+
     Raises:
         ValueError: if a part is not of its kind, the direction has not the probe's shape, or the
             probe (or the space) has no such layer.
@@ -169,7 +172,8 @@ class Steering:
     def fwd_hooks(self) -> list[tuple[str, "SteerHook"]]:
         """Return the hooks, for `evaluate` or `HookedTransformer.hooks(fwd_hooks=...)`.
 
-        Warns where the rule has no limit yet: such hooks read scores and move nothing.
+        Warns where they read scores and move nothing: the rule has no limit yet, or along the
+        direction the probe's score falls in none of the layers.
         """
         if self.limit == math.inf:
             warnings.warn(
@@ -178,7 +182,15 @@ class Steering:
                 "scores only.",
                 stacklevel=2,
             )
-        return self._hooks()
+        hooks = self._hooks()
+        if isinstance(self.rule, Adaptive) and not any(hook.step.any() for _, hook in hooks):
+            warnings.warn(
+                f"MERA's rule moves nothing here (layers {', '.join(map(str, self.layer_numbers))})"
+                ": along this direction the probe's score does not fall; pass other layers or "
+                "another direction, or rule=Gated().",
+                stacklevel=2,
+            )
+        return hooks
 
     def checked_hooks(self, model: Model) -> list[tuple[str, "SteerHook"]]:
         """Return the hooks for this model; those of a steering without a limit only read.
