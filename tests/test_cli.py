@@ -339,6 +339,25 @@ def test_help_answers_at_once_and_the_version_is_there():
     assert re.fullmatch(r"mera \d+\.\d+\.\d+\S*\n", python("--version").stdout)
 
 
+def test_what_means_nothing_to_a_step_is_not_in_its_help(capsys):
+    told = {name: texts(capsys, name) for name in ("run", "collect", "fit", "calibrate")}
+    for name, text in told.items():
+        assert ("--other-tasks" in text) is ("--free-text" in text) is (name == "run")
+        assert "--truncate" in text  # the control
+
+
+def test_a_first_word_is_what_is_looked_for(mera):
+    assert (
+        parsed("models", "llama").search == "llama" == parsed("models", "--search", "llama").search
+    )
+    assert parsed("explore", "runs/x").run == Path("runs/x")
+    assert mera("version").out == mera("--version").out
+    assert (
+        "nearest"
+        not in mera("run", "-m", "organism", "-t", "spam_cue", "--methods", "zzz", code=2).err
+    )
+
+
 def python(*arguments, **more):
     command = [sys.executable, "-m", "mera_tl.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **more)
@@ -399,7 +418,8 @@ def test_tables_fit_and_leave_blank_what_is_not_there(mera, organism):
     for kind in ("markdown", "csv", "latex"):
         assert not re.search(r"\b(None|nan)\b", mera("table", out, "--format", kind).out)
     assert json.loads(mera("table", out, "--json").out) == list(RunFolder.open(out).records)
-    assert "give at least one" in mera("table", code=2).err
+    assert "There is no run to print" in mera("table", code=2).err
+    assert "There is no run to report on" in mera("report", code=2).err
     assert "contradict" in mera("table", out, "--json", "--format", "csv", code=2).err
     assert len(repr(RunFolder.open(out))) < 200
 
@@ -424,6 +444,15 @@ def test_json_is_all_that_a_script_reads(mera, organism):
     assert json.loads(mera("plan", "--gain", 0.1, "--json").out)[0]["gain"] == 0.1
 
 
+def test_what_is_the_same_in_all_rows_of_a_plan_is_said_once_above(mera):
+    for told in ((), ("--max-risk", 0.05, "--base-risk", 0.2)):
+        printed = mera("plan", *told).out
+        assert max(map(len, printed.splitlines())) <= 80
+    printed = mera("plan", "--gain", 0.1, "--delta", 0.1, "--min-gain", 0.02).out
+    assert "at least 0.02 with probability 0.8" in printed and "delta 0.1" in printed
+    assert "churn: share of answers that change" in printed and "0.020" not in printed
+
+
 def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
     out, _ = organism
     assert "becomes" in mera("explain", out).out  # a recovered example of the run's winner
@@ -432,7 +461,10 @@ def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
     for which in (("--row", example.row), ("--prompt", example.prompt)):
         told.append(json.loads(mera("explain", out, *which, "--json").out))
     assert told[0]["tokens"] == told[1]["tokens"] and told[0]["probs"] == told[1]["probs"]
-    assert (out / "explain" / "controlled_contrastive-prompt.html").exists()
+    page = (out / "explain" / "controlled_contrastive-prompt.html").read_text()
+    assert "<h1>One prompt, organism on spam_cue, steered by controlled_contrastive</h1>" in page
+    said = mera("explain", out, "--method", "no_steering", code=2).err
+    assert "pass --method controlled_contrastive" in said
     assert "is in no split" in mera("explain", out, "--row", 10**6, code=2).err
     # Another method would be calibrated here, outside the delta that the run shares.
     said = mera("explain", out, "--method", "withhold", code=2).err

@@ -69,11 +69,12 @@ def test_a_doubtful_baseline_is_said_with_the_verdict(folder, tmp_path):
     assert found.what == "classify" and str(found).endswith(f" Baseline: {doubt}")
 
 
-def test_test_outcomes_have_no_say(folder, tmp_path):
+def test_test_outcomes_have_no_say(mera, folder, tmp_path):
     records = storage.read_records(folder / "records.jsonl")
     for record in records:
         record |= {"accuracy": 1 - record["accuracy"], "spi": -record["spi"], "transitions": {}}
-    (tmp_path / "certificates").symlink_to(folder / "certificates")
+    for name in ("certificates", "config.json"):
+        (tmp_path / name).symlink_to(folder / name)
     storage.write_records(tmp_path / "records.jsonl", records)
     assert recommend(tmp_path) == recommend(folder)
     for record in records:  # the control: the certificates have
@@ -82,6 +83,9 @@ def test_test_outcomes_have_no_say(folder, tmp_path):
     alone = recommend(tmp_path)
     assert (alone.what, alone.method) == ("leave alone", None)
     assert "No method with a certificate" in str(alone)
+    printed = mera("recommend", tmp_path).out  # nothing is certified: nothing says it is
+    assert "certificates hold" not in printed and "yes" not in printed
+    assert "All certificates hold at once" in mera("recommend", folder).out
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

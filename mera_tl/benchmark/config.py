@@ -55,7 +55,7 @@ class RunOptions:
     test: str | None = None
     """Test examples, likewise. Default: 20 %."""
     layers: str = "all"
-    """Steered layers: all, best, or numbers (0,2-4)."""
+    """Steered layers: all, best, or numbers (0,2-4); methods that search choose their own."""
     sae: str | None = None
     """SAEs of --space sae: a folder, RELEASE:layer_{layer}/ID, or "organism". Default: the
     organism's own, else saes/<model>, where `mera sae train` writes."""
@@ -66,7 +66,7 @@ class RunOptions:
     (gain)."""
     positions: Literal["all", "last", "final", "generated"] = "all"
     """Steered tokens: all, from the final prompt token on (last), that token alone (final), or
-    generated ones."""
+    generated ones; methods that search choose their own."""
     probe_position: Literal["last", "exact"] = "last"
     """Where probes read: the final prompt token, or the answer token."""
     min_gain: float = 0.0
@@ -306,7 +306,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """For options of these names: what must hold, and how a message says it."""
-FREE = ("pilot", "prompts")
+FREE = ("pilot", "prompts", "runs")
 """Options that may be empty, or name something twice."""
 
 
@@ -365,8 +365,9 @@ def _check_one(name: str, value: Any, kinds: list[Any]) -> None:
     if choices and value not in choices:
         raise ValueError(f"{name}={value!r} is none of {', '.join(map(str, choices))}.")
     if not choices and not any(_is(value, kind) for kind in kinds):
-        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; give {wanted}.")
+        named = [getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None)]
+        wanted = " or ".join(named) + f", as {str(value)!r}" * (str in kinds and _is(value, int))
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}; give {wanted}.")
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{name}={value!r} is not a number; give one.")
     name = {"seeds": "seed", "models": "model", "tasks": "task"}.get(name, name)

@@ -66,7 +66,8 @@ def require_options(folder: Path, config: RunConfig) -> None:
         also = f"; also {', '.join(others)}" if others else ""
         raise ValueError(
             f"{folder} holds a run with another configuration ({first} was {kept.get(first)!r}, is "
-            f"{wanted[first]!r}{also}); choose another --out, or delete it (--overwrite)."
+            f"{wanted[first]!r}{also}); choose another folder (--out), or "
+            "delete this one (`mera run --overwrite`)."
         )
 
 

@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import version
 
 from mera_tl.cli.parsing import parse
+from mera_tl.cli.terminal import console
 
 RESUMES = ("run", "demo", "benchmark", "preflight", "collect", "fit", "calibrate", "evaluate")
 """Commands that go on from what they have in their folder."""
@@ -22,7 +23,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log file gets lines, not bars
     try:
-        if sys.argv[1:] in (["--version"], ["-V"]):
+        if sys.argv[1:] in (["--version"], ["-V"], ["version"]):
             print(f"mera {version('mera-tl')}")
             return
         parse(sys.argv[1:])()
@@ -39,7 +40,9 @@ def main() -> None:
         said = _sentence(error)
         if said is None or os.environ.get("MERA_DEBUG"):
             raise
-        print(f"mera: {said}", file=sys.stderr)
+        # In a terminal words stay whole; elsewhere a message is one line.
+        wide = not sys.stderr.isatty()
+        console(stderr=True).print(f"mera: {said}", markup=False, soft_wrap=wide)
         sys.exit(2)
 
 

@@ -49,7 +49,8 @@ DESCRIPTION = """Steer a language model away from its own errors, where that is 
 
   $ mera demo
   $ mera run -m organism -t spam_cue
-  $ mera run --help"""
+  $ mera run --help
+  $ mera --version"""
 EXIT_CODES = """Exit codes:
   0    done
   1    a job failed, a guarantee is withdrawn, or a run does not fit
@@ -120,10 +121,12 @@ METAVARS = {
     "task": "NAME[,NAME...]",
     "other_tasks": "NAME[,NAME...]",
 }
+_TESTS = " free_text other_tasks"
 HIDDEN = {
-    "Preflight": GROUPS["steering"] + " " + GROUPS["certificate"],
-    "Collect": GROUPS["steering"] + " " + GROUPS["certificate"],
-    "Fit": GROUPS["certificate"] + " methods positions strength search_budget",
+    "Preflight": GROUPS["steering"] + " " + GROUPS["certificate"] + _TESTS,
+    "Collect": GROUPS["steering"] + " " + GROUPS["certificate"] + _TESTS,
+    "Fit": GROUPS["certificate"] + " methods positions strength search_budget" + _TESTS,
+    "Calibrate": _TESTS,
 }
 """Options of the folder's configuration that mean nothing to a step: taken, but not shown."""
 LEFT_OUT = {
@@ -164,8 +167,8 @@ def _as_meant(argv: Sequence[str]) -> list[str]:
     first, rest = argv[:1], list(argv[1:])
     if rest and first[0] in HELP:
         first, rest = rest[:1], [*rest[1:], "--help"]
-    if first == ["explore"] and rest and not rest[0].startswith("-"):
-        rest[:0] = ["--run"]  # it is the one command of a run that may go without
+    if rest and not rest[0].startswith("-"):  # what these begin with may also be left out
+        rest[:0] = {"explore": ["--run"], "models": ["--search"]}.get("".join(first), [])
     if first and first[0] in ("table", "report", "recommend", "explain"):
         rest = [word for word in rest if word not in ("--run", "--runs")]  # they go without
     parted: list[str] = []

@@ -107,7 +107,7 @@ class Recommend:
             return terminal.print_json(found.to_json())
         rows = []
         for way in found.ways:
-            sure = "yes" if way.certified else "no"
+            sure = "" if way.what == "leave alone" else "yes" if way.certified else "no"
             if way.at_least is not None:
                 sure = f">= {promised_points(way.at_least)}"
             rows.append(
@@ -121,9 +121,10 @@ class Recommend:
                     "needs": ", ".join(way.needs),
                 }
             )
-        sure = f"All certificates hold at once with probability {found.confidence:.4g}."
+        sure = f"\nAll certificates hold at once with probability {found.confidence:.4g}."
+        sure *= any(way.certified and way.what != "leave alone" for way in found.ways)
         out = console()
-        out.print(f"{found}\n{sure}\n", markup=False, highlight=False)
+        out.print(f"{found}{sure}\n", markup=False, highlight=False)
         out.print(terminal.rich_table(rows))
         return None
 
@@ -174,17 +175,19 @@ class Explain:
         treatment = find_method(name).treat(opened)
         hooks, probe = treatment.fwd_hooks, treatment.probe
         if probe is None:
-            raise ValueError(f"{name} reads no probe; choose a method that does.")
+            others = " or ".join(folder.certificates) or "another method"
+            raise ValueError(f"{name} reads no probe; pass --method {others}.")
         told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
         if treatment.answer is not None:
             told = _answered_otherwise(told, treatment, opened, example)
-        if not hooks:
+        if not hooks and treatment.reply is None:
             print(f"{name} abstained: this prompt is answered as it is.", file=sys.stderr)
         if self.prompt is not None:  # whose true answer nobody has said
             told = replace(told, row=-1, label="")
         where = "prompt" if self.prompt is not None else example.row
         out = self.out or self.run / "explain" / f"{name}-{where}.html"
-        storage.write_text(out, _page_of(told, name, folder.records[0], example.prompt))
+        how = _how(name, treatment)
+        storage.write_text(out, _page_of(told, folder.records[0], how, example.prompt))
         storage.write_json(out.with_suffix(".json"), told.to_json())
         if self.json:
             return terminal.print_json(told.to_json())
@@ -260,8 +263,14 @@ class Plan:
         )
         if self.json:
             return terminal.print_json(rows)
-        print(f"calibration examples (n) for a certificate with probability {self.power:g}:\n")
-        console().print(terminal.rich_table(rows))
+        print(
+            f"calibration examples (n) to certify a gain of at least {self.min_gain:g} with "
+            f"probability {self.power:g}\n(delta {self.delta:g}, candidates {self.n_thresholds}); "
+            "churn: share of answers that change;\nn hoeffding: by a looser bound\n"
+        )
+        same = ("min_gain", "delta", "n_thresholds")
+        shown = [{name: row[name] for name in row if name not in same} for row in rows]
+        console().print(terminal.rich_table(shown))
         if any(row["n"] is None for row in rows):
             print("\nWithout n: no number of examples that is practical certifies such a gain.")
         if self.figure is not None:
@@ -307,8 +316,8 @@ class Plan:
             "all must be\nwithheld, by a probe that knows every error; a real one withholds more.\n"
             f"At least {least_answered(alpha, self.delta):,} answers must be tested, if none of "
             "them is wrong.\n\n"
-            f"calibration examples (n) for a certificate with probability {self.power:g}, by the "
-            "risk left:\n"
+            f"calibration examples (n) for a certificate with probability {self.power:g}, by "
+            "the risk\nleft:\n"
         )
         return console().print(terminal.rich_table(rows))
 
@@ -444,7 +453,13 @@ class Doctor(RunOptions):
             sys.exit(1)
 
 
-def _page_of(told: Any, method: str, record: dict[str, Any], prompt: str) -> str:
+def _how(method: str, treatment: Any) -> str:
+    if treatment.answer is not None:
+        return f"answered by {method}"
+    return f"{'' if treatment.fwd_hooks else 'not '}steered by {method}"
+
+
+def _page_of(told: Any, record: dict[str, Any], how: str, prompt: str) -> str:
     """Return a page: the prompt, what is answered, what was read and moved."""
     from mera_tl.plots import option_bars
     from mera_tl.report.html import render
@@ -452,7 +467,7 @@ def _page_of(told: Any, method: str, record: dict[str, Any], prompt: str) -> str
     figures = {"ledger": told.figure()}
     if told.replies == (None, None):
         figures = {"answer": option_bars(told.options, *told.probs), **figures}
-    title = f"One prompt, {record['model']} on {record['task']}, steered by {method}"
+    title = f"One prompt, {record['model']} on {record['task']}, {how}"
     return render(title, figures, prompt=prompt)
 
 

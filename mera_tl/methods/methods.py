@@ -59,6 +59,10 @@ METHODS: dict[str, Method] = {}
 def method(function: Treat) -> Treat:
     """Register a function `run -> Treatment` as a method, under its name.
 
+    `run` is a `mera_tl.methods.Run`: one model, task and split, with its activations and probes;
+    `run.calibrate(name, steering)` certifies and keeps. For the command line the function lies in
+    a file: `--methods my_method.py:name`.
+
     Raises:
         ValueError: if it is no function with a name, or a method of this package has that name.
     """
@@ -96,9 +100,10 @@ def find_method(name: str) -> Method:
         return _load_method(Path(path), own)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4)
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(
-            f"There is no method {name!r}; nearest: {', '.join(near) or 'none'} "
-            "(`mera methods` lists all; your own is my_method.py:name)."
+            f"There is no method {name!r}{nearest} (`mera methods` lists all; your own is "
+            "my_method.py:name)."
         )
     return METHODS[name]
 

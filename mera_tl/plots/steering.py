@@ -280,7 +280,7 @@ def ledger(df: pd.DataFrame, *, title: str, caption: str = "") -> go.Figure:
     start = 0 if counts.empty else max(0, int(counts.min()) - CONTEXT)
     df = pd.DataFrame(df[df["pos"] >= start])
     if start:
-        note = f"from token {start} on"
+        note = f"shown from token {start} on"
         caption = f"{caption}; {note}" if caption else note
     tokens = df.drop_duplicates("pos").sort_values("pos")
     titles = ("predicted error before", "predicted error after", "shift / residual norm")

@@ -22,7 +22,7 @@ def ways(run: RunFolder) -> pd.DataFrame:
         {
             "do": way.what,
             "by": "" if way.what == "leave alone" else way.method,
-            "certified": "yes" if way.certified else "no",
+            "certified": "" if way.what == "leave alone" else "yes" if way.certified else "no",
             "gain, points": points(way.gain),
             "at least": "" if way.at_least is None else promised_points(way.at_least),
             "better / worse": "" if way.n is None else f"{way.recoveries} / {way.regressions}",
