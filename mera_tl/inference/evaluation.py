@@ -41,7 +41,11 @@ def evaluate(
     settings: ReadSettings | None = None,
     title: str = "evaluate",
 ) -> Outcomes:
-    """Answer every example of a task under hooks.
+    """Answer every example of a task under hooks, as `HookedTransformer.hooks(fwd_hooks=...)`.
+
+    Hooks are pairs of a hook point's name and a function of the activation (batch, pos, d_model)
+    and the hook, such as `steering.fwd_hooks()` gives; none: the unsteered model. The outcomes
+    stand in the order of the examples, whatever the batches; `title` is the progress bar's.
 
     Raises:
         ValueError: if a prompt exceeds the context, options share tokens, or a hook matches

@@ -30,7 +30,11 @@ __all__ = ["Engine", "FwdHooks", "Model", "resid_post"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Model:
-    """A network with hook points, and the tokenizer that stays outside it."""
+    """A network with hook points, and the tokenizer that stays outside it.
+
+    `hooked` is a `HookedTransformer` under the engine transformer_lens, whose methods take token
+    ids: `model.hooked.run_with_cache(torch.tensor(model.tokenize(["a prompt"])))`.
+    """
 
     hooked: Any
     """A `HookedTransformer` or a `HookedCausalLM`, which are called alike."""

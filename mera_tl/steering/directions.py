@@ -75,7 +75,7 @@ class ReadProbe(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """Which way error lies, in every layer."""
+    """Which way error lies, in every layer: `vectors` is what `Steering(direction=...)` takes."""
 
     kind: str
     vectors: Float[Tensor, "*option layer d_model"]
@@ -282,6 +282,17 @@ def _difference(wrong: _Sums, right: _Sums) -> Tensor:
 def fit_direction(activations: Any, probe: ReadProbe, kind: str) -> Direction:
     """Find which way to move for a probe, in every layer; the activations are training data.
 
+    `.vectors`, which `Steering` takes, are of shape (layer, d_model), for `answer_controlled`
+    (option, layer, d_model). Kinds, for a probe `w` and the covariance S of the activations:
+
+        euclidean               w: the paper's, the shortest shift
+        pattern                 S w: the shortest shift in the metric of the data
+        contrastive             mean(h | wrong) - mean(h | right)
+        controlled_pattern      S w, with S within true classes
+        controlled_contrastive  the difference of means within each true class, averaged
+        answer_controlled       one difference per unsteered answer, the true class held fixed
+
+    Where `w.d` is not positive, MERA's rule moves nothing: look at the `notes` of what is returned.
     Examples without an answer have no `exact` position, and replies without a token no `generated`:
     they count only at `last`.
 

@@ -55,7 +55,11 @@ class Rule(ABC):
 @final
 @dataclass(frozen=True)
 class Adaptive(Rule):
-    """MERA: move only where the score exceeds `limit`, and exactly as far as needed."""
+    """MERA: move only where the score exceeds `limit`, and exactly as far as needed.
+
+    `limit` is log-odds of error, no predicted error: `steering.at(threshold)` sets it to
+    `logit(threshold)`. Infinity, the default, never moves anything.
+    """
 
     limit: float = math.inf
     """On the score scale: the logit of `threshold`. Infinity never moves anything."""
@@ -82,7 +86,8 @@ class Gated(Rule):
     """Where the score exceeds `limit`, move by a length that the direction itself sets.
 
     For directions that are differences of means, whose length is that of the error in the data; the
-    probe only says whether. It need not fall along the direction.
+    probe only says whether. It need not fall along the direction. `limit` is as `Adaptive`'s,
+    `strength` how many directions to move.
     """
 
     limit: float = math.inf
@@ -98,10 +103,13 @@ class Gated(Rule):
 @final
 @dataclass(frozen=True)
 class Additive(Rule):
-    """Fixed-strength steering: every token, whatever its score."""
+    """Fixed-strength steering: every token, whatever its score.
+
+    `strength` is the length of the shift, as a multiple of the layer's median residual norm.
+    """
 
     strength: float
-    """Length of the shift, in units of the layer's typical residual norm."""
+    """Length of the shift, as a multiple of the layer's median residual norm."""
 
     def amount(self, score: Amounts) -> Amounts:
         """Return the strength for every token."""
