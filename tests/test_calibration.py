@@ -271,7 +271,7 @@ def test_grids_are_those_of_the_design():
 
 
 BAD_GAINS = {
-    "n=0": np.zeros((10, 0)),
+    r"\(10, 0\)": np.zeros((10, 0)),
     "not finite": np.full((10, 5), np.nan),
     r"in \[-1, 1\]": np.full((10, 5), 2.0),
     "not -1, 0 or 1": np.full((10, 5), 0.5),

@@ -89,6 +89,21 @@ slips = [
     lambda: model.tokenize("one text"),
     lambda: steering.at("0.3"),
     lambda: mera_tl.calibrate(model, splits.calibration, steering, min_gain="2 %"),
+    lambda: mera_tl.calibrate(model, splits.calibration, steering, delta="5 %"),
+    lambda: mera_tl.load_task(["spam_cue"]),
+    lambda: splits.train.subset(3),
+    lambda: mera_tl.Task("mine", (("prompt", "yes"),), "all"),
+    lambda: probe.score(activations),
+    lambda: probe.plot(beside=probe),
+    lambda: activations.plot(layer=9),
+    lambda: mera_tl.fit_error_probe(activations, kind=["ridge"]),
+    lambda: mera_tl.certify([1, 0, 1]),
+    lambda: mera_tl.load_steering(decision),
+    lambda: mera_tl.search(model, splits.train, activations, choices={"layers": (1,)}),
+    lambda: mera_tl.Monitor().update([1, 0]),
+    lambda: mera_tl.RunConfig(model="organism", task="spam_cue", train=900),
+    lambda: mera_tl.generate(model, ["a prompt"], max_new_tokens="3"),
+    lambda: mera_tl.load_model("organism", device=0),
 ]
 for slip in slips:
     try:
@@ -99,6 +114,7 @@ for slip in slips:
     except Exception as error:
         print("not ours:", type(error).__name__, str(error)[:90])
 print("---")
+assert mera_tl.Monitor().update_all(activations.outcomes.gain(activations.outcomes)).n
 for value in (splits.train, splits, model, steering, decision, probe, activations,
               activations.outcomes):
     assert "<" in value._repr_html_()
@@ -107,7 +123,8 @@ ledger = mera_tl.explain(model, splits.test.examples[0], steering)
 with steering.attach(model) as attachment, mera_tl.open_run(
     mera_tl.RunConfig(model="organism", task="yesno_bias"), tempfile.mkdtemp()
 ) as run:
-    for value in (direction, reply, reply.trace, ledger, attachment, run, run.config):
+    monitor = mera_tl.Monitor()
+    for value in (direction, reply, reply.trace, ledger, attachment, run, run.config, monitor):
         print(repr(value))
 """
 WORDS = (
@@ -167,6 +184,21 @@ WORDS = (
     "is no list of texts; pass one, as [prompt]",
     "threshold='0.3' is not a predicted error",
     "min_gain='2 %'` is not a gain",
+    "delta='5 %'` is not a probability",
+    "is no name of a task",
+    "pass several, as range(100)",
+    "is no example",
+    "is no tensor; pass activations.resid()",
+    "pass {name: probe}",
+    "layer=9 is none of 0 to 3",
+    "There is no probe ['ridge']",
+    "as [gains] for one candidate",
+    "is no folder; pass the one that decision.save(...) wrote",
+    "pass mera_tl.methods.Choices(...)",
+    "is not one gain; pass several to update_all",
+    "train=900 is of type int; give str, as '900'",
+    "max_new_tokens='3'",
+    "There is no device '0'; pass cpu",
 )
 
 

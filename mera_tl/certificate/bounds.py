@@ -9,6 +9,7 @@ candidates each bound is taken at level `delta * weight`.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -300,7 +301,7 @@ def check_probability(name: str, value: float | None, *, one: bool = False) -> N
     Raises:
         ValueError: naming it.
     """
-    if value is None or not (0 < value < 1 or (one and value == 1)):
+    if not isinstance(value, numbers.Real) or not (0 < value < 1 or (one and value == 1)):
         raise ValueError(
             f"`{name}={value!r}` is not a probability between 0 and 1; pass one, as 0.05."
         )

@@ -56,8 +56,9 @@ def calibrate(
     Candidates are steerings that differ in whatever you like: thresholds, strengths, layers,
     directions. They must be fixed before a calibration outcome is seen. One steering without a
     threshold stands for the ten `DEFAULT_THRESHOLDS`. Of examples with the same text one is used,
-    by a seeded choice. `delta` is short for `Terms(delta=delta)`. With the same `passes`, several
-    calibrations on the same examples run these unsteered once.
+    by a seeded choice. `min_gain` is in accuracy: 0.02 asks for two points. `delta`, the greatest
+    probability of steering with less, is short for `Terms(delta=delta)`. With the same `passes`,
+    several calibrations on the same examples run these unsteered once.
 
     Raises:
         ValueError: if the task is not a calibration split, a candidate moves nothing, or as
@@ -130,6 +131,7 @@ def certify(
 ) -> Calibration:
     """Decide from paired gains, steered minus unsteered, whether to steer and by which candidate.
 
+    Gains are in [-1, 1], of correctness -1, 0 or 1, as `after.gain(before)` gives them.
     `candidates` says what the rows are: names, thresholds, or descriptions; `examples` holds the
     identities of the columns, `texts` what was asked; case and white space make no other text.
 
@@ -256,8 +258,8 @@ def _check_terms(terms: Any) -> None:
 def _check_gains(gains: Real[np.ndarray, "candidate example"], terms: Terms) -> None:
     if gains.ndim != 2 or 0 in gains.shape:
         raise ValueError(
-            f"Gains of shape {gains.shape} (n=0?) do not fit; pass an array of shape (candidate, "
-            "example) with at least one of each."
+            f"Gains of shape {gains.shape} do not fit; pass an array of shape (candidate, example) "
+            "with at least one of each, as [gains] for one candidate."
         )
     if gains.dtype.kind not in "biuf":
         raise ValueError(f"Gains of type {gains.dtype} are no numbers; pass some in [-1, 1].")

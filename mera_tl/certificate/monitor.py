@@ -25,9 +25,11 @@ BETS: tuple[float, ...] = tuple(0.02 * (0.9 / 0.02) ** (i / (N_BETS - 1)) for i 
 """Shares of wealth to stake, from timid (for small harm) to bold; their mean is watched."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Monitor:
     """Evidence that the mean gain is below `floor`, after `n` audited pairs.
+
+    A value: `monitor = monitor.update(gain)`; `print(monitor)` says whether the guarantee stands.
 
     Raises:
         ValueError: if the floor is no gain, `false_alarm` no probability or `patience` not above 1.
@@ -64,8 +66,13 @@ class Monitor:
         """Take in one audited pair: steered minus unsteered, in [-1, 1].
 
         Raises:
-            ValueError: if the gain is not in that range.
+            ValueError: if it is not one gain in that range.
         """
+        try:
+            gain = float(gain)
+        except (TypeError, ValueError, RuntimeError):
+            said = f"{gain!r:.60} is not one gain; pass several to update_all(gains)."
+            raise ValueError(said) from None
         if not -1 <= gain <= 1:  # also refuses NaN
             raise ValueError(
                 f"A gain of {gain!r} is not in [-1, 1]; pass steered minus unsteered correctness "
@@ -107,6 +114,10 @@ class Monitor:
     def restarted_e_value(self) -> float:
         """Return the restarted process, to be compared with `patience`."""
         return math.exp(min(700.0, _log_mean(self.log_restarted)))
+
+    def __repr__(self) -> str:
+        seen = f"n={self.n}, {self.recoveries} better, {self.regressions} worse"
+        return f"Monitor(floor={self.floor:g}, {seen}{', withdraw' if self.withdraw else ''})"
 
     def __str__(self) -> str:
         s, do = ("", "does") if self.n == 1 else ("s", "do")

@@ -41,6 +41,11 @@ def load_steering(
         ValueError: if a file is missing, damaged or was changed, the decision was to abstain, or
             model, tokenizer, template or SAEs are not those certified.
     """
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"{source!r:.60} is no folder; pass the one that decision.save(...) wrote. A decision "
+            "at hand has its steering: decision.steering."
+        )
     folder = Path(source)
     decision = Calibration.load(folder if folder.exists() else _fetch(str(source)), space=space)
     if decision.abstained:

@@ -6,6 +6,7 @@ scored, the mean over the reply's tokens (`generated`). They go to a file as the
 come, so memory grows with the batch and not with the number of examples.
 """
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,11 @@ WriteRow = Callable[[str, int, np.ndarray], None]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Activations:
-    """`resid_post` of every layer, at the positions that were collected, with the outcomes."""
+    """`resid_post` of every layer, at the positions that were collected, with the outcomes.
+
+    `resid()` is of shape (layer, example, d_model), `by_position["last"]` (example, layer, d_model)
+    as it lies on disk; `error`, `correct`, `labels` are of the unsteered answers, one an example.
+    """
 
     by_position: Mapping[str, Float[Tensor, "example layer d_model"]] = field(repr=False)
     outcomes: Outcomes = field(repr=False)
@@ -136,13 +141,20 @@ class Activations:
         return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
     def plot(self, layer: int = -1, position: Position = "last") -> Any:
-        """Draw the two leading principal axes of a layer, by correctness, as a plotly figure."""
+        """Draw the two leading principal axes of a layer, by correctness, as a plotly figure.
+
+        Raises:
+            ValueError: if there is no such layer, or as `resid`.
+        """
         from mera_tl.plots import cloud
 
+        n_layers = len(self.resid(position))
+        if layer not in range(-n_layers, n_layers):
+            raise ValueError(f"layer={layer!r} is none of 0 to {n_layers - 1}; choose among them.")
         resid = self.resid(position)[layer].float()
         _, _, axes = torch.pca_lowrank(resid, q=2)
         x, y = ((resid - resid.mean(0)) @ axes).T.tolist()
-        return cloud(x, y, self.correct.tolist(), layer=layer % len(self.resid(position)))
+        return cloud(x, y, self.correct.tolist(), layer=layer % n_layers)
 
     def __repr__(self) -> str:
         model, task = self.manifest.get("model"), self.manifest.get("task")
@@ -152,7 +164,8 @@ class Activations:
     def _repr_html_(self) -> str:
         shapes = ", ".join(f"{p}: {tuple(t.shape)}" for p, t in self.by_position.items())
         model, task = self.manifest.get("model"), self.manifest.get("task")
-        return f"<b>resid_post</b> of {model} on {task} ({shapes})<br>{self.outcomes._repr_html_()}"
+        about = html.escape(f"{model} on {task} ({shapes})")
+        return f"<b>resid_post</b> of {about}<br>{self.outcomes._repr_html_()}"
 
 
 def collect(
@@ -166,6 +179,9 @@ def collect(
 
     Of a scored task the mean over the tokens of each reply is gathered instead, `generated`; zero
     for a reply without any.
+
+    For one prompt and every hook point there is TransformerLens's own `run_with_cache`:
+    `model.hooked.run_with_cache(torch.tensor(model.tokenize([prompt])))`.
 
     With a folder `out`, activations are written there as they come and read back lazily by the
     operating system; without, they are kept in memory.

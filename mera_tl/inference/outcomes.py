@@ -24,7 +24,12 @@ _PER_EXAMPLE = ("rows", "labels", "predictions", "probs", *COUNTS, "n_generated"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outcomes:
-    """Answers, probabilities and steering counts of one run over one task."""
+    """Answers, probabilities and steering counts of one run over one task.
+
+    One value an example, in the order of the task: `predictions` and `labels` (places in `options`,
+    -1 unanswered), `probs` (example, option), `correct`, `error` = 1 - P(true option). Set beside
+    the unsteered ones by `after.compare(before)`.
+    """
 
     options: tuple[str, ...]
     rows: Int[Tensor, " example"]
@@ -222,10 +227,11 @@ class Outcomes:
         answers = ", ".join(
             f"{html.escape(o)} {n}" for o, n in zip(self.options, said, strict=True)
         )
+        steered = f", {100 * self.steered_share:.1f} % of (layer, token) pairs steered"
+        steered *= bool(self.n_steerable.any())  # without hooks there is none that could be
         return (
             f"<b>{len(self)} examples</b>: accuracy {self.accuracy:.3f}, mean error "
-            f"{self.mean_error:.3f}, {int((~self.answered).sum())} unanswered, "
-            f"{100 * self.steered_share:.1f} % of (layer, token) pairs steered<br>"
+            f"{self.mean_error:.3f}, {int((~self.answered).sum())} unanswered{steered}<br>"
             f"answers: {answers}"
         )
 

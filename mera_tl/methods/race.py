@@ -84,7 +84,10 @@ class Choices:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What was tried on training data, and what was chosen."""
+    """What was tried on training data, and what was chosen.
+
+    `steering` is the chosen one at its threshold, for `calibrate`; `table` has a row per candidate.
+    """
 
     chosen: Candidate
     steering: Steering
@@ -165,8 +168,11 @@ def search(
     nothing: the gain in the table is that of the best of many. `calibrate` its steering.
 
     Raises:
-        ValueError: if the task is not a training split, or the activations are not its own.
+        ValueError: if the task is not a training split, the activations are not its own, or the
+            choices are none.
     """
+    if not isinstance(choices, Choices | None):
+        raise ValueError(f"choices={choices!r:.60} are none; pass mera_tl.methods.Choices(...).")
     choices, settings = choices or Choices(), settings or ReadSettings()
     require_training(task, activations)
     activations = collect(model, task, settings=settings) if activations is None else activations

@@ -33,7 +33,7 @@ def load_model(
     name: str,
     *,
     dtype: Dtype = "float32",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     chat: bool | None = None,
     system: str | None = None,
     n_devices: int = 1,
@@ -69,7 +69,8 @@ def load_model(
     if engine not in ("auto", *get_args(Engine)):
         wanted = ", ".join(get_args(Engine))
         raise ValueError(f"engine={engine!r} is none of auto, {wanted}; choose one of them.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default if device is None else str(device)
     require_devices(device, n_devices)
     original = _load_original(str(name), revision, dtype, device, chat, system)
     model = _on_engine(original, engine, n_devices, check=check and device != "meta")
@@ -165,14 +166,15 @@ def _config_of(source: Source) -> Any:
             raise
         known = model_names()
         near = difflib.get_close_matches(source.name, known, n=3, cutoff=0.4)
+        nearest = f"; nearest names: {', '.join(near)}" if near else ""
         if source.name in known:
             raise ValueError(
                 f"{source.name} could not be fetched; connect to the hub once, or pass a local "
                 f"folder with its files. {error}"
             ) from None
         raise ValueError(
-            f"{source.name!r} is neither a folder nor a model that can be fetched from the hub; "
-            f"nearest names: {', '.join(near) or 'none'} (`mera models` lists many). {error}"
+            f"{source.name!r} is neither a folder nor a model that can be fetched from the hub"
+            f"{nearest} (`mera models` lists many). {error}"
         ) from None
 
 

@@ -91,7 +91,7 @@ def as_parts(activations: Any) -> list[Activations]:
     parts = list(activations) if isinstance(activations, list | tuple) else [activations]
     wrong = [part for part in parts if not isinstance(part, Activations)]
     if wrong or not parts:
-        got = f"a {type(wrong[0]).__name__}" if wrong else "none"
+        got = type(wrong[0]).__name__ if wrong else "none"
         raise ValueError(
             f"A probe is fitted on activations, but got {got}; pass collect(model, task)."
         )

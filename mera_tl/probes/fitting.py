@@ -78,7 +78,7 @@ def fit_error_probe(
             fewer than 10 examples, a logistic probe has one class only, or an activation is not
             finite.
     """
-    if kind not in PENALTIES:
+    if not isinstance(kind, str) or kind not in PENALTIES:
         raise ValueError(f"There is no probe {kind!r}; pass one of {', '.join(PENALTIES)}.")
     wanted = PENALTIES[kind] if penalty is None else penalty
     penalties = tuple(wanted) if isinstance(wanted, Sequence) else (wanted,)

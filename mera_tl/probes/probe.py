@@ -33,6 +33,9 @@ class LinearProbe:
     Its score is the log-odds of error. Error is an exclusive or of the truth and the answer, which
     no linear map can read; given the answer it is the truth, which one can. So a probe may have a
     map per answer, and then the answer must be known before it is read.
+
+    `weights` (layer, d_model) and `bias` (layer) act on raw activations; `table` has the held-out
+    metrics of every layer, `best_layer` is by them; `measure` scores other examples.
     """
 
     weights: Float[Tensor, "*answer layer d_model"]
@@ -88,8 +91,13 @@ class LinearProbe:
         read as the first.
 
         Raises:
-            ValueError: if a probe per answer gets none.
+            ValueError: if these are no activations, or a probe per answer gets no answers.
         """
+        if not isinstance(resid, Tensor):
+            raise ValueError(
+                f"{resid!r:.60} is no tensor; pass activations.resid(), or to score the probe "
+                "measure(activations)."
+            )
         weights, bias = self.weights.to(resid), self.bias.to(resid)
         if not self.per_answer:
             score = einsum(resid, weights, "layer example d, layer d -> layer example")
@@ -176,8 +184,10 @@ class LinearProbe:
         `beside` are other probes, by name.
 
         Raises:
-            ValueError: if there is no such metric.
+            ValueError: if there is no such metric, or what is beside is no probe by a name.
         """
+        if not isinstance(beside, Mapping | None):
+            raise ValueError(f"beside={beside!r:.60} has no name; pass {{name: probe}}.")
         known = [name for name in self.table if f"{name}_sd" in self.table]
         if metric not in known:
             raise ValueError(f"There is no metric {metric!r}; pass one of {', '.join(known)}.")
@@ -189,5 +199,7 @@ class LinearProbe:
 
     def _repr_html_(self) -> str:
         shown = [name for name in _SHOWN if self.metrics and name in self.metrics[0]]
-        rows = self.table[shown].to_html(index=False, float_format="%.3f") if shown else ""
+        look: Any = {"index": False, "float_format": "%.3f"}
+        look["formatters"] = {"nonzero": "{:.0f}".format}
+        rows = self.table[shown].to_html(**look) if shown else ""
         return f"<b>{html.escape(repr(self))}</b>{rows}"

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,11 @@ class Sampling:
     """Draw among the most likely tokens that have this probability together, at least."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+        numbers = isinstance(self.max_new_tokens, int) and isinstance(self.temperature, Real)
+        if not numbers or self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} and temperature={self.temperature} must be "
-                "at least 1 and a finite number from 0 on."
+                f"max_new_tokens={self.max_new_tokens!r} and temperature={self.temperature!r} must "
+                "be at least 1 and a finite number from 0 on."
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(

@@ -38,12 +38,12 @@ def load_task(
     Raises:
         ValueError: if the task is unknown, or its data or template are missing or do not fit.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f'{name!r:.60} is no name of a task; pass one, as load_task("spam_cue").')
     if name in organism.TASKS or name in scored.GENERATED:
         if template:
             raise ValueError(f"{name} is generated with its prompts; leave the template out.")
         return _generated_task(name)
-    if not isinstance(name, str | Path):
-        raise ValueError(f'{name!r:.60} is no name of a task; pass one, as load_task("spam_cue").')
     base = Path(data_dir) if data_dir is not None else None
     if Path(name).suffix in (".toml", ".yaml", ".yml"):
         path = Path(name)

@@ -129,6 +129,8 @@ class Task(Generic[RoleT]):
         if not self.examples:
             raise ValueError(f"{self._title} holds no example; check its rows and its data.")
         for example in self.examples:
+            if not isinstance(example, Example):
+                raise ValueError(f"{example!r:.60} is no example; pass Example(...)s.")
             if example.options != self.options or not 0 <= example.label < len(self.options):
                 raise ValueError(
                     f"Row {example.row} of {self.name} has options {example.options} and label "
@@ -153,12 +155,12 @@ class Task(Generic[RoleT]):
 
     def _repr_html_(self) -> str:
         if self.scored:
-            return f"<b>{escape(repr(self))}</b><pre>{escape(self.examples[0].prompt)}</pre>"
+            return f"<b>{escape(repr(self))}</b>{_wrapped(self.examples[0].prompt)}"
         first, counts = self.examples[0], [self.labels.count(i) for i in range(len(self.options))]
         shares = ", ".join(f"{o} {n}" for o, n in zip(self.options, counts, strict=True))
         return (
             f"<b>{escape(repr(self))}</b><br>labels: {escape(shares)}"
-            f"<pre>{escape(first.prompt)}</pre>true: {escape(first.options[first.label])}"
+            f"{_wrapped(first.prompt)}true: {escape(first.options[first.label])}"
         )
 
     @property
@@ -241,7 +243,12 @@ class Task(Generic[RoleT]):
 
         With role calibration or test, of examples with the same text one is taken: a repeated text
         is no new evidence.
+
+        Raises:
+            ValueError: if these are no places.
         """
+        if not isinstance(indices, Iterable):
+            raise ValueError(f"indices={indices!r} are no places; pass several, as range(100).")
         examples = tuple(self.examples[index] for index in indices)
         if role in splits.EVIDENCE:
             once = splits.distinct([example.key for example in examples], 0)
@@ -307,3 +314,8 @@ class Splits(NamedTuple):
 
     def _repr_html_(self) -> str:
         return f"<b>{escape(repr(self))}</b>"
+
+
+def _wrapped(prompt: str) -> str:
+    """Return a prompt as a notebook shows it: its line breaks kept, long lines whole."""
+    return f"<pre style='white-space: pre-wrap'>{escape(prompt)}</pre>"
