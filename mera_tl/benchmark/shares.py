@@ -86,32 +86,49 @@ class Shares:
             )
 
 
+_ASKED = ("data_dir", "template", "seed")
+"""Options under which the rows of a task are the same, and dealt alike."""
+
+
 def others_on_the_same(
     folder: Path, config: RunConfig, calibration: Task[Calibration], model: str
 ) -> tuple[str, ...]:
     """Return a sentence per run beside a folder that was certified on the same examples otherwise.
 
-    `model` is the fingerprint of its weights.
+    Or on some of them: splits of one seed and of two sizes overlap, and a second try on more
+    examples is a second try. Seeds are compared on purpose, and are not told of. `model` is the
+    fingerprint of its weights.
     """
     shares = Shares(folder, config.delta, config.primary)
     mine = (config.to_json(), shares.families, shares.code)
     told: list[str] = []
+    rows = {example.row for example in calibration.examples}
+    asked = [config.to_json()[name] for name in _ASKED]
     for path in sorted(folder.resolve().parent.glob("*/shares.json")):
         try:
             plain = storage.read_json(path)
             families, code = plain["families"], plain.get("code", {})
             about = storage.read_json(path.with_name("content.json"))
             theirs = storage.read_json(path.with_name("config.json"))
-            same = about["data"]["calibration"] == calibration.data_hash
-            same = same and (about["model"], theirs["task"]) == (model, config.task)
+            shared = rows
+            if about["data"]["calibration"] != calibration.data_hash:
+                alike = [theirs.get(name) for name in _ASKED] == asked
+                shared = rows & _rows_judged(path.parent) if alike else set[int]()
+            same = (about["model"], theirs["task"]) == (model, config.task)
         except (ValueError, KeyError, TypeError, OSError):
             continue  # the folder of something else, or one that is just begun
-        if same and mine != (theirs, families, code):
+        if same and shared and mine != (theirs, families, code):
             names = ", ".join(name for family in families for name in family)
             told.append(
-                f"{path.parent.name} was certified on {len(calibration)} of the same calibration "
+                f"{path.parent.name} was certified on {len(shared)} of the same calibration "
                 f"texts ({names}; delta {theirs['delta'] * len(families):g}): the promises of both "
                 "runs hold together only with the sum of their deltas. Trust one of them, chosen "
                 "beforehand, or take another calibration split."
             )
     return tuple(told)
+
+
+def _rows_judged(folder: Path) -> set[int]:
+    """Return the rows that the certificates of a run rest on; those of all are the same."""
+    path = next(folder.glob("certificates/*/steering.json"), None)
+    return set() if path is None else set(storage.read_json(path)["examples"])
