@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_task, talking_task
+from conftest import make_task, random_probe, talking_task
 
-from mera_tl.inference import ReadSettings, by_length, evaluate, tokenize_task
+from mera_tl.inference import ReadSettings, by_length, evaluate, free_text, tokenize_task
+from mera_tl.steering import Steering, explain
 
 
 @pytest.mark.parametrize("changes", [{"batch_tokens": 30}, {"batch_size": 5}, {"batch_size": 1}])
@@ -94,5 +95,14 @@ def test_too_long_a_prompt_names_its_row_and_truncation_spares_the_question(mode
         tokens = tokenize_task(model, task, settings)[2]
         assert len(tokens) == model.n_ctx - n_after
         assert model.tokenizer.decode(tokens).endswith("? answer :")
+    # Whatever else looks at an example has it as it is answered.
+    probe = random_probe(model)
+    ledger = explain(model, task.examples[2], Steering(probe).at(0.3), settings=settings)
+    assert ledger.n_prompt == model.n_ctx and ledger.probs[0] == pytest.approx(
+        evaluate(model, task, settings=settings).probs[2].tolist(), abs=1e-5
+    )
+    assert free_text.free_text(model, task, n_new=2, settings=settings).n_tokens <= 12
+    with pytest.raises(ValueError, match="row 2"):
+        explain(model, task.examples[2], Steering(probe).at(0.3))
     two = long_task(models, 100, options=("good film", "bad film"))
     assert len(tokenize_task(model, two, replace(settings, readout="options"))[2]) < model.n_ctx

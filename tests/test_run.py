@@ -96,6 +96,33 @@ def test_a_second_run_on_the_same_calibration_examples_is_recognised(tmp_path, c
     assert warned("plain", "no_steering") == []  # asks for no certificate
     assert len(warned("stricter", "flip", min_gain=0.1)) == 3
     assert warned("elsewhere", "flip", seed=1) == []  # other examples
+    # A second try on more examples, the first ones among them.
+    told = warned("larger", "flip", calibration="60")
+    assert [each.split(" was certified on ")[1][:14] for each in told] == ["40 of the same"] * 4
+
+
+def test_what_may_be_cut_of_a_prompt_is_part_of_what_was_answered(checkpoints, tmp_path):
+    lines = [f"{'red ' * 40}{i},{'blue ' * 40}{i},{'yes' if i % 2 else 'no'}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["one,two,label", *lines]), "utf-8")
+
+    def form(text):
+        keys = f'options = ["yes", "no"]\ndata = "t.csv"\ntext = "{text}"\n'
+        path = tmp_path / "t.toml"
+        path.write_text(f'{keys}template = "question : {{one}} ? {{two}} answer :"\n', "utf-8")
+        return str(path)
+
+    config = RunConfig(model=str(checkpoints["llama"]), task=form("one"), truncate=True, **SMALL)
+    with open_run(config, tmp_path / "run") as run:
+        first = run.splits.train.data_hash, run._key(run.splits.train)
+    form("two")  # the same prompts, cut elsewhere
+    other = Run(config, tmp_path / "other", load=lambda _: run.model)
+    assert other.splits.train.data_hash == first[0]
+    assert other._key(other.splits.train) != first[1]
+    with pytest.raises(ValueError, match="changed: texts"), open_run(config, tmp_path / "run"):
+        pass
+    form("one")
+    with open_run(config, tmp_path / "run") as run:  # the control
+        assert run._key(run.splits.train) == first[1]
 
 
 def test_a_folder_knows_its_data_and_its_weights(checkpoints, tmp_path):

@@ -31,9 +31,12 @@ def cheap_content(config: RunConfig, splits: Splits) -> dict[str, Any]:
     """Say what a run is made of, as far as that is known without loading its model."""
     source = config.sae or default_source(config.model)
     saes = sorted(Path(source).glob("layer_*")) if config.space == "sae" else []
+    texts = [[example.text for example in split.examples] for split in splits]
     return {
         "format": FORMAT,
         "mera_tl": version("mera-tl"),
+        # What may be cut of a prompt is no part of the data's hash.
+        "texts": storage.fingerprint(texts) if config.truncate else "",
         "data": {split.role: split.data_hash for split in splits},
         "model_files": sizes_and_times(Path(config.model)),
         "sae_files": [sizes_and_times(path) for path in saes],
@@ -80,7 +83,9 @@ def require_content(
         ValueError: naming what differs.
     """
     kept = storage.read_json(folder / CONTENT)
-    differ = [name for name in ("format", "mera_tl", "data") if kept.get(name) != now[name]]
+    kept = {"texts": now["texts"]} | kept  # which folders that are older lack
+    names = ("format", "mera_tl", "data", "texts")
+    differ = [name for name in names if kept.get(name) != now[name]]
     # Files of another size or time may hold the same, copied; then their hashes are the same.
     if any(kept.get(name, now[name]) != now[name] for name in ("model_files", "sae_files")):
         differ += _differing(kept, hashed())

@@ -387,7 +387,10 @@ class Run(methods.Run):
     def _key(self, task: Task[Any]) -> dict[str, Any]:
         """Name all that activations and unsteered answers of a task depend on, by content."""
         read = {name: value for name, value in asdict(self.read).items() if name != "progress"}
-        prompts = self.model.tokenize([example.prompt for example in task.examples])
+        if self.read.truncate:  # by a text that the data's hash does not know
+            prompts = tokenize_task(self.model, task, self.read)
+        else:
+            prompts = self.model.tokenize([example.prompt for example in task.examples])
         return {
             "model": manifest_of(self.model),
             "device": str(self.model.device),

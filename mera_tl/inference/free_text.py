@@ -6,7 +6,7 @@ repetition shows as a low share of distinct n-grams.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def free_text(
         ValueError: as `evaluate`; prompt and continuation must fit the context.
     """
     settings = ReadSettings.of(task, settings)
-    freely = ReadSettings("reply", reply_tokens=n_new)
+    freely = replace(settings, readout="reply", reply_tokens=n_new, answer_prefix=None)
     prompts, options = tokenize_task(model, task, freely), option_tokens(model, task, freely)
     asked = option_tokens(model, task, settings)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mera_tl import plots
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, Window
-from mera_tl.inference.evaluation import check_hooks, check_model
+from mera_tl.inference.evaluation import check_hooks, check_model, tokenize_task
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
@@ -159,12 +159,13 @@ def explain(
     prompt begins with where nothing is moved before its final token.
 
     Raises:
-        ValueError: if the prompt exceeds the context, or there is nothing to read.
+        ValueError: as `evaluate`, or if there is nothing to read.
     """
     check_model(model)
     if not isinstance(example, Example):
         raise ValueError(f"{example!r:.60} is not one example; pass one, as task.examples[0].")
-    settings = replace(ReadSettings.of(Task("one", (example,), "all"), settings), progress=False)
+    task = Task("The example", (example,), "all")
+    settings = replace(ReadSettings.of(task, settings), progress=False)
     hooks = steering.fwd_hooks() if isinstance(steering, Steering) else steering
     check_hooks(hooks)
     readers = [hook for _, hook in hooks if isinstance(hook, SteerHook)]
@@ -178,13 +179,7 @@ def explain(
             "There is nothing to read; pass a steering, its hooks, or a probe of the residual "
             "stream."
         )
-    tokens = model.tokenize([example.prompt], prefix=settings.prefix(model))
-    room = model.n_ctx - settings.n_new
-    if len(tokens[0]) > room:
-        raise ValueError(
-            f"Row {example.row} has {len(tokens[0])} tokens, {model.name} has room for {room}; "
-            "choose a shorter one."
-        )
+    tokens = tokenize_task(model, task, settings)
     if unsteered is not None and unsteered.tokens != tokens[0]:
         raise ValueError("`unsteered` is of another prompt; leave it out, and it is run again.")
     first = unsteered or Pass(model, readers, tokens, example, [], settings)
