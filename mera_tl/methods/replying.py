@@ -63,8 +63,6 @@ class ReplyChoices:
     """Predicted errors above which the best candidates are also tried."""
     watching: tuple[float, ...] = (0.5,)
     """The same of a gate that opens at every generated token anew, in place of `last`."""
-    gate_all: bool = False
-    """Whether every candidate is tried behind each gate from the first round on."""
     rounds: tuple[tuple[int, int], ...] = ((10**9, 8), (6, 10**9))
     """How many candidates see how many judging prompts, round by round."""
     search_share: float = 0.4
@@ -135,10 +133,7 @@ def search_replies(
 def _list_candidates(choices: ReplyChoices, kinds: Sequence[str], n_layers: int) -> list[Candidate]:
     """List what the first round tries; a threshold of 0 asks no probe."""
     ways = product(kinds, choices.layers_of(n_layers), choices.positions, choices.strengths)
-    found = [Candidate(kind, PENALTY, (at,), where, 0.0, size) for kind, at, where, size in ways]
-    if choices.gate_all:
-        found += [replace(each, threshold=gate) for gate in choices.gates for each in found]
-    return found
+    return [Candidate(kind, PENALTY, (at,), where, 0.0, size) for kind, at, where, size in ways]
 
 
 def _variants(best: Sequence[Candidate], choices: ReplyChoices) -> list[Candidate]:
