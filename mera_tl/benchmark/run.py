@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mera_tl import storage
 from mera_tl.benchmark.config import (
@@ -74,13 +74,13 @@ from mera_tl.steering.reach import evaluate_reach
 from mera_tl.steering.spaces import ResidualSpace, SAESpace, Space
 from mera_tl.steering.steering import Steering
 from mera_tl.steering.unsteered import Passes
+from mera_tl.storage import Content
 from mera_tl.tasks.loading import load_task
 from mera_tl.tasks.task import Splits, Task
 
 if TYPE_CHECKING:  # an abstract property may be overridden by a property only
     cached_property = property
 
-Content = TypeVar("Content")
 logger = logging.getLogger(__name__)
 
 

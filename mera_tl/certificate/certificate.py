@@ -171,7 +171,7 @@ class Calibration:
         Raises:
             ValueError: naming what differs.
         """
-        check_model(
+        check_certified(
             self.setup, model, "load it with anyway=True (--anyway), without its certificate"
         )
 
@@ -348,7 +348,7 @@ def _follows(issued: Calibration) -> bool:
     return all(said.agrees(derived) for said, derived in pairs)
 
 
-def check_model(setup: Mapping[str, Any], model: Any, instead: str) -> None:
+def check_certified(setup: Mapping[str, Any], model: Any, instead: str) -> None:
     """Refuse a model other than the one that a certificate is about.
 
     Raises:

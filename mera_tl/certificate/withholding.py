@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from scipy import special
 
 from mera_tl.certificate.bounds import check_probability, upper_share
-from mera_tl.certificate.certificate import check_model, percent
+from mera_tl.certificate.certificate import check_certified, percent
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Withholding:
         Raises:
             ValueError: naming what differs.
         """
-        check_model(self.setup, model, "certify withholding on this one")
+        check_certified(self.setup, model, "certify withholding on this one")
 
     def __str__(self) -> str:
         row = self.chosen

@@ -18,7 +18,7 @@ from mera_tl.live.bench import Bench, Choices
 from mera_tl.steering.generation import Sampling, reply_to, text_of
 from mera_tl.steering.hook import SteerHook
 from mera_tl.steering.steering import Steering
-from mera_tl.steering.trace import Ledger, Pass, explain
+from mera_tl.steering.trace import Ledger, TracedPass, explain
 from mera_tl.tasks.task import Example, Task
 
 
@@ -100,7 +100,7 @@ def _require_prompt(prompt: str) -> None:
         raise ValueError("There is no prompt; type one.")
 
 
-_UNSTEERED: OrderedDict[Any, Pass] = OrderedDict()
+_UNSTEERED: OrderedDict[Any, TracedPass] = OrderedDict()
 """Unsteered runs by bench, prompt, options and what reads them; the latest few."""
 _PANELS: OrderedDict[Any, Panel] = OrderedDict()
 """By bench, prompt, options and what is chosen."""

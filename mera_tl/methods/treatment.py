@@ -4,7 +4,7 @@ from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mera_tl.certificate.certificate import Calibration
 from mera_tl.certificate.terms import Terms
@@ -19,9 +19,8 @@ from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
 from mera_tl.steering.unsteered import Passes
+from mera_tl.storage import Content
 from mera_tl.tasks.task import Splits, Task
-
-Content = TypeVar("Content")
 
 
 class Run(ABC):  # noqa: B024

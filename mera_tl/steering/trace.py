@@ -63,7 +63,7 @@ class Ledger:
     """What was done where no activation was moved, in words."""
     replies: tuple[str | None, str | None] = (None, None)
     """Before and after, where replies are scored."""
-    unsteered: "Pass | None" = field(default=None, repr=False)
+    unsteered: "TracedPass | None" = field(default=None, repr=False)
     """The unsteered run, to be used again."""
 
     def is_valid(self, pos: int) -> bool:
@@ -149,7 +149,7 @@ def explain(
     *,
     probe: LinearProbe | None = None,
     settings: ReadSettings | None = None,
-    unsteered: "Pass | None" = None,
+    unsteered: "TracedPass | None" = None,
 ) -> Ledger:
     """Show what a steering, or the hooks of one, does to a single prompt.
 
@@ -182,11 +182,12 @@ def explain(
     tokens = tokenize_task(model, task, settings)
     if unsteered is not None and unsteered.tokens != tokens[0]:
         raise ValueError("`unsteered` is of another prompt; leave it out, and it is run again.")
-    first = unsteered or Pass(model, readers, tokens, example, [], settings)
+    first = unsteered or TracedPass(model, readers, tokens, example, [], settings)
     begun = unsteered if moves_none_before_the_last(hooks) else None
-    steered = Pass(model, readers, tokens, example, hooks, settings, begun) if hooks else first
-    runs = (first, steered)
-    told = _ledger(model, example, readers, tokens[0], runs)
+    steered = first
+    if hooks:
+        steered = TracedPass(model, readers, tokens, example, hooks, settings, begun)
+    told = _ledger(model, example, readers, tokens[0], (first, steered))
     return told if probe is None else replace(told, position=probe.position)
 
 
@@ -195,7 +196,7 @@ def _ledger(
     example: Example,
     readers: Sequence[SteerHook],
     tokens: Sequence[int],
-    runs: Sequence["Pass"],
+    runs: Sequence["TracedPass"],
 ) -> Ledger:
     unsteered, steered = runs
     words = [_shown(model.tokenizer.decode([token])) for token in tokens]
@@ -231,7 +232,7 @@ def _ledger(
     )
 
 
-class Pass:
+class TracedPass:
     """One reading of a prompt, with what went into and came out of every layer's hooks."""
 
     def __init__(
@@ -242,7 +243,7 @@ class Pass:
         example: Example,
         fwd_hooks: FwdHooks,
         settings: ReadSettings,
-        begun: "Pass | None" = None,
+        begun: "TracedPass | None" = None,
     ) -> None:
         self._model, self._readers, self.tokens = model, readers, tokens[0]
         self.beginning: Prefix | None = None if begun is None else begun.beginning

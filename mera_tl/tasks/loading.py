@@ -8,9 +8,7 @@ from typing import Any
 
 from mera_tl.organism import prompts as organism
 from mera_tl.storage import file_hash, fingerprint
-from mera_tl.tasks import datasets as catalogue
-from mera_tl.tasks import files as sources
-from mera_tl.tasks import scored
+from mera_tl.tasks import datasets, files, scored
 from mera_tl.tasks.own import read_own
 from mera_tl.tasks.task import All, Example, Task
 
@@ -49,21 +47,21 @@ def load_task(
         path = Path(name)
         dataset = read_own(path, trusted=trust_task_code)
         name, base = path.stem, base or (path.parent if dataset.plain else None)
-    elif name in catalogue.DATASETS:
-        dataset = catalogue.DATASETS[name]
+    elif name in datasets.DATASETS:
+        dataset = datasets.DATASETS[name]
     else:
-        raise ValueError(f"There is no task {name!r}{catalogue.nearest(name, task_names())}")
+        raise ValueError(f"There is no task {name!r}{datasets.nearest(name, task_names())}")
     table, form = _find(name, dataset, base)
     if template:
-        form = replace(form, template=sources.read_template(Path(template)))
+        form = replace(form, template=files.read_template(Path(template)))
     return _ask(name, table, form, dataset)
 
 
 def _ask(
-    name: str, table: sources.Table, form: catalogue.Form, dataset: catalogue.Dataset
+    name: str, table: files.Table, form: datasets.Form, dataset: datasets.Dataset
 ) -> Task[All]:
     """Ask every row that belongs to the task."""
-    asked, left_out = catalogue.questions(
+    asked, left_out = datasets.questions(
         table.rows, table.title, form, dataset.options, dataset.grading
     )
     if left_out:
@@ -79,13 +77,13 @@ def _ask(
 
 
 def _find(
-    name: str, dataset: catalogue.Dataset, folder: Path | None
-) -> tuple[sources.Table, catalogue.Form]:
+    name: str, dataset: datasets.Dataset, folder: Path | None
+) -> tuple[files.Table, datasets.Form]:
     """Find the rows: plain files first, then a `save_to_disk` folder; without a folder, the hub."""
     plain, hub = dataset.plain, dataset.hub
     if folder is None:
         assert hub is not None  # only a user's file has none, and its folder is known
-        return sources.read_hub(hub.id, hub.config, hub.split), hub.form
+        return files.read_hub(hub.id, hub.config, hub.split), hub.form
     if not folder.is_dir():
         raise ValueError(f"There is no data folder {folder}; check the path.")
     looked_for: list[str] = []
@@ -95,14 +93,14 @@ def _find(
             # A user's path may be absolute, which no glob takes.
             paths = sorted(base.glob(plain.pattern)) if plain.folder else [base / plain.pattern]
             if paths:
-                table = sources.read_files(paths, line=plain.line, encoding=plain.encoding)
+                table = files.read_files(paths, line=plain.line, encoding=plain.encoding)
                 return table, plain.form
     if hub:
         names = (name, hub.id.replace("/", "__"))
         looked_for.append(f"a save_to_disk folder {' or '.join(names)}")
         for base in (*(folder / each for each in names), folder):
-            if sources.is_saved(base):
-                return sources.read_saved(base, hub.split), hub.form
+            if files.is_saved(base):
+                return files.read_saved(base, hub.split), hub.form
     raise ValueError(
         f"{folder} holds no data for {name}; put {' or '.join(looked_for)} there, "
         "or point to the folder that has it."
@@ -122,13 +120,13 @@ def _generated_task(name: str) -> Task[All]:
 
 def task_names() -> list[str]:
     """List the tasks that `load_task` knows by name."""
-    return [*catalogue.DATASETS, *scored.GENERATED, *organism.TASKS]
+    return [*datasets.DATASETS, *scored.GENERATED, *organism.TASKS]
 
 
 def describe_tasks() -> list[dict[str, Any]]:
     """Say of each task its options and where its rows can come from."""
     rows: list[dict[str, Any]] = []
-    for name, dataset in catalogue.DATASETS.items():
+    for name, dataset in datasets.DATASETS.items():
         plain = f"{dataset.plain.folder}/{dataset.plain.pattern}" if dataset.plain else ""
         hub = dataset.hub.id if dataset.hub else ""
         rows.append({"name": name, "options": dataset.options, "plain": plain, "hub": hub})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_tl.organism import prompts as organism
-from mera_tl.tasks.files import text_of
+from mera_tl.tasks.files import Row, text_of
 from mera_tl.tasks.scorers import Scorer
 from mera_tl.tasks.task import Example
 
@@ -22,7 +22,6 @@ OPTIONS = ("wrong", "right")
 RIGHT = 1
 N_PROBLEMS, N_SENTENCES = 600, 2000
 """How many word problems there are, and questions to the organism."""
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
