@@ -15,7 +15,7 @@ from conftest import (
     talking_task,
 )
 
-from mera_tl import plots
+from mera_tl import plots, storage
 from mera_tl.certificate import Terms, calibrate
 from mera_tl.inference import ReadSettings, collect, evaluate
 from mera_tl.methods import (
@@ -356,6 +356,26 @@ def test_an_ended_search_goes_on_from_what_it_kept(tmp_path, monkeypatch):
     assert again.table.equals(whole.table)
     search(*args, choices=replace(SMALL, seed=1), settings=WIDE, folder=tmp_path)
     assert len(seen) > n_first  # another search does not take over what this one kept
+
+
+def test_a_search_that_is_killed_leaves_no_trials_under_another_ones_name(tmp_path):
+    (splits, activations), tried = planted(), Candidate("euclidean", 3.0, (1,), "last", 0.2)
+    data = SearchData(organism(), splits.train, activations, {}, "correct", WIDE)
+
+    def opened(seed):
+        return TrialStore.open(tmp_path, data, replace(SMALL, seed=seed))
+
+    def tried_with(gain, seed):
+        store = opened(seed)
+        store.gains = {tried: torch.full((len(splits.train),), gain).double()}
+        return store
+
+    tried_with(1.0, seed=0).save(0.0)
+    assert opened(0).gains[tried].unique() == 1  # the control
+    storage.save_tensors(  # all that the other one has written when it is killed
+        tmp_path / "trials.safetensors", {"gains": tried_with(-1.0, seed=1).gains[tried][None]}
+    )
+    assert not opened(0).gains
 
 
 def test_a_race_that_goes_on_ranks_by_what_it_had_seen():

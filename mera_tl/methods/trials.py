@@ -113,6 +113,8 @@ class TrialStore:
                 gains = storage.load_tensors(path / "trials.safetensors")["gains"][: len(known)]
                 store.gains = dict(zip(known, gains, strict=True))
                 store.seconds = plain["seconds"]
+            else:  # what another search tried: its tensors are about to be replaced
+                storage.reopen(path / "trials.json")
         return store
 
     def save(self, seconds: float) -> None:
