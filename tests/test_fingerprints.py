@@ -4,6 +4,7 @@ import os
 import shutil
 
 import torch
+from conftest import change_one_bit
 
 from mera_tl import storage
 from mera_tl.models import cache_folder, load_model
@@ -47,8 +48,21 @@ def test_a_hash_is_kept_until_the_file_changes(checkpoints, tmp_path, monkeypatc
     assert fingerprint(folder) == fingerprint(folder)
     assert len(read) == 1 and list((cache_folder() / "hashes").iterdir())
     os.utime(folder / "model.safetensors", (1, 1))
-    fingerprint(folder)
+    first = fingerprint(folder)
     assert len(read) == 2
+    change_one_bit(folder / "model.safetensors")
+    os.utime(folder / "model.safetensors", (1, 1))  # as a copy that keeps times
+    assert fingerprint(folder) != first
+
+
+def test_a_check_on_one_device_says_nothing_of_several(checkpoints, monkeypatch):
+    from mera_tl.models import loading
+
+    model = load_model(str(checkpoints["llama"]), device="cpu", engine="transformer_lens")
+    monkeypatch.setattr(loading, "difference", lambda *_: "looked")
+    assert loading._checked(model, None) == ""  # it was checked when it was loaded
+    model.hooked.cfg.n_devices = 2
+    assert loading._checked(model, None) == "looked"
 
 
 def test_dtype_auto_is_the_checkpoints_own(checkpoints, tmp_path):

@@ -43,10 +43,14 @@ def fingerprint(config: dict[str, storage.Json], files: Sequence[Path]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the XXH3 hash of a file's bytes, kept beside its path, size and time of change."""
+    """Return the XXH3 hash of a file's bytes, kept beside its path, size and times of change.
+
+    One of the times is the system's, which no copy of a file brings along.
+    """
     path = path.resolve()
     stat = path.stat()
-    return recall("hashes", [str(path), stat.st_size, stat.st_mtime_ns], lambda: _hash(path))
+    key = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    return recall("hashes", key, lambda: _hash(path))
 
 
 def _hash(path: Path) -> str:

@@ -148,8 +148,9 @@ def _on_transformer_lens(model: Model, original: Any, n_devices: int, *, check: 
 
 
 def _checked(model: Model, original: Any) -> str:
-    """Compare an engine with the original, once per model, engine and versions."""
-    key = [model.fingerprint, model.engine, model.manifest["dtype"], model.device.type, 1]
+    """Compare an engine with the original, once per model, engine, devices and versions."""
+    key = [model.fingerprint, model.engine, model.manifest["dtype"], model.device.type]
+    key.append(getattr(model.hooked.cfg, "n_devices", 1))
     for package in ("torch", "transformers", "transformer-lens"):
         try:
             key.append(version(package))
