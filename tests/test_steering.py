@@ -271,6 +271,10 @@ def test_steering_refuses_what_cannot_fit():
         Steering(probe, torch.zeros(2, 8))
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         Steering(probe).at(1.0)
+    for nearly in (1 - 1e-9, 1e-60):  # at which float32 steers nothing, or everything by infinity
+        with pytest.raises(ValueError, match="strictly between 0 and 1"):
+            Steering(probe).at(nearly)
+    assert Steering(probe).at(1e-30).limit > -70
     assert isinstance(Steering(probe).space, ResidualSpace)
 
 

@@ -147,11 +147,12 @@ class Steering:
                 f"{self.rule} moves every token whatever is predicted, so it has no threshold; "
                 "pass rule=Adaptive() or Gated() to steer at one."
             )
-        if not isinstance(threshold, Real) or not 0 < threshold < 1:
+        is_error = isinstance(threshold, Real) and 0 < threshold < 1
+        limit = torch.logit(torch.tensor(threshold)).item() if is_error else math.inf
+        if not math.isfinite(limit):  # in float32 also of what is all but 0 or 1
             raise ValueError(
                 f"threshold={threshold!r} is not a predicted error strictly between 0 and 1."
             )
-        limit = torch.logit(torch.tensor(threshold)).item()
         return replace(self, rule=replace(self.rule, limit=limit))
 
     def with_certificate(self, certificate: Any) -> "Steering":
