@@ -54,8 +54,12 @@ def _told(path: str | Path, verb: str) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; rename it to `path` on success, remove it on failure."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; rename it to `path` on success, remove it on failure.
+
+    Raises:
+        ValueError: if the file cannot be written.
+    """
     path = Path(path)
     # Not by the process's number: on several nodes of one file system they may be the same.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -70,7 +74,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -247,7 +251,7 @@ def link(source: Path, folder: Path, last: str) -> None:
     """Link a folder's files into another, or copy them across file systems; `last` comes last."""
     names = {path.name for path in source.iterdir() if not path.name.endswith(".tmp")} - {last}
     for name in (*sorted(names), last):
-        with _replacing(folder / name) as temporary:
+        with replacing(folder / name) as temporary:
             try:
                 os.link(source / name, temporary)
             except OSError:
@@ -267,7 +271,7 @@ def save_tensors(
     """Write torch tensors to a safetensors file whole or not at all."""
     from safetensors.torch import save_file
 
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata=dict(metadata or {}))
 
@@ -320,7 +324,7 @@ class TensorFile:
         """Of the file, in bytes."""
 
     def __enter__(self) -> "TensorFile":
-        self._context = _replacing(self.path)
+        self._context = replacing(self.path)
         self._file = open(self._context.__enter__(), "w+b")  # noqa: SIM115  closed in __exit__
         self._file.write(self._head)
         self._file.truncate(self.size)

@@ -19,7 +19,10 @@ def additive(models):
 
 def test_a_control_vector_is_read_back_as_the_shift_of_every_token(models, additive, tmp_path):
     gguf = pytest.importorskip("gguf")
-    path = export_control_vector(additive, tmp_path / "vector.gguf")
+    path = export_control_vector(additive, tmp_path / "new" / "vector.gguf")
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="cannot be written"):
+        export_control_vector(additive, path / "vector.gguf")
     tensors = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(path).tensors}
     assert sorted(tensors) == ["direction.1", "direction.2"]
     ids = torch.tensor([[4, 5, 6, 7]])

@@ -152,6 +152,8 @@ def test_a_folder_of_something_else_is_left_alone(decided, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
         decided[2].save(tmp_path)
+    with pytest.raises(ValueError, match=r"thesis.tex cannot be written \(Not a folder\)"):
+        decided[2].save(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     with pytest.raises(ValueError, match="neither a folder nor a steering that could be fetched"):
         load_steering("nobody/nothing")

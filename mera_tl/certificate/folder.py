@@ -30,8 +30,9 @@ def write_folder(
     """Write a decision, whole or not at all, in place of an earlier one.
 
     Raises:
-        ValueError: if the folder holds other files.
+        ValueError: if the folder holds other files, or is none.
     """
+    storage.require_folder(folder)
     strangers = {path.name for path in folder.iterdir()} - {*FILES} if folder.exists() else set()
     if strangers:
         raise ValueError(

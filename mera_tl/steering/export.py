@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from mera_tl import storage
 from mera_tl.steering.rules import Additive
 from mera_tl.steering.spaces import ResidualSpace
 from mera_tl.steering.steering import Steering
@@ -18,12 +19,12 @@ from mera_tl.steering.steering import Steering
 def export_control_vector(
     steering: Steering, path: str | Path, *, architecture: str = "llama"
 ) -> Path:
-    """Write a GGUF file of one shift per steered layer; return its path.
+    """Write a GGUF file of one shift per steered layer, whole or not at all; return its path.
 
     `architecture` is llama.cpp's name of the model's family, a hint that it does not check.
 
     Raises:
-        ValueError: if llama.cpp cannot apply the steering.
+        ValueError: if llama.cpp cannot apply the steering, or the file cannot be written.
         ImportError: if the package `gguf` is missing.
     """
     vectors = control_vectors(steering)
@@ -33,15 +34,16 @@ def export_control_vector(
         raise ImportError(
             "Control vectors need the package gguf: pip install 'mera-tl[gguf]'."
         ) from None
-    writer = GGUFWriter(str(path), "controlvector")
-    writer.add_string("controlvector.model_hint", architecture)
-    writer.add_uint32("controlvector.layer_count", max(vectors))
-    for layer, vector in vectors.items():
-        writer.add_tensor(f"direction.{layer}", vector)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with storage.replacing(Path(path)) as temporary:
+        writer = GGUFWriter(str(temporary), "controlvector")
+        writer.add_string("controlvector.model_hint", architecture)
+        writer.add_uint32("controlvector.layer_count", max(vectors))
+        for layer, vector in vectors.items():
+            writer.add_tensor(f"direction.{layer}", vector)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return Path(path)
 
 
