@@ -43,6 +43,17 @@ def page(folder, tmp_path_factory):
     return write_report(folder, tmp_path_factory.mktemp("page") / "report.html")
 
 
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the run, to be changed."""
+    return shutil.copytree(folder, tmp_path / "run")
+
+
+def change_records(run, change):
+    records = storage.read_records(run / "records.jsonl")
+    storage.write_records(run / "records.jsonl", [change(record) for record in records])
+
+
 def specs(page):
     text = page.read_text(encoding="utf-8")
     (data,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', text, re.S)
@@ -182,43 +193,31 @@ def test_on_a_phone_decisions_are_in_sight_and_the_page_does_not_scroll_sideways
             assert tab.run("document.documentElement.dataset.problems") is None
 
 
-def test_a_run_without_activations_or_probes_still_opens(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "activations")
-    shutil.rmtree(tmp_path / "run" / "probes")
-    page = write_report(tmp_path / "run")
-    assert "has fitted no probe" in page.read_text("utf-8")
+def test_a_run_without_activations_or_probes_still_opens(copy):
+    shutil.rmtree(copy / "activations")
+    shutil.rmtree(copy / "probes")
+    assert "has fitted no probe" in write_report(copy).read_text("utf-8")
 
 
-def test_changed_data_is_said_and_its_prompts_are_not_shown(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "run")
-    records = storage.read_records(tmp_path / "run" / "records.jsonl")
-    for record in records:
-        record["hashes"]["data"]["test"] = "0" * 16
-    storage.write_records(tmp_path / "run" / "records.jsonl", records)
-    text = write_report(tmp_path / "run").read_text("utf-8")
+def test_changed_data_is_said_and_its_prompts_are_not_shown(copy):
+    other = {"test": "0" * 16}
+    change_records(copy, lambda r: r | {"hashes": r["hashes"] | {"data": other}})
+    text = write_report(copy).read_text("utf-8")
     assert "prompts cannot be shown" in text and "explorer-rows" not in text
 
 
-def test_records_from_before_intervals_and_free_text_still_open(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "run")
-    records = storage.read_records(tmp_path / "run" / "records.jsonl")
+def test_records_from_before_intervals_and_free_text_still_open(copy):
     later = {"spi_interval", "accuracy_interval", "p_value", "free_text"}
-    old = [{k: v for k, v in record.items() if k not in later} for record in records]
-    assert len(old[0]) < len(records[0])
-    storage.write_records(tmp_path / "run" / "records.jsonl", old)
-    assert "spi" in specs(write_report(tmp_path / "run"))
+    assert later <= RunFolder.open(copy).records[0].keys()
+    change_records(copy, lambda record: {k: v for k, v in record.items() if k not in later})
+    assert "spi" in specs(write_report(copy))
 
 
 @pytest.mark.parametrize("number", [0, 99])
-def test_another_format_says_what_to_do(folder, tmp_path, number):
-    shutil.copytree(folder, tmp_path / "run")
-    records = storage.read_records(tmp_path / "run" / "records.jsonl")
-    storage.write_records(
-        tmp_path / "run" / "records.jsonl", [r | {"format": number} for r in records]
-    )
+def test_another_format_says_what_to_do(copy, number):
+    change_records(copy, lambda record: record | {"format": number})
     with pytest.raises(ValueError, match="run it again into a new folder"):
-        write_report(tmp_path / "run")
+        write_report(copy)
 
 
 def test_geometry_is_that_of_the_steering_that_was_used(folder):
@@ -236,14 +235,13 @@ def test_geometry_is_that_of_the_steering_that_was_used(folder):
     assert (run.cloud("optimal_probe").plane()["score_after"].isna().all()) == abstained
 
 
-def test_a_direction_that_is_not_kept_is_found_again(folder, tmp_path):
+def test_a_direction_that_is_not_kept_is_found_again(folder):
     """MERA along another direction lands on its limit, and mostly outside of the plane."""
-    shutil.copytree(folder, tmp_path / "run")
-    records = storage.read_records(tmp_path / "run" / "records.jsonl")
-    records[-1]["details"]["direction"] = "controlled_contrastive"
-    records[-1]["threshold"] = 0.2
-    storage.write_records(tmp_path / "run" / "records.jsonl", records)
-    cloud = RunFolder.open(tmp_path / "run").cloud("optimal_probe")
+    run = RunFolder.open(folder)
+    *others, last = run.records
+    details = last["details"] | {"direction": "controlled_contrastive"}
+    turned = last | {"details": details, "threshold": 0.2}
+    cloud = replace(run, records=(*others, turned)).cloud("optimal_probe")
     assert cloud is not None and cloud.limit is not None
     moved = cloud.plane().dropna()
     assert len(moved) and (moved["score"] > cloud.limit).all()
@@ -276,12 +274,11 @@ def test_a_folder_without_runs_is_said(tmp_path):
         find_runs(tmp_path)
 
 
-def test_a_changed_certificate_is_refused(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "run")
-    path = tmp_path / "run" / "certificates" / "optimal_probe" / "steering.json"
+def test_a_changed_certificate_is_refused(copy):
+    path = copy / "certificates" / "optimal_probe" / "steering.json"
     path.write_text(path.read_text().replace('"n": 200', '"n": 2000'))
     with pytest.raises(ValueError, match="changed after it was saved"):
-        write_report(tmp_path / "run")
+        write_report(copy)
 
 
 def test_what_was_not_steered_has_no_interval(folder):
@@ -307,17 +304,16 @@ def test_the_verdict_comes_first_and_says_what_steers(page, folder):
     assert shown in text[: text.index('id="evidence"')]
 
 
-def test_a_page_named_like_its_run_leaves_the_run_alone(folder, tmp_path):
-    run = shutil.copytree(folder, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    page = write_report(run, tmp_path / "run.html")
+def test_a_page_named_like_its_run_leaves_the_run_alone(folder, copy, tmp_path):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    page = write_report(copy, tmp_path / "run.html")
     assert page.is_file() and (tmp_path / "run_files" / "spi.json").exists()
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     shutil.copytree(folder, tmp_path / "other_files")
     with pytest.raises(ValueError, match="is the folder of a run"):
-        write_report(run, tmp_path / "other.html")
+        write_report(copy, tmp_path / "other.html")
     with pytest.raises(ValueError, match="is a folder"):
-        write_report(run, tmp_path / "run")
+        write_report(copy, copy)
 
 
 def test_the_slider_counts_what_the_certificate_counted(folder):
