@@ -13,7 +13,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/mera demo
 
 test: $(READY)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-next: .venv-next/.ready
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-next/bin/python -m pytest tests/test_next.py tests/test_chat.py tests/test_checkpoint.py

@@ -21,11 +21,29 @@ torch.set_num_threads(1)
 # Hashes and load checks are kept for the length of a test run, not in the user's cache.
 os.environ["MERA_CACHE"] = tempfile.mkdtemp(prefix="mera-cache-")
 
+LONG_FILES = (
+    "test_demo",
+    "test_bad_input",
+    "test_many",
+    "test_grid",
+    "test_cluster",
+    "test_report",
+    "test_quickstart",
+    "test_cli",
+    "test_live",
+)
+"""Begin first, so that no worker is left alone with one of them at the end."""
+
 FAMILIES = ("llama", "qwen2", "gemma2", "gpt2")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = """the a is this that good bad red blue green it was not very film bird tree spam ham yes no
 positive negative question answer : ? . , one two three four five six seven eight nine ten
 """.split()  # noqa: SIM905
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def tokenizer():

@@ -131,11 +131,11 @@ def assert_equal(some, others):
 def test_who_starts_from_a_kept_pass_answers_as_from_its_own(engine, readout, checkpoints):
     model = load_model(str(checkpoints["llama"]), device="cpu", engine=engine)
     words = ("very good film", "blue bird")
-    task = make_task(14, options=words) if readout == "options" else talking_task(model, 14)
-    steerings, passes = list(many(model).values()), Passes()
+    task = make_task(8, options=words) if readout == "options" else talking_task(model, 8)
+    steerings, passes = list(many(model).values())[::3], Passes()
     settings = ReadSettings(readout, batch_tokens=140)
     for decide in (False, True):
-        for part, some in ((task, steerings[::2]), (task, steerings), (task.subset(range(5)), [])):
+        for part, some in ((task, steerings[::2]), (task, steerings), (task.subset(range(3)), [])):
             told = {"settings": settings, "decide": decide}
             asked = some or steerings
             own = evaluate_many(model, part, asked, **told)
