@@ -20,7 +20,7 @@ import torch
 from conftest import SMALL, arguments, timeless, write_task
 from rich.console import Console
 
-from mera_tl import storage
+from mera_tl import methods, storage
 from mera_tl.benchmark import DEFAULT_METHODS, RunConfig, memory, open_run, run
 from mera_tl.certificate import Calibration
 from mera_tl.cli import app, parsing, terminal
@@ -222,9 +222,11 @@ def test_lists_name_what_there_is(mera):
     printed = "".join(mera(*told).out for told in lists)
     for name in (*METHODS, "sms_spam", "mmlu_high_school", "google/gemma-2-2b-it"):
         assert name in printed
-    methods, tasks, models = (json.loads(mera(*told, "--json").out) for told in lists)
-    assert {*METHODS} <= {each["name"] for each in methods}
+    known, tasks, models = (json.loads(mera(*told, "--json").out) for told in lists)
+    assert {*METHODS} <= {each["name"] for each in known}
     assert {"name": "sms_spam", "options": ["ham", "spam"]}.items() <= tasks[0].items()
+    assert re.search(r"^gsm8k +scored replies +openai/gsm8k", printed, re.M)
+    assert re.search(r"^spam_cue +spam, ham +organism", printed, re.M)
     assert "google/gemma-2-2b-it" in [each["name"] for each in models]
 
 
@@ -403,7 +405,8 @@ def test_a_run_ends_in_a_line_per_task_the_report_and_what_to_do_next(organism):
     assert f"STEER (certified >= +{math.floor(100 * lower)} points)" in verdict
     assert 100 * lower >= float(re.findall(r">= \+(\d+)", verdict)[0])  # never rounded up
     assert f"Report: {out / 'report.html'}" in "".join(printed.splitlines())
-    assert f"mera explain {out}" in "".join(printed.splitlines())
+    for command in ("explain", "recommend"):
+        assert f"mera {command} {out}" in "".join(printed.splitlines())
     assert "\x1b" not in printed
     # A path is one word, however long.
     assert not [line for line in printed.splitlines() if len(line) > 80 and "/" not in line]
@@ -453,7 +456,7 @@ def test_what_is_the_same_in_all_rows_of_a_plan_is_said_once_above(mera):
     assert "churn: share of answers that change" in printed and "0.020" not in printed
 
 
-def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
+def test_explain_takes_a_row_or_a_text_of_your_own(mera, monkeypatch, organism, tmp_path):
     out, _ = organism
     assert "becomes" in mera("explain", out).out  # a recovered example of the run's winner
     example = RunFolder.open(out).test_task().examples[3]
@@ -470,6 +473,13 @@ def test_explain_takes_a_row_or_a_text_of_your_own(mera, organism):
     said = mera("explain", out, "--method", "withhold", code=2).err
     assert "no method of this run, which has no_steering, controlled" in " ".join(said.split())
     assert not (out / "withholding").exists()
+    (tmp_path / "own.py").write_text("def mine(run):\n    'Mine.'\n")
+    said = mera("explain", out, "--method", f"{tmp_path / 'own.py'}:mine", code=2).err
+    assert said.startswith("mera: mine is no method of this run")  # by the name in its records
+    methods.METHODS.pop("mine")
+    with monkeypatch.context() as patched:  # where nothing is certified, one that the run has
+        patched.setattr(RunFolder, "main_method", None)
+        assert "becomes" in mera("explain", out).out
 
 
 def test_dry_runs_write_nothing_and_overwriting_spares_other_folders(

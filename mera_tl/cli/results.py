@@ -163,8 +163,8 @@ class Explain:
         if self.row is not None and self.prompt is not None:
             raise ValueError("--row and --prompt are two prompts; pass one of them.")
         folder = RunFolder.open(self.run)
-        name = self.method or folder.main_method or "optimal_probe"
-        find_method(name)  # names the nearest
+        some = next(iter(folder.certificates), "optimal_probe")  # where all abstain, the first
+        name = find_method(self.method or folder.main_method or some).name  # names the nearest
         if name not in (measured := [record["method"] for record in folder.records]):
             raise ValueError(
                 f"{name} is no method of this run, which has {', '.join(measured)}; choose among "
@@ -175,8 +175,9 @@ class Explain:
         treatment = find_method(name).treat(opened)
         hooks, probe = treatment.fwd_hooks, treatment.probe
         if probe is None:
-            others = " or ".join(folder.certificates) or "another method"
-            raise ValueError(f"{name} reads no probe; pass --method {others}.")
+            others = " or ".join(folder.certificates)
+            advice = f"pass --method {others}" if others else "run one that does"
+            raise ValueError(f"{name} reads no probe; {advice}.")
         told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
         if treatment.answer is not None:
             told = _answered_otherwise(told, treatment, opened, example)
@@ -371,7 +372,11 @@ class Tasks:
         if self.json:
             return terminal.print_json(describe_tasks())
         rows = [
-            {"task": r["name"], "options": r["options"], "from": r["hub"] or r["plain"]}
+            {
+                "task": r["name"],
+                "answers": "scored replies" if r["scored"] else r["options"],
+                "from": r["hub"] or r["plain"],
+            }
             for r in describe_tasks()
         ]
         return console().print(terminal.rich_table(rows))

@@ -403,6 +403,7 @@ def _summarise(
         f"\nReport: {page} ({time.perf_counter() - started:.0f} s)",
         "Try next:",
         f"  mera report {whole} --open",
+        f"  mera recommend {folders[0]}",
         f"  mera explain {folders[0]}",
         f"  mera table {whole}",
     )

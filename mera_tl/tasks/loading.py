@@ -133,5 +133,9 @@ def describe_tasks() -> list[dict[str, Any]]:
     generated = {name: scored.OPTIONS for name in scored.GENERATED}
     generated |= {name: task.options for name, task in organism.TASKS.items()}
     for name, options in generated.items():
-        rows.append({"name": name, "options": options, "plain": "generated", "hub": ""})
-    return [row | {"n_classes": len(row["options"])} for row in rows]
+        whose = "organism" if name in organism.TASKS else "generated"
+        rows.append({"name": name, "options": options, "plain": whose, "hub": ""})
+    return [
+        row | {"n_classes": len(row["options"]), "scored": row["options"] == scored.OPTIONS}
+        for row in rows
+    ]
