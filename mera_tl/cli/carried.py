@@ -22,12 +22,12 @@ class Carried:
     model: str
     """The model that it was certified on."""
     chat: bool = True
-    """Whether prompts go into the tokenizer's chat template, where it has one. --no-chat gives them
-    to the model as they are, control tokens that are typed in them included."""
+    """Prompts go into the tokenizer's chat template, where it has one; with --no-chat they are taken
+    as they are written, control tokens that are typed in them included."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model; what was certified in one is refused in another."""
-    engine: Literal["transformer_lens", "hugging_face"] = "transformer_lens"
-    """What runs the forward passes: the same numbers to rounding."""
+    engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
+    """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
     device: str | None = None
     """Device to run on, such as cuda:1. Default: cuda where there is one."""
     anyway: bool = False
