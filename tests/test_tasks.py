@@ -664,6 +664,12 @@ def test_damaged_data_is_refused(tmp_path: Path, name: str, content: bytes, mess
 # --- names ----------------------------------------------------------------------------------------
 
 
+def test_an_example_says_what_it_has_and_nothing_else() -> None:
+    example = Example(0, "a or b?", ("a", "b"), 0)
+    assert repr(example) == "Example(row=0, prompt='a or b?', options=('a', 'b'), label=0)"
+    assert repr(Example(0, "a", ("a", "b"), 0, kind="x")).endswith("label=0, kind='x')")
+
+
 def test_unknown_tasks_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no task 'sms_spm'; did you mean sms_spam"):
         load_task("sms_spm")

@@ -148,7 +148,8 @@ class Search:
 
     def _repr_html_(self) -> str:
         best = self.table.sort_values("value", ascending=False).head(10)
-        return f"<p>{html.escape(str(self.chosen))}</p>" + best.to_html(index=False)
+        told = best.to_html(index=False, float_format="%.3g", na_rep="")
+        return f"<p>{html.escape(str(self.chosen))}</p>{told}"
 
 
 def search(

@@ -9,7 +9,7 @@ is searched freely and what certifies cannot be exchanged by accident.
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
@@ -31,7 +31,7 @@ NewRoleT = TypeVar("NewRoleT", bound=Role)
 _ANSWER = re.compile(r"answer\s*:", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Example:
     """One question with a known answer."""
 
@@ -51,6 +51,10 @@ class Example:
     """The sentence of the prompt that asks for what the scorer checks."""
     kind: str = ""
     """The kind of question, where a task has several."""
+
+    def __repr__(self) -> str:
+        told = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"Example({', '.join(f'{k}={v!r}' for k, v in told if v not in ('', None))})"
 
     @property
     def key(self) -> str:
