@@ -131,8 +131,8 @@ class RunOptions:
     engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
     """What runs the forward passes: the same numbers to rounding; hugging_face decodes faster."""
     chat: bool = True
-    """Prompts go into the tokenizer's chat template, where it has one; with --no-chat they are taken
-    as they are written, control tokens that are typed in them included."""
+    """Prompts go into the tokenizer's chat template, where it has one; with --no-chat they are
+    taken as they are written, control tokens that are typed in them included."""
     system: str | None = None
     """System prompt, for a model with a chat template. Default: the template's own."""
 

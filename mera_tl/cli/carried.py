@@ -22,8 +22,8 @@ class Carried:
     model: str
     """The model that it was certified on."""
     chat: bool = True
-    """Prompts go into the tokenizer's chat template, where it has one; with --no-chat they are taken
-    as they are written, control tokens that are typed in them included."""
+    """Prompts go into the tokenizer's chat template, where it has one; with --no-chat they are
+    taken as they are written, control tokens that are typed in them included."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the model; what was certified in one is refused in another."""
     engine: Literal["auto", "transformer_lens", "hugging_face"] = "auto"
