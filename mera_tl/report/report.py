@@ -277,12 +277,11 @@ def _moved(run: RunFolder, figures: Figures) -> dict[str, Any]:
 
     Of the verdict's method, or of the certified one that moves activations.
     """
-    nothing = {"moved": [], "by_layer": [], "moved_layer": None}
     steering = [m for m, c in run.certificates.items() if not c.abstained and run.reach(m)]
     method = run.main_method if run.reach(run.main_method or "") else next(iter(steering), None)
     reach = run.reach(method or "")
     if method is None or reach is None:
-        return nothing
+        return {"moved": [], "by_layer": []}
     cloud, record = run.cloud(method), run.record(method)
     layers = reach.layers.tolist()
     main = cloud.layer if cloud is not None else layers[0]
@@ -303,7 +302,7 @@ def _moved(run: RunFolder, figures: Figures) -> dict[str, Any]:
     share = reach.positions()
     figure = plots.steered_share(share, method=method, n=len(reach.before))
     places.append(figures.place("share", figure, share))
-    return {"moved": places, "by_layer": by_layer, "moved_layer": main}
+    return {"moved": places, "by_layer": by_layer}
 
 
 # --- examples ---------------------------------------------------------------------------------
@@ -311,13 +310,13 @@ def _moved(run: RunFolder, figures: Figures) -> dict[str, Any]:
 
 def _examples(run: RunFolder, changes: pd.DataFrame) -> dict[str, Any]:
     """Gather examples with their options' probabilities before and after, changed ones first."""
-    nothing = {"explorer": None, "no_examples": ""}
     if changes.empty:
-        return nothing | {"no_examples": "No method changed whether an answer is correct."}
+        said = "No method changed whether an answer is correct."
+        return {"explorer": None, "no_examples": said}
     try:
         test = run.test_task()
     except (ValueError, OSError) as error:
-        return nothing | {"no_examples": f"The prompts cannot be shown: {error}"}
+        return {"explorer": None, "no_examples": f"The prompts cannot be shown: {error}"}
     prompts = {example.row: example.prompt for example in test.examples}
     predicted = _predictions(run, changes)
     rows, rng = changes.to_dict("records"), random.Random(run.config.seed)
