@@ -225,6 +225,9 @@ def test_lists_name_what_there_is(mera):
     known, tasks, models = (json.loads(mera(*told, "--json").out) for told in lists)
     assert {*METHODS} <= {each["name"] for each in known}
     assert {"name": "sms_spam", "options": ["ham", "spam"]}.items() <= tasks[0].items()
+    assert re.search(r"^flip +options +Answer", printed, re.M)
+    assert re.search(r"^retry +replies +Draw", printed, re.M)
+    assert re.search(r"^searched +any +Search", printed, re.M)
     assert re.search(r"^gsm8k +scored replies +openai/gsm8k", printed, re.M)
     assert re.search(r"^spam_cue +spam, ham +organism", printed, re.M)
     assert "google/gemma-2-2b-it" in [each["name"] for each in models]

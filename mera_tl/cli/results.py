@@ -396,7 +396,10 @@ class Methods:
             names = ("name", "about", "certifies", "in_latents", "on")
             rows = [{name: getattr(each, name) for name in names} for each in METHODS.values()]
             return terminal.print_json(rows)
-        rows = [{"method": each.name, "is": each.about} for each in METHODS.values()]
+        rows = [
+            {"method": each.name, "for": {"both": "any"}.get(each.on, each.on), "is": each.about}
+            for each in METHODS.values()
+        ]
         return console().print(terminal.rich_table(rows))
 
 

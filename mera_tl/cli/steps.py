@@ -264,6 +264,7 @@ class Benchmark(GridConfig):
                 job = ", ".join(str(record[name]) for name in ("model", "task", "method", "seed"))
                 print(f"failed: {job}: {record['failure']}", file=sys.stderr)
         print(f"\n{len(done)} of {len(records)} jobs done; records in {self.out / 'records.jsonl'}")
+        print(f"Try next:\n  mera report {self.out} --open" * bool(done))
         if len(done) < len(records):
             sys.exit(1)
 

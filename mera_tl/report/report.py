@@ -176,7 +176,8 @@ def _what(run: RunFolder, record: dict[str, Any]) -> str:
             parts += [f"threshold {threshold:.3g}"]
         if details.get("strength"):
             parts += [f"strength {details['strength']:g}: a shift of fixed length"]
-    return ("; ".join(filter(None, parts)) + ".").capitalize()
+    said = "; ".join(filter(None, parts))
+    return f"{said[0].upper()}{said[1:]}."
 
 
 def _asked(run: RunFolder) -> str | None:
