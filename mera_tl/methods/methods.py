@@ -114,6 +114,8 @@ def find_methods(names: Sequence[str], space: str = "raw") -> list[Method]:
     Raises:
         ValueError: if a method is unknown, named twice or works in the residual stream only.
     """
+    if isinstance(names, str):
+        raise ValueError(f"methods={names!r} is no list of names; pass one, as [{names!r}].")
     if not names:
         raise ValueError("methods is empty; name at least one (`mera methods` lists all).")
     found = [find_method(name) for name in names]

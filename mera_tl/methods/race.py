@@ -54,7 +54,11 @@ MIN_RANKED = 10
 
 @dataclass(frozen=True)
 class Choices:
-    """What is searched over, and how."""
+    """What is searched over, and how.
+
+    Raises:
+        ValueError: if directions are one text, or layers are no sets of layers.
+    """
 
     directions: tuple[str, ...] = KINDS
     penalties: tuple[float, ...] = (0.03, 3.0)
@@ -80,6 +84,13 @@ class Choices:
     """Standard errors that are subtracted from a candidate's mean gain."""
     seed: int = 0
     """Of who fits and who judges, and of the probes' folds."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.directions, str):
+            one = self.directions
+            raise ValueError(f"directions={one!r} are no names; pass them as ({one!r},).")
+        if not all(isinstance(each, tuple) for each in self.layers or ()):
+            raise ValueError(f"layers={self.layers} are no sets; pass sets, as ((0,), (1, 2)).")
 
 
 @dataclass(frozen=True, eq=False)
