@@ -57,6 +57,14 @@ def test_a_panel_says_what_evaluate_says(bench, splits, changes):
         assert told.probs[1] == pytest.approx(after.probs[i].tolist(), abs=1e-4)
 
 
+def test_where_no_threshold_can_move_anything_it_says_why(bench):
+    (way,) = bench.ways.values()
+    against = replace(bench, ways={"against": replace(way, direction=-way.probe.weights)})
+    said = panel(against, bench.prompts[0], chosen(against, threshold=0.001)).said
+    assert "nothing is moved: in layer 1 the probe's score does not fall" in said
+    assert "fall" not in panel(bench, bench.prompts[0], chosen(bench, threshold=0.99)).said
+
+
 def test_the_unsteered_run_is_kept_and_belongs_to_its_prompt(bench):
     first, second = (panel(bench, prompt, bench.start) for prompt in bench.prompts[:2])
     again = panel(bench, bench.prompts[0], chosen(bench, threshold=0.1))

@@ -62,7 +62,7 @@ def panel(
             frame = ledger.frame()
             bars = None if bench.scored else plots.option_bars(ledger.options, *ledger.probs)
             shown = Panel(
-                _said(ledger),
+                _said(ledger, bench.steering(choices)),
                 bars,
                 plots.error_by_layer(frame),
                 plots.ledger(frame, title="Token by token"),
@@ -126,7 +126,7 @@ def _ledger(bench: Bench, example: Example, choices: Choices) -> Ledger:
     reading: dict[str, Any] = {"probe": way.probe, "settings": bench.settings}
     if key not in _UNSTEERED and layers is None:  # the steered run then begins where this one does
         _keep(_UNSTEERED, key, explain(bench.model, example, [], **reading).unsteered)
-    hooks = [] if steering is None else steering
+    hooks = [] if steering is None else steering.checked_hooks(bench.model)
     ledger = explain(bench.model, example, hooks, unsteered=_UNSTEERED.get(key), **reading)
     _keep(_UNSTEERED, key, ledger.unsteered)
     return ledger
@@ -183,7 +183,7 @@ class _Last:
         return torch.where(own[:, None, None], self.hook(resid, hook), resid)
 
 
-def _said(ledger: Ledger) -> str:
+def _said(ledger: Ledger, steering: Steering | None) -> str:
     before, after = ledger.answers
     sure = [
         "" if answer is None else percent(probs[ledger.options.index(answer)])
@@ -199,6 +199,11 @@ def _said(ledger: Ledger) -> str:
         stays = before == after
         change = f"The reply stays {after}" if stays else f"The reply was {before} and is {after}"
     moved = "nothing is moved"
+    if steering is not None and (idle := steering.idle_layers):
+        moved += (
+            f": in layer {', '.join(map(str, idle))} the probe's score does not fall along this "
+            "direction; choose another layer or direction, or a fixed length"
+        )
     if ledger.fired:
         moved = (
             f"{ledger.fired} of {ledger.shift.size} (layer, token) pairs move, by up to "

@@ -184,7 +184,7 @@ class Steering:
                 stacklevel=2,
             )
         hooks = self._hooks()
-        if isinstance(self.rule, Adaptive) and not any(hook.step.any() for _, hook in hooks):
+        if len(self.idle_layers) == len(hooks):
             warnings.warn(
                 f"MERA's rule moves nothing here (layers {', '.join(map(str, self.layer_numbers))})"
                 ": along this direction the probe's score does not fall; pass other layers or "
@@ -205,6 +205,13 @@ class Steering:
     def reading_hooks(self) -> list[tuple[str, "SteerHook"]]:
         """Return hooks that read every score in scope and move nothing, bit for bit."""
         return replace(self, rule=Adaptive())._hooks()
+
+    @property
+    def idle_layers(self) -> tuple[int, ...]:
+        """Steered layers where MERA's rule moves nothing: the score does not fall along `d`."""
+        if not isinstance(self.rule, Adaptive):
+            return ()
+        return tuple(hook.layer for _, hook in self._hooks() if not hook.step.any())
 
     @property
     def limit(self) -> float:
