@@ -95,6 +95,8 @@ def test_bounds_are_clopper_pearsons_and_sentences_say_what_is_promised():
             Withholding.from_json({**edited, "rows": rows})
     none = certify_withholding(predicted, correct, alpha=0.01, thresholds=(0.1, 0.4))
     assert none.threshold is None and "at least 299 answers must be tested" in str(none)
+    plenty = certify_withholding(predicted, correct, alpha=0.02, thresholds=(1.0,))
+    assert plenty.threshold is None and "must be tested" not in str(plenty)  # enough were
     assert certify_withholding(predicted, correct, alpha=0.9, thresholds=(1.0,)).threshold == 1.0
 
 

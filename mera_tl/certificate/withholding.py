@@ -106,12 +106,13 @@ class Withholding:
             "subgroup, other prompts or another model."
         )
         if row is None:
-            first = self.rows[0]
+            first, least = self.rows[0], least_answered(self.alpha, self.delta)
+            short = f"; at least {least:,} answers must be tested" * (first.answered < least)
             return (
                 f"NO ANSWER CAN BE TRUSTED. At the strictest threshold {first.threshold:.3g}, "
                 f"{first.wrong} of {first.answered} answers are wrong, so up to "
-                f"{100 * first.wrong_at_most:.1f} %; allowed {100 * self.alpha:.1f} %; at least "
-                f"{least_answered(self.alpha, self.delta):,} answers must be tested.\n{terms}"
+                f"{100 * first.wrong_at_most:.1f} %; allowed {100 * self.alpha:.1f} %{short}."
+                f"\n{terms}"
             )
         return (
             f"WITHHOLD above a predicted error of {row.threshold:.3g}: "
