@@ -74,8 +74,29 @@ def changed_places(model):
         weight[[0, 1]] = weight[[1, 0]]
 
 
-@pytest.mark.parametrize("change", [one_number, written_past_torch, changed_places])
-def test_weights_that_change_while_they_are_known_are_known_no_longer(folder, checkpoints, change):
+class Adapted(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return 1.1 * self.base_layer(x)
+
+
+def an_adapter(model):
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = Adapted(mlp.down_proj)
+
+
+def another_activation(model):
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+
+
+CHANGES = [one_number, written_past_torch, changed_places, an_adapter, another_activation]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_changes_while_it_is_known_is_known_no_longer(folder, checkpoints, change):
     model = loaded(checkpoints["llama"])
     load_steering(folder).attach(model)
     change(model)
@@ -84,17 +105,8 @@ def test_weights_that_change_while_they_are_known_are_known_no_longer(folder, ch
 
 
 def test_an_adapter_between_the_layers_is_another_model(folder, checkpoints):
-    class Adapted(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base_layer = base
-
-        def forward(self, x):
-            return 1.1 * self.base_layer(x)
-
     model = loaded(checkpoints["llama"])
-    mlp = model.model.layers[1].mlp
-    mlp.down_proj = Adapted(mlp.down_proj)
+    an_adapter(model)
     with pytest.raises(ValueError, match="other than those in"):
         load_steering(folder).attach(model)
 

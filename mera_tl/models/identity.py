@@ -6,6 +6,7 @@ model trained, merged or ablated since is another one.
 """
 
 import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def _remembered(module: nn.Module) -> str:
 
 
 def _held(module: nn.Module) -> list[int]:
-    """Return numbers that a change of weights changes: how often they were written to, and sums.
+    """Return numbers that a change of the model changes: of its parts, of writes to it, and sums.
 
     Torch counts what is written to a tensor, but not by way of its `data`. So the bytes of each
     block of memory are added up, too, as whole numbers of eight of them, which takes as long as one
@@ -90,7 +91,8 @@ def _held(module: nn.Module) -> list[int]:
     """
     weights = [weight for weight in module.parameters() if not weight.is_meta]
     # Tensors of inference mode count no writes, and allow none.
-    sums = [sum(weight._version for weight in weights if not weight.is_inference())]
+    n_writes = sum(weight._version for weight in weights if not weight.is_inference())
+    sums = [zlib.crc32(repr(_parts(module)).encode()), n_writes]
     blocks = {w.untyped_storage().data_ptr(): w.untyped_storage() for w in weights}
     for block in blocks.values():
         held = torch.empty(0, dtype=torch.uint8, device=block.device).set_(block)
@@ -110,12 +112,17 @@ def _from_files(original: Any) -> str:
         weights = fingerprint(read_config(source).to_dict(), files)
     except (ValueError, OSError) as error:
         return f"that cannot be read again ({str(error).splitlines()[0]})"
-    # What was put between its layers since, such as an adapter, brings names of its own.
-    has_own = set(original.state_dict()) == set(outline(source, "auto").state_dict())
-    if not has_own or not _holds(original, source, files):
+    as_built = _parts(original) == _parts(outline(source, "auto"))
+    if not as_built or not _holds(original, source, files):
         return f"other than those in {name}"
     remember(original, weights)
     return weights
+
+
+def _parts(module: nn.Module) -> tuple[list[tuple[str, str]], list[str]]:
+    """Name what a model is built of; what is put around a layer may bring no weights."""
+    parts = [(name, type(part).__name__) for name, part in module.named_modules()]
+    return parts, sorted(module.state_dict())
 
 
 def _holds(original: Any, source: Source, files: Sequence[Path]) -> bool:
