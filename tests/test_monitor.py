@@ -135,5 +135,8 @@ def test_bad_input_is_refused():
         Monitor(floor=1.0)
     with pytest.raises(ValueError, match="false_alarm"):
         Monitor(false_alarm=0.0)
+    for patience in (1.0, math.nan):  # at which no number is an alarm
+        with pytest.raises(ValueError, match="patience"):
+            Monitor(patience=patience)
     with pytest.raises(ValueError, match="not the state of a monitor"):
         Monitor.from_json({"n": 3})

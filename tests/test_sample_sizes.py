@@ -35,6 +35,17 @@ def true_power(effect, n, min_gain, level):
     return total
 
 
+@pytest.mark.parametrize("level", [0.05, 0.005])
+def test_a_steering_that_puts_everything_right_needs_a_few_examples_too(level):
+    fewest = next(n for n in range(1, 50) if unconditional(n, 0, n, level)(0.0) <= level)
+    found = sample_size(Effect(1.0, 0.0), level=level)
+    assert found is not None and fewest <= found <= fewest + 2
+    gains = [np.ones(n) for n in range(1, 50)]
+    fewest = next(len(each) for each in gains if betting(each, level)(0.0) <= level)
+    found = continuous_sample_size(1.0, 0.0, level=level)
+    assert found is not None and fewest - 2 <= found <= fewest
+
+
 @pytest.mark.parametrize(("gain", "min_gain", "n"), [(0.1, 0.0, 160), (0.15, 0.02, 130)])
 def test_planned_power_is_the_power_of_the_test(gain, min_gain, n):
     effect = Effect.of_gain(gain)

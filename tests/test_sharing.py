@@ -12,6 +12,14 @@ from mera_tl.certificate import Terms, certify, mcnemar, share_delta, step_down,
 METHODS = [f"method {i}" for i in range(11)]
 
 
+def test_a_delta_that_is_no_probability_is_not_shared():
+    for delta in (5.0, float("nan"), 0.0):
+        with pytest.raises(ValueError, match="delta"):
+            share_delta(["flip", "searched"], delta)
+    with pytest.raises(ValueError, match="seed=-1"):
+        Terms(seed=-1)
+
+
 def test_shares_sum_to_delta_and_are_fixed_by_names_alone():
     for methods in (METHODS, [*METHODS, "searched"], ["searched"]):
         assert math.fsum(share_delta(methods).values()) == pytest.approx(0.05)

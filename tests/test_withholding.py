@@ -123,6 +123,7 @@ def test_planning_says_what_must_be_withheld_and_how_many_examples_it_takes():
         ({"delta": 1.0}, "delta=1.0"),
         ({"thresholds": (0.5, 0.2)}, "do not rise"),
         ({"thresholds": ()}, "do not rise"),
+        ({"thresholds": (np.nan,)}, "do not rise"),
         ({"predicted_error": np.array([0.1, np.nan, 0.2])}, "not finite"),
     ],
 )

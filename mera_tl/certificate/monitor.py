@@ -56,7 +56,7 @@ class Monitor:
             raise ValueError(
                 f"`floor={self.floor!r}` is not a gain between -1 and 1; pass one, as 0.0."
             )
-        if not 0 < self.false_alarm < 1 or self.patience <= 1:
+        if not 0 < self.false_alarm < 1 or not self.patience > 1:
             raise ValueError(
                 f"`false_alarm={self.false_alarm!r}` must lie between 0 and 1 and "
                 f"`patience={self.patience!r}` above 1; pass, for example, 0.05 and 1000.0."

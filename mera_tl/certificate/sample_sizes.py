@@ -124,12 +124,16 @@ def sample_size(
     """
     if effect.gain <= min_gain:
         return None
+    asked = {"min_gain": min_gain, "level": level}
     quantile, wanted = float(special.ndtri(1 - level)), float(special.ndtri(target))
     n = max(4, math.ceil(((quantile + wanted) / (effect.gain - min_gain)) ** 2 * effect.churn))
     for _ in range(12):
         if n > MOST_EXAMPLES:
             return None
-        reached = float(special.ndtri(power(effect, n, min_gain=min_gain, level=level)))
+        reached = float(special.ndtri(power(effect, n, **asked)))
+        if math.isinf(reached):  # where every answer is recovered, power jumps from none to all
+            few = (n for n in range(1, MOST_EXAMPLES) if power(effect, n, **asked) >= target)
+            return next(few, None)
         # The distance to the critical score grows as the root of n; exact power is read at each
         # step.
         better = math.ceil(n * ((quantile + wanted) / max(quantile + reached, 1.0)) ** 2)
@@ -156,7 +160,9 @@ def continuous_sample_size(
         return None
     paid = 1.0 if by_range else spread
     reach = math.sqrt(2 * math.log(1 / level)) * paid + float(special.ndtri(target)) * spread
-    return math.ceil((reach / excess) ** 2)
+    # However even gains are, a bet on one of them wins no more than this.
+    fewest = math.log(1 / level) / math.log1p(0.9 * excess)
+    return math.ceil(max((reach / excess) ** 2, fewest))
 
 
 def likely_effects(

@@ -9,6 +9,7 @@ other methods (Holm 1979; Bretz et al. 2009): `step_down`.
 import math
 from collections.abc import Mapping, Sequence
 
+from mera_tl.certificate.bounds import check_probability
 from mera_tl.certificate.certificate import Calibration
 
 FAVOURITE = "searched"
@@ -24,8 +25,10 @@ def share_delta(
     and the others equal parts of the rest; else all get equal parts.
 
     Raises:
-        ValueError: if there is no method, or the primary one is not among them.
+        ValueError: if there is no method, the primary one is not among them, or delta is no
+            probability.
     """
+    check_probability("delta", delta)
     names = list(dict.fromkeys(methods))
     if not names or (primary is not None and primary not in names):
         raise ValueError(

@@ -58,6 +58,8 @@ class Terms:
     def __post_init__(self) -> None:
         if self.delta != 0 or self.run_delta is None:  # a share of a run's may be nothing
             check_probability("delta", self.delta)
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"`seed={self.seed!r}` is no whole number of 0 or more; pass one.")
         for name in ("run_delta", "max_regressions"):
             if (value := getattr(self, name)) is not None:
                 check_probability(name, value)

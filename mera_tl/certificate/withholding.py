@@ -148,7 +148,7 @@ def certify_withholding(
         )
     if not np.isfinite(predicted_error).all():
         raise ValueError("Some predicted errors are not finite numbers; find out why.")
-    if not len(thresholds) or (np.diff(thresholds) <= 0).any():
+    if not len(thresholds) or np.isnan(thresholds).any() or (np.diff(thresholds) <= 0).any():
         raise ValueError(
             f"`thresholds={tuple(thresholds)}` do not rise from the strictest to the most lenient; "
             "pass each once, in order, as quantiles of the predicted error in training."
