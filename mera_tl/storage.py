@@ -239,8 +239,19 @@ def kept(
             if not (shared / last).exists():
                 make(shared)
             link(shared, folder, last)
-    try:
+    with reading(folder):
         return load(folder)
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Say in one sentence that what was read from a folder is not what it should hold.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    try:
+        yield
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}: {error}); delete it and start again."

@@ -138,7 +138,8 @@ class Activations:
         manifest = storage.read_json(Path(folder) / "manifest.json")
         records = storage.read_records(Path(folder) / "outcomes.jsonl")
         tensors = storage.load_tensors(Path(folder) / "activations.safetensors")
-        return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
+        with storage.reading(folder):
+            return cls(tensors, Outcomes.from_records(records, manifest["options"]), manifest)
 
     def plot(self, layer: int = -1, position: Position = "last") -> Any:
         """Draw the two leading principal axes of a layer, by correctness, as a plotly figure.
@@ -268,7 +269,9 @@ def rows_fitted(origin: Mapping[str, Any], task: Task[Any]) -> set[int]:
 
 
 def _how_read(model: Model, settings: ReadSettings) -> dict[str, Any]:
-    return {"readout": settings.readout, "answer_prefix": settings.prefix(model)}
+    n_new = settings.n_new if settings.decodes else 0  # tokens in which there may be an answer
+    how = {"readout": settings.readout, "answer_prefix": settings.prefix(model)}
+    return {**how, "n_new": n_new, "truncate": settings.truncate}
 
 
 def places_read(

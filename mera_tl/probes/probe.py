@@ -152,7 +152,8 @@ class LinearProbe:
         """
         plain = storage.read_json(Path(folder) / "probe.json")
         tensors = storage.load_tensors(Path(folder) / "probe.safetensors")
-        return LinearProbe(**tensors, **plain | {"metrics": tuple(plain["metrics"])})
+        with storage.reading(folder):
+            return LinearProbe(**tensors, **plain | {"metrics": tuple(plain["metrics"])})
 
     def check(self, model: Any) -> None:
         """Refuse a model, of whatever kind, other than the one whose activations were fitted.
