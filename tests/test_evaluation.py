@@ -6,8 +6,17 @@ import pytest
 import torch
 from conftest import make_task, random_probe, talking_task
 
-from mera_tl.inference import ReadSettings, by_length, evaluate, free_text, tokenize_task
-from mera_tl.steering import Steering, explain
+from mera_tl.inference import (
+    Activations,
+    ReadSettings,
+    by_length,
+    collect,
+    evaluate,
+    free_text,
+    tokenize_task,
+)
+from mera_tl.probes import LinearProbe, fit_error_probe
+from mera_tl.steering import Steering, explain, generate
 
 
 @pytest.mark.parametrize("changes", [{"batch_tokens": 30}, {"batch_size": 5}, {"batch_size": 1}])
@@ -17,6 +26,35 @@ def test_answers_do_not_depend_on_the_batching(changes, model):
     run = evaluate(model, task, settings=ReadSettings(**changes))
     assert torch.equal(run.predictions, wide.predictions)
     assert (run.probs - wide.probs).abs().max() < 1e-5
+
+
+def test_a_prompt_without_a_token_is_refused_and_one_with_half_a_character(model):
+    """The engines make different answers of padding alone."""
+    assert model.tokenize(["a"])
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        generate(model, ["red bird", ""])
+    with pytest.raises(ValueError, match="Prompt 0, .* half a character"):
+        generate(model, ["red \ud83d"])
+
+
+def test_activations_know_in_how_many_tokens_there_was_an_answer(models):
+    model, task = models["llama"], talking_task(models["llama"])
+    collected = collect(model, task, settings=ReadSettings("exact", max_new_tokens=6))
+    collected.check(model, ReadSettings("exact", max_new_tokens=6))
+    with pytest.raises(ValueError, match="n_new 6, but now .* has 2"):
+        collected.check(model, ReadSettings("exact", max_new_tokens=2))
+
+
+def test_what_a_damaged_folder_holds_is_said_in_a_sentence(models, tmp_path):
+    collected = collect(models["llama"], make_task(12))
+    fit_error_probe(collected).save(tmp_path / "probe")
+    collected.save(tmp_path)
+    for path, load in (("manifest.json", Activations), ("probe/probe.json", LinearProbe)):
+        folder = (tmp_path / path).parent
+        load.load(folder)
+        (tmp_path / path).write_text("{}", "utf-8")
+        with pytest.raises(ValueError, match="is damaged .KeyError"):
+            load.load(folder)
 
 
 def test_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed():

@@ -275,6 +275,15 @@ def test_steering_refuses_what_cannot_fit():
         with pytest.raises(ValueError, match="strictly between 0 and 1"):
             Steering(probe).at(nearly)
     assert Steering(probe).at(1e-30).limit > -70
+    for name in ("weights", "bias"):
+        broken = getattr(probe, name).clone()
+        broken[1] = torch.nan  # which is above no limit, and would move nothing
+        steering = Steering(replace(probe, **{name: broken})).at(0.5)
+        replace(steering, layers=(0,)).fwd_hooks()  # the control
+        with pytest.raises(ValueError, match="of layer 1 holds NaN"):
+            steering.fwd_hooks()
+    with pytest.raises(ValueError, match="direction of layer 0 holds NaN"):
+        Steering(probe, probe.weights / 0).at(0.5).fwd_hooks()
     assert isinstance(Steering(probe).space, ResidualSpace)
 
 

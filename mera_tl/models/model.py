@@ -113,14 +113,26 @@ class Model:
         written, control tokens that are typed in it included, and `prefix` is appended to it.
 
         Raises:
-            ValueError: if `prompts` is one text.
+            ValueError: if `prompts` is one text, or a prompt of it has no token or holds half a
+                character.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r:.60} is no list of texts; pass one, as [prompt].")
+        for number, prompt in enumerate(prompts):
+            if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():
+                raise ValueError(
+                    f"Prompt {number}, {prompt!r:.60}, holds half a character; correct it."
+                )
         if self.chat:
             turn = Turn.of(self.tokenizer, self.system)
-            return turn.encode(self.tokenizer, prompts, prefix=prefix)
-        return encode_plain(self.tokenizer, prompts, prefix=prefix)
+            ids = turn.encode(self.tokenizer, prompts, prefix=prefix)
+        else:
+            ids = encode_plain(self.tokenizer, prompts, prefix=prefix)
+        if [] in ids:  # what a model says to padding alone hangs on the engine
+            raise ValueError(
+                f"Prompt {ids.index([])} is empty: {self.name} makes no token of it; leave it out."
+            )
+        return ids
 
     def next_token_logits(
         self, tokens: Tokens, mask: Tokens, cache: Any = None, part: Part | None = None

@@ -258,6 +258,12 @@ class Steering:
         weights = self.probe.weights[..., layer, :].float()
         bias = self.probe.bias[..., layer].float()
         direction = weights if self.direction is None else self.direction[..., layer, :].float()
+        # No score compares with NaN, and so nothing would be moved, in silence.
+        for name, part in {"probe": weights, "probe's bias": bias, "direction": direction}.items():
+            if not torch.isfinite(part).all():
+                raise ValueError(
+                    f"The {name} of layer {layer} holds NaN or infinity; fit it on finite numbers."
+                )
         w, d = torch.broadcast_tensors(weights, direction)
         # One unit of strength is as long in the residual stream, whatever the space.
         unit = self.probe.resid_norm[layer] * self.space.stretch(d, layer)
