@@ -1,5 +1,7 @@
 """Laws of the other steering families: what each must do to an activation, and to a model."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import organism
@@ -150,6 +152,23 @@ def test_a_family_is_chosen_on_training_data_and_corrects_where_it_can(name):
     assert float(gain.mean()) > (0.1 if name in corrects else -0.2), name
     with pytest.raises(ValueError, match="needs the training split"):
         search_family(FAMILIES[name], organism(), splits.test, activations, **told)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("name", ["affine", "class_probe_steered", "cast_gate", "ablation"])
+def test_where_all_examples_are_alike_nothing_breaks(name, right):
+    """The mean of no example is no number."""
+    splits, activations = planted()
+    few, base = range(60), activations.outcomes
+    labels = base.labels if right else 1 - base.labels
+    alike = dataclasses.replace(
+        activations, outcomes=dataclasses.replace(base, predictions=labels)
+    ).subset(torch.arange(60))
+    choices = Choices(layers=((2,),), gate_thresholds=(0.5,))
+    found = search_family(
+        FAMILIES[name], organism(), splits.train.subset(few), alike, choices=choices, settings=WIDE
+    )
+    assert found.steering.fwd_hooks()
 
 
 def test_examples_that_judge_teach_a_family_nothing():

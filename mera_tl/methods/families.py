@@ -142,7 +142,9 @@ def affine(lesson: Lesson) -> Ways:
 
     There strengths are shares of the way; the ridge probe says where errors are.
     """
-    groups = [lesson.resid[:, rows] for rows in (lesson.wrong, ~lesson.wrong)]
+    # Without a wrong example, or a right one, all stand in: there is nowhere to go.
+    sides = (lesson.wrong, ~lesson.wrong)
+    groups = [lesson.resid[:, rows] if rows.any() else lesson.resid for rows in sides]
     start, to = (group.mean(1) for group in groups)
     spread = [group.std(1, correction=0) for group in groups]
     ratio = torch.where(spread[0] > 0, spread[1] / spread[0].clamp(min=1e-6), 1.0)
