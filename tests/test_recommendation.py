@@ -53,6 +53,12 @@ def test_a_run_comes_to_one_verdict_with_its_evidence(mera, folder):
     assert {each.what for each in others} == {"flip", "withhold"}
     assert "list of options" in " ".join(chosen.needs)
     assert "CLASSIFY" in mera("recommend", folder).out
+    # What steers nothing does not say that it steers, neither in a table nor in its certificate.
+    for format in ("text", "csv"):
+        printed = mera("table", folder, "--format", format).out
+        assert "CLASSIFY" in printed and "STEER" not in printed
+    certificate = str(Calibration.load(folder / "certificates" / "class_probe"))
+    assert certificate.startswith("ANSWER OTHERWISE: ")
     assert json.loads(mera("recommend", folder, "--json").out)["method"] == "class_probe"
 
 

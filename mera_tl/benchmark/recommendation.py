@@ -111,6 +111,11 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     raise ValueError(f"{folder} holds no records.jsonl; pass {wanted}.")
 
 
+def decided(method: str, decision: str | None) -> str:
+    """Return a record's decision as people read it: flip and class_probe steer nothing."""
+    return KINDS.get(method, "steer").upper() if decision == "STEER" else decision or ""
+
+
 def choose_way(ways: list[Way], what: str | None = None) -> Way | None:
     """Return the way that the rule takes; of one kind, also where nothing of it is certified."""
     some = [way for way in ways if way.what == what or (what is None and way.certified)]

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from mera_tl.benchmark.recommendation import decided
 from mera_tl.inference.outcomes import (
     Outcomes,
     accuracy_interval,
@@ -100,7 +101,10 @@ def _row(record: dict[str, Any], full: bool) -> dict[str, Any]:
         row |= {name: text.get(name) for name in ("perplexity", "distinct_1", "distinct_2")}
         row["warnings"] = " ".join(record.get("warnings", ()))
     threshold = float("nan") if record["threshold"] is None else record["threshold"]
-    return row | {"decision": record["decision"] or "", "threshold": threshold}
+    return row | {
+        "decision": decided(record["method"], record["decision"]),
+        "threshold": threshold,
+    }
 
 
 def promise(records: Sequence[Mapping[str, Any]]) -> str:

@@ -230,7 +230,7 @@ class Calibration:
         rows = f"{len(self.evidence)} candidate{s}, n={self.n}"
         if self.abstained:
             return f"Calibration(ABSTAIN, {rows})"
-        return f"Calibration(STEER at {self.best.candidate}, {rows})"
+        return f"Calibration({_what(self.best)} at {self.best.candidate}, {rows})"
 
     def frame(self, method: str = "") -> "pd.DataFrame":
         """Return the evidence, one row per candidate, with the terms in every row, for figures."""
@@ -397,6 +397,11 @@ def _counts(row: Evidence) -> str:
     return f"{row.recoveries} better, {row.regressions} worse"
 
 
+def _what(row: Evidence) -> str:
+    """Say what is done; what only reads, such as flip, steers nothing."""
+    return "ANSWER OTHERWISE" if "reads" in row.steering else "STEER"
+
+
 def _steer_sentence(calibration: Calibration) -> str:
     best, base, limit = calibration.best, calibration.base, calibration.terms.max_regressions
     correct = calibration.terms.metric == "correct"
@@ -407,7 +412,7 @@ def _steer_sentence(calibration: Calibration) -> str:
     kept = "" if limit is None else f" and at most {100 * limit:.1f} % of answers turned wrong"
     fall = "" if correct else " less error"
     promise = promised_points(calibration.promised)
-    return f"STEER: {moved}, certified at least {promise} points{fall}{kept}"
+    return f"{_what(best)}: {moved}, certified at least {promise} points{fall}{kept}"
 
 
 def _abstain_sentence(calibration: Calibration) -> str:

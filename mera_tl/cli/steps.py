@@ -344,8 +344,11 @@ class Demo:
 
 
 def _measure(opened: Any, methods: Sequence[str]) -> None:
+    from mera_tl.benchmark.recommendation import decided
+
     for record in opened.records(methods):
-        logger.info("%s: %s", record["method"], record["decision"] or "measured")
+        method, decision = record["method"], record["decision"]
+        logger.info("%s: %s", method, decided(method, decision) or "measured")
 
 
 def _clear(folder: Path) -> None:

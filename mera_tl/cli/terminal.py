@@ -123,6 +123,8 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
     What is the same in all records is left to the line above.
     """
+    from mera_tl.benchmark.recommendation import decided
+
     rows = []
     for record in records:
         names = ("model", "task", "space", "seed")
@@ -131,7 +133,7 @@ def records_table(records: Sequence[Mapping[str, Any]]) -> Table:
         at = "" if threshold is None else f" {threshold:.3g}"
         row |= {"method": record["method"], "accuracy": record["accuracy"], "SPI": record["spi"]}
         row |= {"+/-": f"{moved['0->1']}/{moved['1->0']}"}
-        rows.append(row | {"decision": f"{record['decision'] or ''}{at}"})
+        rows.append(row | {"decision": f"{decided(record['method'], record['decision'])}{at}"})
     return rich_table(rows)
 
 
@@ -146,7 +148,7 @@ def shared_words(records: Sequence[Mapping[str, Any]]) -> str:
     }
     same = {name: {record[name] for record in records} for name in words}
     said = ", ".join(words[name].format(*v) for name, v in same.items() if len(v) == 1)
-    return f"{said}; +/-: recovered/regressed; after STEER its threshold"
+    return f"{said}; +/-: recovered/regressed; after a decision its threshold"
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from mera_tl import plots, storage
+from mera_tl.benchmark.recommendation import decided
 from mera_tl.benchmark.records import promise
 from mera_tl.certificate.certificate import percent
 from mera_tl.plots.style import knob_axis
@@ -257,7 +258,7 @@ def _others(run: RunFolder, figures: Figures, asked: str | None) -> Iterator[dic
             )
         yield {
             "method": method,
-            "decision": certificate.decision.value,
+            "decision": decided(method, certificate.decision.value),
             "abstained": certificate.abstained,
             "sentence": str(certificate),
             "result": result,
