@@ -98,7 +98,7 @@ def test_drawing_again_pays_for_what_it_draws(asked):
 
 def test_a_reply_without_a_token_has_no_activation(asked):
     """It is kept as zeros, which are no activation: nothing is learned from them."""
-    model, task = asked
+    model, task, _ = asked
     replies = generate(model, [e.prompt for e in task.examples], max_new_tokens=6)
     first = [reply.tokens[0] for reply in replies]
     silent = replace(model, eos_ids=(max(set(first), key=first.count),))
@@ -120,6 +120,28 @@ def test_a_reply_without_a_token_has_no_activation(asked):
         with_silence, torch.cat([prompt, prompt[:1]]), torch.cat([wrong, wrong[:1]])
     )
     assert torch.equal(found, prompt_controlled(resid, prompt, wrong))
+
+
+def test_where_hardly_any_reply_has_a_token_the_rest_goes_on(asked, tmp_path):
+    model, task, _ = asked
+    replies = generate(model, [e.prompt for e in task.examples], max_new_tokens=6)
+    first = [reply.tokens[0] for reply in replies]
+    often = sorted(set(first), key=first.count)[::-1]
+    n = next(n for n in range(len(often)) if sum(token in often[:n] for token in first) > 12)
+    mute = replace(model, eos_ids=tuple(often[:n]))
+    graders = [Scorer(name, {"text": "never said"}) for name in ("lacks", "contains")]
+    pairs = enumerate(task.examples)
+    train = replace(task, examples=tuple(replace(e, scorer=graders[i % 2]) for i, e in pairs))
+    read = collect(mute, train, settings=SETTINGS)
+    with pytest.raises(ValueError, match="at least 10 examples"):
+        fit_error_probe(read, position="generated")
+    few: dict = {"strengths": (2.0,), "layers": (1,), "rounds": ((9, 2), (2, 99))}
+    choices = ReplyChoices(("contrastive",), **few)
+    found = search_replies(mute, train, read, choices=choices, settings=SETTINGS)
+    assert "generated" not in set(found.table["positions"])
+    run = Run(RunConfig(model="organism", task="spam_sentence"), tmp_path)
+    vars(run)["activations"] = read
+    assert "hardly any reply" in METHODS["retry"].treat(run).lacks
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -27,11 +27,16 @@ from mera_tl.methods.class_probe import ClassProbe, certify_class_probe, fit_cla
 from mera_tl.methods.families import FAMILIES, search_family
 from mera_tl.methods.race import Choices, Search, divide, search
 from mera_tl.methods.redrawing import PREDICTED, RETRY_THRESHOLDS, Draws, draw_replies
-from mera_tl.methods.replying import DIRECTIONS, NoDirection, ReplyChoices, search_replies
+from mera_tl.methods.replying import (
+    DIRECTIONS,
+    NoDirection,
+    ReplyChoices,
+    probe_of_replies,
+    search_replies,
+)
 from mera_tl.methods.second_best import certify_flip, flipped, reading_hooks, search_flip
 from mera_tl.methods.treatment import Method, Run, Treat, Treatment
 from mera_tl.methods.trusting import certify_trust, withheld
-from mera_tl.probes.fitting import fit_error_probe
 from mera_tl.probes.probe import LinearProbe
 from mera_tl.steering.directions import fit_direction
 from mera_tl.steering.rules import Additive
@@ -375,7 +380,9 @@ def _prompted(run: Run) -> Treatment:
 
 def _redrawing(name: str, run: Run) -> Treatment:
     """Draw replies again: a second one where the first looks wrong, or the best of several."""
-    probe = fit_error_probe(run.activations, position="generated", seed=run.config.seed)
+    probe = probe_of_replies(run.activations, seed=run.config.seed)
+    if probe is None:
+        return Treatment(lacks=f"{name}: hardly any reply in training has a token to read.")
     draw = partial(draw_replies, run.model, probe=probe, settings=run.read)
     details: dict[str, Any] = {"n_draws": N_DRAWS, "layer": probe.best_layer}
     if name == "retry":

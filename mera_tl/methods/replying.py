@@ -7,6 +7,7 @@ trial is a reply that is generated and scored, which costs a hundred times what 
 few are tried: all on a handful of prompts, the better ones on more, the best on all.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from mera_tl.steering.generation import Sampling, reply_to, text_of
 from mera_tl.steering.rules import Gated
 from mera_tl.steering.steering import Positions, Steering
 from mera_tl.tasks.task import Task, Train
+
+logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("instruction", "prompt_controlled", "kind_controlled", "contrastive")
 """What free replies may be moved along."""
@@ -117,7 +120,9 @@ def search_replies(
     probe = fit_error_probe(learned, **told)
     directions = fit_reply_directions(model, task.subset(fit), learned, choices, quiet)
     # A score is linear: over a reply's tokens it is on average that of their mean.
-    generated = fit_error_probe(learned, position="generated", **told)
+    generated = probe_of_replies(learned, **told)
+    if generated is None:
+        choices = replace(choices, watching=())
     sets: Mapping[float | None, ProbeSet] = {PENALTY: ProbeSet(probe, directions, generated)}
     data = SearchData(model, task.subset(judge), held_out, sets, choices.metric, quiet)
     store = TrialStore.open(folder, data, choices)
@@ -128,6 +133,15 @@ def search_replies(
     details |= {"notes": directions[chosen.direction].notes}
     details |= _reading(data, chosen)
     return Search(chosen, data.steering(chosen), tabulate(trials, choices.caution), details)
+
+
+def probe_of_replies(activations: Activations, **told: Any) -> LinearProbe | None:
+    """Fit a probe of replies; None where hardly any has a token."""
+    try:
+        return fit_error_probe(activations, position="generated", **told)
+    except ValueError as error:
+        logger.info("Replies themselves are not read: %s", error)
+        return None
 
 
 def _list_candidates(choices: ReplyChoices, kinds: Sequence[str], n_layers: int) -> list[Candidate]:
