@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import certified, make_task, random_probe
@@ -92,7 +93,9 @@ def test_replies_end_at_stop_texts_and_do_not_depend_on_the_batch(models):
     one = SteeredLM(model, steering_of(model), settings=ReadSettings(batch_size=1))
     assert one.generate_until(requests("generate_until", [(p, free) for p in PROMPTS])) == replies
     word = replies[0].split()[2]
-    stop = {**free, "until": [word]}
+    stop = {**free, "until": [word, ""]}
+    with pytest.raises(ValueError, match="with which every reply begins"):
+        Sampling(stop=("",))
     (cut,) = lm.generate_until(requests("generate_until", [(PROMPTS[0], stop)]))
     assert cut == replies[0][: replies[0].index(word)]
 
@@ -151,6 +154,18 @@ metric_list:
 """
     )
     return tmp_path / "toy.yaml", lines
+
+
+def test_an_interval_does_not_hang_on_the_order_of_the_examples():
+    """A data set may be sorted by class, and a steering help one class and harm the other."""
+    from mera_tl.evals import comparing
+
+    zeros, ones = np.zeros(150), np.ones(150)
+    for before, after in ((np.r_[zeros, ones], np.r_[ones, zeros]), (np.r_[ones, zeros],) * 2):
+        effect = comparing._effect("toy", "acc", before, after)
+        assert effect.difference == 0 and effect.low <= 0 <= effect.high
+    gain = comparing._effect("toy", "acc", np.r_[zeros, ones], np.r_[ones, ones])
+    assert 0 < gain.low < 0.5 < gain.high  # the control
 
 
 def test_local_tasks_are_compared_with_paired_intervals(models, toy):

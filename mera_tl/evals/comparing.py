@@ -143,9 +143,12 @@ def _effect(task: str, metric: str, unsteered: np.ndarray, steered: np.ndarray) 
     low = high = float("nan")
     both = np.concatenate([unsteered, steered])
     if ((both >= 0) & (both <= 1)).all():
+        # Bets take examples as they come: of a data set that is sorted, by class or by subject, the
+        # first ones are not like all.
+        shuffled = np.random.default_rng(0).permutation(gains)
         # Two one-sided bounds, each at half of the error.
-        low = lower_bound(betting(gains, 0.025), 0.025)
-        high = -lower_bound(betting(-gains, 0.025), 0.025)
+        low = lower_bound(betting(shuffled, 0.025), 0.025)
+        high = -lower_bound(betting(-shuffled, 0.025), 0.025)
     n_changed = int((gains != 0).sum())
     means = float(unsteered.mean()), float(steered.mean())
     return SideEffect(task, metric, len(gains), *means, low, high, n_changed)

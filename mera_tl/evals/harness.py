@@ -144,11 +144,12 @@ def _sampling(kwargs: dict[str, Any]) -> Sampling:
     if other := sorted(kwargs.keys() - _APPLIED):
         logger.warning("The task asks for %s, which is not applied.", ", ".join(other))
     until = kwargs.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(each for each in until if each)
     samples = kwargs.get("do_sample", bool(kwargs.get("temperature")))
     return Sampling(
         max_new_tokens=int(kwargs.get("max_gen_toks", MAX_NEW_TOKENS)),
         temperature=float(kwargs.get("temperature", 1.0)) if samples else 0.0,
-        stop=(until,) if isinstance(until, str) else tuple(until),
+        stop=until,
         top_k=int(kwargs.get("top_k") or 0),
         top_p=float(kwargs.get("top_p") or 1.0),
     )

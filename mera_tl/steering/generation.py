@@ -91,6 +91,10 @@ class Sampling:
                 f"max_new_tokens={self.max_new_tokens!r} and temperature={self.temperature!r} must "
                 "be at least 1 and a finite number from 0 on."
             )
+        if "" in self.stop:
+            raise ValueError(
+                "stop holds an empty text, with which every reply begins; leave it out."
+            )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"top_k={self.top_k} and top_p={self.top_p} must be 0 or more, and above 0 and at "
