@@ -274,19 +274,15 @@ def _how_read(model: Model, settings: ReadSettings) -> dict[str, Any]:
     return {**how, "n_new": n_new, "truncate": settings.truncate}
 
 
-def places_read(
-    resid: Float[Tensor, "layer example d_model"],
-    answered: Bool[Tensor, " example"],
-    position: Position,
-) -> Bool[Tensor, " example"]:
+def places_read(outcomes: Outcomes, position: Position) -> Bool[Tensor, " example"]:
     """Return which examples have an activation at a position; the others hold zeros there.
 
     No example lacks `last`; without an answer there is no `exact`, and without a token of a reply
     nothing `generated`.
     """
     if position == "generated":
-        return resid.any(0).any(-1)
-    return answered | (position == "last")
+        return outcomes.spoken
+    return outcomes.answered | (position == "last")
 
 
 def prompt_activations(

@@ -85,6 +85,12 @@ class Outcomes:
         return self.predictions >= 0
 
     @property
+    def spoken(self) -> Bool[Tensor, " example"]:
+        """Whether a scored reply has a token, the one that ended it aside."""
+        ended = torch.tensor([finish == "stop" for finish in self.finishes], dtype=torch.bool)
+        return ~ended | (self.n_generated > 1)
+
+    @property
     def accuracy(self) -> float:
         """Share of correct examples; an unanswered one is incorrect."""
         return self.correct.double().mean().item()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mera_tl import storage
-from mera_tl.inference.activations import collect, places_read, reply_activations
+from mera_tl.inference.activations import collect, reply_activations
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import grade, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
@@ -95,7 +95,8 @@ def draw_replies(
         ValueError: as `evaluate`.
     """
     first = collect(model, task, settings=settings)
-    outcomes, predicted = [first.outcomes], [_predicted(probe, first.resid("generated"))]
+    outcomes = [first.outcomes]
+    predicted = [_predicted(probe, first.resid("generated"), first.outcomes)]
     prompts = tokenize_task(model, task, ReadSettings.of(task, settings))
     for number in range(1, n_draws):
         sampling = Sampling(settings.reply_tokens, TEMPERATURE, seed=1000 * number)
@@ -107,12 +108,11 @@ def draw_replies(
         outcomes.append(grade(task, drawn, n_generated, ended))
         tokens: Sequence[Sequence[int]] = [row.tokens for row in rows]
         resid = reply_activations(model, prompts, tokens, settings=settings)
-        predicted.append(_predicted(probe, resid))
+        predicted.append(_predicted(probe, resid, outcomes[-1]))
     return Draws(tuple(outcomes), torch.stack(predicted))
 
 
 def _predicted(
-    probe: LinearProbe, resid: Float[Tensor, "layer example d_model"]
+    probe: LinearProbe, resid: Float[Tensor, "layer example d_model"], outcomes: Outcomes
 ) -> Float[Tensor, " example"]:
-    spoken = places_read(resid, torch.ones(resid.shape[1]).bool(), "generated")
-    return torch.where(spoken, probe.predicted_error(resid)[probe.best_layer], 1.0)
+    return torch.where(outcomes.spoken, probe.predicted_error(resid)[probe.best_layer], 1.0)

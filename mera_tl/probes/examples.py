@@ -51,7 +51,7 @@ def read_examples(activations: Mixture, position: Position) -> Examples:
             f"A probe reads one model, but these activations come from {len(models)} "
             f"(fingerprints {', '.join(sorted(models))}); fit one probe each."
         )
-    usable = [places_read(p.resid(position), p.outcomes.answered, position) for p in parts]
+    usable = [places_read(part.outcomes, position) for part in parts]
     n, n_usable = sum(map(len, usable)), sum(int(rows.sum()) for rows in usable)
     if n_usable < n:
         logger.info(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mera_tl.inference.activations import Activations
+from mera_tl.inference.activations import Activations, places_read
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.inference.evaluation import evaluate
 from mera_tl.inference.outcomes import Outcomes
@@ -49,7 +49,7 @@ def fit_latent_probe(
         ValueError: as `fit_error_probe`.
     """
     resid = activations.resid(position)
-    usable = (activations.outcomes.answered | (position == "last")).nonzero()[:, 0]
+    usable = places_read(activations.outcomes, position).nonzero()[:, 0]
     parts = [_firing(space.read(resid[layer], layer), usable) for layer in space.layers]
     width = max(1, *(len(columns) for _, columns in parts))
     stack = torch.zeros(resid.shape[1], len(parts), width)

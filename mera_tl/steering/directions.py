@@ -227,7 +227,7 @@ def prompt_controlled(
     question cannot be the question. Zero where no prompt has both. A reply without a token, all
     zero, is left out: a difference from it would be the whole activation.
     """
-    spoken = places_read(resid, ~incorrect, "generated")
+    spoken = resid.any(0).any(-1)
     resid, prompt, incorrect = resid[:, spoken], prompt[spoken], incorrect[spoken]
     n_prompts = int(prompt.max()) + 1 if len(prompt) else 1
     wrong, right = (
@@ -324,7 +324,7 @@ def fit_directions(
         )
     outcomes = activations.outcomes
     resid = activations.resid(probe.position)
-    kept = places_read(resid, outcomes.answered, probe.position).nonzero()[:, 0]
+    kept = places_read(outcomes, probe.position).nonzero()[:, 0]
     statistics = None
     for part in kept.split(CHUNK):
         batch = Statistics.of(
