@@ -14,7 +14,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -237,10 +237,24 @@ def kept(
         else:
             shared = cache / fingerprint(key())
             if not (shared / last).exists():
-                make(shared)
+                _make_apart(shared, make)
             link(shared, folder, last)
     with reading(folder):
         return load(folder)
+
+
+def _make_apart(folder: Path, make: Callable[[Path], object]) -> None:
+    """Make a folder under another name, so that nobody links from it while it is made again."""
+    if folder.exists():  # what a process left that was killed before there were such names
+        make(folder)
+        return
+    apart = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        make(apart)
+        with suppress(OSError):  # another process has made the same meanwhile
+            os.replace(apart, folder)
+    finally:
+        shutil.rmtree(apart, ignore_errors=True)
 
 
 @contextmanager

@@ -118,6 +118,28 @@ def test_a_second_grid_computes_no_prompt_twice(config, tmp_path, forwards, undi
     assert len(list(cache.iterdir())) == n_kept  # its probe was there
 
 
+def test_what_two_processes_make_at_once_is_whole_for_both(tmp_path):
+    """Of the same work each is done at about the same time, and takes links from what is there."""
+    cache, key, made = tmp_path / "cache", "same", []
+    cache.mkdir()
+
+    def make(folder):
+        made.append(folder)
+        if len(made) == 1:  # while this one works, another one begins and ends
+            assert kept("second") == {"n": 1}
+        storage.reopen(folder / "x.json")
+        shared = [p for p in cache.iterdir() if not p.name.endswith(".tmp")]
+        assert all((path / "x.json").exists() for path in shared)  # for a third to link
+        storage.write_json(folder / "x.json", {"n": 1})
+
+    def kept(name):
+        read = lambda folder: storage.read_json(folder / "x.json")  # noqa: E731
+        return storage.kept(tmp_path / name, "x.json", make, read, cache=cache, key=lambda: key)
+
+    assert kept("first") == kept("third") == {"n": 1}
+    assert len(made) == 2 and len(list(cache.iterdir())) == 1
+
+
 def test_other_content_is_not_found_in_the_cache(config, tmp_path, forwards):
     cache = tmp_path / "cache"
     base = replace(config, tasks=config.tasks[:1], seeds=(0,), methods=METHODS[:2])
