@@ -371,7 +371,7 @@ def python(*arguments, **more):
 def test_a_reader_that_has_enough_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "mera_tl.cli", "plan"]
+    command = [sys.executable, "-m", "mera_tl", "plan"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,5 @@
+"""`python -m mera_tl`: the command `mera`."""
+
+from mera_tl.cli.app import main
+
+main()
