@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -310,9 +311,7 @@ def test_every_option_is_explained_and_fits_80_columns(capsys):
             parsed(command.__name__.lower(), "--help")
         assert stop.value.code == 0
         page = capsys.readouterr().out
-        about, _, box = page.partition("show this help")
-        about = about.partition("usage: ")[0]
-        assert box and max(map(len, (about + "\n" + box).splitlines())) <= 80
+        assert "usage: mera" in page and max(map(len, page.splitlines())) <= 80
     help_of_run = texts(capsys, "run")
     for title in ("required", "data", "model", "steering", "certificate", "speed", "output"):
         assert f" {title} options " in help_of_run
@@ -538,3 +537,14 @@ def test_a_log_file_has_a_line_per_stage_and_no_control_codes(organism, tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert re.fullmatch(r" +\d+ s  searched: STEER\n", done.stderr)
+
+
+def test_in_a_terminal_no_word_of_a_log_line_is_cut(monkeypatch):
+    told = {"name": "mera_tl", "msg": "Nothing could be read in layers 0, 1 of this-model. " * 3}
+    record = logging.makeLogRecord(told | {"seconds": 3})
+    lines = terminal._Stages("{seconds:>6.0f} s  {message}", style="{")
+    assert "\n" not in lines.format(record)  # in a file, one each
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = lines.format(record).split("\n")
+    assert max(map(len, shown)) <= 40 and " ".join(shown).split()[2:] == record.msg.split()

@@ -3,11 +3,14 @@
 import ast
 import difflib
 import inspect
+import io
 import json
+import re
 import sys
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -151,9 +154,10 @@ def parse(argv: Sequence[str]) -> Any:
         helps = not {"-h", "--help"}.isdisjoint(argv)
         if helps:
             print(_about(kind) + "\n")
-        parsed = tyro.cli(
-            _nested(kind, hide=helps), prog=prog, description="", args=argv[1:], config=plain
-        )
+        with _short_usage():
+            parsed = tyro.cli(
+                _nested(kind, hide=helps), prog=prog, description="", args=argv[1:], config=plain
+            )
         command = kind(**_flat(parsed))
         check(command)
         return command
@@ -195,6 +199,22 @@ def _about(kind: type) -> str:
     """Return what a command does, in lines of 80 columns; examples stay as they are."""
     parts = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
     return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, 80) for p in parts)
+
+
+@contextmanager
+def _short_usage() -> Iterator[None]:
+    """Print what is printed meanwhile, a usage line in lines of 80 columns: tyro's has no end."""
+    page, screen = io.StringIO(), sys.stdout
+    page.isatty = screen.isatty  # colours as there
+    sys.stdout = page
+    try:
+        yield
+    finally:
+        sys.stdout = screen
+        usage, rest, after = page.getvalue().partition("\n")
+        whole = re.sub(r"\[-[^]]*\]", lambda option: option[0].replace(" ", "\xa0"), usage)
+        usage = textwrap.fill(whole, 80, subsequent_indent="    ", break_on_hyphens=False)
+        screen.write(usage.replace("\xa0", " ") + rest + after)
 
 
 def _nested(kind: Any, *, hide: bool = False) -> Any:

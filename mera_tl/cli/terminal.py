@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     watched = sys.stderr.isatty() and not verbose
     level = logging.ERROR if quiet else logging.WARNING if watched else logging.INFO
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("{seconds:>6.0f} s  {message}", style="{"))
+    handler.setFormatter(_Stages("{seconds:>6.0f} s  {message}", style="{"))
     handler.addFilter(_with_seconds)
     logger = logging.getLogger("mera_tl")
     logger.handlers, logger.propagate = [handler], False
@@ -39,6 +40,22 @@ def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     # How rows were split, and what single candidates of a search lack, are details, not stages.
     for name in ("mera_tl.tasks", "mera_tl.steering.directions"):
         logging.getLogger(name).setLevel(level if verbose else max(level, logging.WARNING))
+
+
+class _Stages(logging.Formatter):
+    """Log lines: one each in a file; in a terminal words stay whole."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).splitlines()
+        if not sys.stderr.isatty():
+            return "\n".join(lines)
+        wrap = textwrap.TextWrapper(
+            shutil.get_terminal_size().columns,
+            subsequent_indent=" " * 10,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        return "\n".join(map(wrap.fill, lines))
 
 
 def _with_seconds(record: logging.LogRecord) -> bool:
