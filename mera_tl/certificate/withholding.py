@@ -109,9 +109,9 @@ class Withholding:
             first, least = self.rows[0], least_answered(self.alpha, self.delta)
             short = f"; at least {least:,} answers must be tested" * (first.answered < least)
             return (
-                f"NO ANSWER CAN BE TRUSTED. At the strictest threshold {first.threshold:.3g}, "
-                f"{first.wrong} of {first.answered} answers are wrong, so up to "
-                f"{100 * first.wrong_at_most:.1f} %; allowed {100 * self.alpha:.1f} %{short}."
+                "NO WITHHOLDING: no threshold could be certified. At the strictest, "
+                f"{first.threshold:.3g}, {first.wrong} of {first.answered} answers are wrong, so "
+                f"up to {100 * first.wrong_at_most:.1f} %; allowed {100 * self.alpha:.1f} %{short}."
                 f"\n{terms}"
             )
         return (
