@@ -9,6 +9,13 @@ def test_names_are_of_causal_language_models():
     assert not any("t5-small" in name or "hubert" in name for name in names)
 
 
+def test_what_is_refused_as_quantised_is_not_listed():
+    names = model_names()
+    refused = ("4bit", "8bits", "-AWQ", "-GPTQ-Int4", "-quantized.w8a8", "-FP8")
+    assert not [name for name in names if name.endswith(refused)]
+    assert [name for name in names if "16bit" in name] and "Qwen/Qwen2.5-3B" in names
+
+
 def test_a_description_has_family_size_engine_and_where_it_is():
     (found,) = [m for m in describe_models("gemma-2-2B") if m["name"] == "google/gemma-2-2b"]
     assert found["family"] == "Gemma2ForCausalLM" and found["size"] == "2B"

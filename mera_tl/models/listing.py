@@ -19,6 +19,14 @@ PAPER_MODELS = {
 }
 
 
+_QUANTISED = re.compile(
+    r"(?<!un)quanti[sz]ed|(?<![0-9.])[1-8][-_]?bits?(?![a-z])|(?<![a-z])(int|fp|q)[248](?![.\d])"
+    r"|w\d+a\d+|(?<![a-z])(awq|gptq|gguf|ggml|aqlm|bnb|exl2|nf4|mxfp[48]|nvfp4|autoround)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Names of what is refused when it is loaded: its weights are not numbers but codes."""
+
+
 def model_names() -> list[str]:
     """Return the names of causal language models, the embedded and the paper's first."""
     return list(_families())
@@ -46,7 +54,10 @@ def describe_models(search: str = "") -> list[dict[str, Any]]:
 
 @cache
 def _families() -> dict[str, str]:
-    """Return architectures by name, from the registry that TransformerLens ships."""
+    """Return architectures by name, from the registry that TransformerLens ships.
+
+    Without quantised models, as far as their names tell: they are refused.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = {"organism": "HookedTransformer", **PAPER_MODELS}
@@ -61,6 +72,7 @@ def _families() -> dict[str, str]:
         name: family
         for name, family in found.items()
         if family in causal and not family.endswith("ForConditionalGeneration")
+        if not _QUANTISED.search(name.rpartition("/")[2])
     }
 
 
