@@ -81,6 +81,8 @@ def test_every_figure_has_its_place_and_its_files(page):
 
 def test_it_says_what_was_asked_decided_and_found(page, folder):
     text = page.read_text(encoding="utf-8")
+    assert re.search(r"\d\xa0%", text)  # no line ends between a number and its sign
+    text = text.replace("\xa0%", " %")
     record = RunFolder.open(folder).record("optimal_probe")
     for words in ("organism", "choice_hint", "300", "disjoint", record["certificate"][:60]):
         assert words in text

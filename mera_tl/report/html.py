@@ -7,6 +7,7 @@ also lie beside it, as files.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -144,9 +145,20 @@ def render(
 def environment() -> Environment:
     """Return the Jinja environment of every page: everything is escaped, nothing is undefined."""
     loader = PackageLoader("mera_tl.report")
-    found = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    found = Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_unbroken,
+    )
     found.globals["parts"] = found.get_template("parts.html").module
     return found
+
+
+def _unbroken(value: Any) -> Any:
+    """Keep a number and its "%" on one line; what is escaped already stays as it is."""
+    return re.sub(r"(?<=\d) %", "\xa0%", value) if type(value) is str else value
 
 
 def block_of(name: str, figure: go.Figure, *, folder: str = "") -> Block:
