@@ -34,4 +34,5 @@ from .steering.spaces import SAESpace as SAESpace
 from .steering.steering import Steering as Steering
 from .steering.trace import explain as explain
 from .tasks.loading import load_task as load_task
+from .tasks.task import Example as Example
 from .tasks.task import Task as Task

@@ -178,6 +178,17 @@ def test_a_subset_that_becomes_evidence_has_each_text_once() -> None:
     assert len(task.subset(range(30), role="test")) == 10
 
 
+def test_a_task_is_a_sequence_of_examples_and_a_slice_of_it_a_task() -> None:
+    train = make_task(["a", "b", "c", "d"]).split(train="0-1", calibration="2-2", test="3-3").train
+    assert train[0] is train.examples[0] and train[-1] is train.examples[1]
+    assert list(train) == list(train.examples) and train.examples[1] in train
+    assert train[1:] == train.subset([1]) and train[1:].source == train.source
+    with pytest.raises(ValueError, match="holds no example"):
+        train[2:]
+    with pytest.raises(IndexError):
+        train[2]
+
+
 def test_who_is_taken_of_equal_texts_is_its_seed() -> None:
     chosen = [rows(copies(60, 3).split(seed, test=10).test) for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1] != chosen[2]

@@ -37,6 +37,8 @@ def deal(
     Raises:
         ValueError: if a wish cannot be read, ranges overlap or leave the data, or examples are few.
     """
+    if not isinstance(seed, int):
+        raise ValueError(f"`seed={seed!r}` is no whole number; pass one, as 0.")
     wishes = read_wishes(wanted)
     sizes = {role: wish for role, wish in wishes.items() if isinstance(wish, int)}
     ranges = {role: wish for role, wish in wishes.items() if not isinstance(wish, int)}

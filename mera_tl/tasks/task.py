@@ -8,11 +8,11 @@ is searched freely and what certifies cannot be exchanged by accident.
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from html import escape
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Generic, Literal, NamedTuple, SupportsIndex, TypeVar, overload
 
 from mera_tl.storage import fingerprint
 from mera_tl.tasks import splitting as splits
@@ -51,6 +51,16 @@ class Example:
     """The sentence of the prompt that asks for what the scorer checks."""
     kind: str = ""
     """The kind of question, where a task has several."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.options, str):
+            raise ValueError(
+                f"options={self.options!r:.60} is one text; pass several, as ('yes', 'no')."
+            )
+        if not isinstance(self.label, SupportsIndex):
+            raise ValueError(
+                f"label={self.label!r:.60} is no place of an option; pass one, as 0 for the first."
+            )
 
     def __repr__(self) -> str:
         told = ((f.name, getattr(self, f.name)) for f in fields(self))
@@ -119,6 +129,8 @@ class Example:
 class Task(Generic[RoleT]):
     """Examples that share their options, and what they may be used for.
 
+    A sequence of them: `task[0]` is an `Example`, `task[:10]` a task of the same role.
+
     Raises:
         ValueError: if there is no example, or if options, labels or rows do not fit together.
     """
@@ -151,6 +163,22 @@ class Task(Generic[RoleT]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Task[RoleT]": ...
+    def __getitem__(self, place: int | slice) -> "Example | Task[RoleT]":
+        if isinstance(place, slice):
+            return replace(self, examples=self.examples[place])
+        if not isinstance(place, SupportsIndex):
+            raise ValueError(
+                f"{place!r:.60} is no place of an example; pass one, as 0, or task[:10] for some."
+            )
+        return self.examples[place]
 
     def __repr__(self) -> str:
         told = self.examples[0].scorer
