@@ -31,6 +31,17 @@ def fingerprint(value: Json) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def path_of(value: str | Path) -> Path:
+    """Return what a caller gave as a path.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError(f"{value!r:.60} is no path; pass one, as 'a-folder'.")
+    return Path(value)
+
+
 def file_hash(path: Path) -> str:
     """Return 16 hex digits of the SHA-256 of a file's bytes."""
     with _told(path, "read"), open(path, "rb") as file:
@@ -74,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with replacing(Path(path)) as temporary:
+    with replacing(path_of(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

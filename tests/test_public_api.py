@@ -107,6 +107,18 @@ slips = [
     lambda: mera_tl.RunConfig(model="organism", task="spam_cue", train=900),
     lambda: mera_tl.generate(model, ["a prompt"], max_new_tokens="3"),
     lambda: mera_tl.load_model("organism", device=0),
+    lambda: mera_tl.load_task("spam_cue").split(seed="a"),
+    lambda: mera_tl.Example(0, "yes or no?", options="yes", label=0),
+    lambda: mera_tl.Example(0, "yes or no?", options=("yes", "no"), label="no"),
+    lambda: decision.save(None),
+    lambda: probe.save(3),
+    lambda: activations.save(None),
+    lambda: mera_tl.Monitor().save(None),
+    lambda: mera_tl.collect(model, splits.train, out=3),
+    lambda: mera_tl.load_saes("organism", (1,), "organism"),
+    lambda: mera_tl.load_model("organism", n_devices="2"),
+    lambda: mera_tl.Steering(probe, first_k="3"),
+    lambda: splits.train["first"],
 ]
 for slip in slips:
     try:
@@ -116,6 +128,11 @@ for slip in slips:
         print(str(error).splitlines()[0])
     except Exception as error:
         print("not ours:", type(error).__name__, str(error)[:90])
+for name in ("run_with_cache", "to_tokens", "generate", "colour"):
+    try:
+        getattr(model, name)
+    except AttributeError as error:
+        print(error)
 print("---")
 assert mera_tl.Monitor().update_all(activations.outcomes.gain(activations.outcomes)).n
 for value in (splits.train, splits, model, steering, decision, probe, activations,
@@ -205,6 +222,24 @@ WORDS = (
     "train=900 is of type int; give str, as '900'",
     "max_new_tokens='3'",
     "There is no device '0'; pass cpu",
+    "seed='a'` is no whole number",
+    "is one text; pass several, as ('yes', 'no')",
+    "label='no' is no place of an option",
+    "None is no path",
+    "3 is no path",
+    "None is no path",
+    "None is no path",
+    "3 is no path",
+    "is no model; pass what mera_tl.load_model",
+    "n_devices='2' is no number of devices",
+    "first_k='3' is no number of generated tokens",
+    "'first' is no place of an example",
+)
+NO_ATTRIBUTES = (
+    "no 'run_with_cache'; model.hooked has, and takes token ids: model.hooked.run_with_cache.",
+    "no 'to_tokens'; model.tokenize([prompt])",
+    "no 'generate'; mera_tl.generate(model, [prompt])",
+    "A Model has no 'colour'.",
 )
 
 
@@ -216,7 +251,7 @@ def told():
 
 
 def test_a_slip_gets_a_sentence(told):
-    for said, words in zip(told[0], WORDS, strict=True):
+    for said, words in zip(told[0], WORDS + NO_ATTRIBUTES, strict=True):
         assert words in said and "?." not in said, said
 
 

@@ -283,9 +283,10 @@ class Calibration:
             ValueError: if the folder holds anything else.
         """
         from mera_tl.certificate.folder import write_folder
+        from mera_tl.storage import path_of
 
         steering = None if self.chosen is None else self.steerings.get(self.chosen)
-        return write_folder(Path(folder), self.to_json(), steering, str(self))
+        return write_folder(path_of(folder), self.to_json(), steering, str(self))
 
     @classmethod
     def load(cls, folder: str | Path, *, space: "Space | None" = None) -> "Calibration":

@@ -124,9 +124,10 @@ class Activations:
 
     def save(self, folder: str | Path) -> None:
         """Write activations.safetensors, outcomes.jsonl and manifest.json into a folder."""
-        storage.reopen(Path(folder) / "manifest.json")
-        storage.save_tensors(Path(folder) / "activations.safetensors", self.by_position)
-        _save_rest(Path(folder), self.outcomes, self.manifest)
+        folder = storage.path_of(folder)
+        storage.reopen(folder / "manifest.json")
+        storage.save_tensors(folder / "activations.safetensors", self.by_position)
+        _save_rest(folder, self.outcomes, self.manifest)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Activations":
@@ -195,10 +196,11 @@ def collect(
     manifest = _manifest(model, task, settings)
     shapes = {name: (len(task), model.n_layers, model.d_model) for name in positions_of(settings)}
     if out is not None:
-        storage.reopen(Path(out) / "manifest.json")
-        with storage.TensorFile(Path(out) / "activations.safetensors", shapes) as file:
+        out = storage.path_of(out)
+        storage.reopen(out / "manifest.json")
+        with storage.TensorFile(out / "activations.safetensors", shapes) as file:
             outcomes = _answer(model, task, settings, file.write)
-        _save_rest(Path(out), outcomes, manifest)
+        _save_rest(out, outcomes, manifest)
         return Activations.load(out)
     kept = {name: torch.zeros(shape) for name, shape in shapes.items()}
 

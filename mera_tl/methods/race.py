@@ -125,7 +125,7 @@ class Search:
 
     def save(self, folder: str | Path) -> None:
         """Write candidates.jsonl, the probe, direction.safetensors and, last, search.json."""
-        folder = Path(folder)
+        folder = storage.path_of(folder)
         storage.reopen(folder / "search.json")
         rows = self.table.astype(object).where(self.table.notna(), None)
         storage.write_records(folder / "candidates.jsonl", rows.to_dict("records"))

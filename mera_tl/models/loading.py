@@ -185,6 +185,8 @@ def require_devices(device: str, n_devices: int) -> None:
     Raises:
         ValueError: saying which are.
     """
+    if not isinstance(n_devices, int):
+        raise ValueError(f"n_devices={n_devices!r} is no number of devices; pass one, as 1.")
     if device == "meta":  # which is as many as one likes
         return
     if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", device):

@@ -7,7 +7,7 @@ rules out double BOS tokens and padding on the wrong side.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,17 @@ Tokens = Int[Tensor, "batch pos"]
 """Token ids, or one for every token and zero for padding."""
 Engine = Literal["transformer_lens", "hugging_face"]
 """What runs the forward passes; the hooks and, to rounding, the numbers are the same."""
+
+_ELSEWHERE = {
+    "generate": "mera_tl.generate(model, [prompt]) writes replies",
+    "to_tokens": "model.tokenize([prompt]) gives lists of ids",
+    "to_str_tokens": "model.tokenizer.decode(id) is the text of one",
+    "to_string": "model.tokenizer.decode(ids) is their text",
+    "forward": "model.hooked(tokens) gives logits, and mera_tl.evaluate(model, task) answers",
+}
+"""What people of TransformerLens or transformers call on a model, and how that is done here."""
+_OF_HOOKED = ("run_with_cache", "run_with_hooks", "W_E", "W_U", "W_out", "W_in", "hook_dict")
+"""What they look for that only the engine transformer_lens has."""
 
 __all__ = ["Engine", "FwdHooks", "Model", "resid_post"]
 
@@ -48,6 +59,16 @@ class Model:
     """The system prompt; None leaves the template's own, if it has one."""
     fingerprint: str = field(default="", repr=False)
     """Hash of the configuration and of every byte of the weights."""
+
+    if not TYPE_CHECKING:  # which is to go on refusing what is not there
+
+        def __getattr__(self, name: str) -> Any:
+            hooked, advice = vars(self).get("hooked"), _ELSEWHERE.get(name, "")
+            if not advice and name[0] != "_" and name in dir(hooked):
+                advice = f"model.hooked has, and takes token ids: model.hooked.{name}"
+            elif not advice and name in _OF_HOOKED:
+                advice = "a HookedTransformer has: load_model(..., engine='transformer_lens')"
+            raise AttributeError(f"A Model has no {name!r}; {advice}.".replace("; .", "."))
 
     @property
     def engine(self) -> Engine:

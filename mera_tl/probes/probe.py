@@ -135,13 +135,14 @@ class LinearProbe:
 
     def save(self, folder: str | Path) -> Path:
         """Write `probe.safetensors` and, last, its manifest `probe.json`; return the folder."""
-        storage.reopen(Path(folder) / "probe.json")
+        folder = storage.path_of(folder)
+        storage.reopen(folder / "probe.json")
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-        storage.save_tensors(Path(folder) / "probe.safetensors", tensors)
+        storage.save_tensors(folder / "probe.safetensors", tensors)
         plain = {name: v for name, v in values.items() if name not in tensors}
-        storage.write_json(Path(folder) / "probe.json", plain)
-        return Path(folder)
+        storage.write_json(folder / "probe.json", plain)
+        return folder
 
     @staticmethod
     def load(folder: str | Path) -> "LinearProbe":

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from mera_tl.inference.evaluation import check_model
 from mera_tl.models.model import Model, resid_post
 from mera_tl.organism import FOLDER as ORGANISM_FOLDER
 from mera_tl.steering.spaces import SAESpace
@@ -45,6 +46,7 @@ def load_saes(
         ValueError: if sae-lens is not installed, the layers are none, the source or a layer of it
             is not there, or an SAE does not fit the model.
     """
+    check_model(model)
     sae_class = require_sae_lens().SAE
     if layers not in ("all", "best") and not isinstance(layers, tuple):
         raise ValueError(f'layers={layers!r} is not "all" or a tuple of layer numbers, as (1, 2).')

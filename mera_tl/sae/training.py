@@ -48,7 +48,7 @@ def train_saes(
             f"layers={layers} but {model.name} has {model.n_layers} layers, numbered 0 to "
             f"{model.n_layers - 1}; choose among them."
         )
-    storage.require_folder(Path(out))
+    storage.require_folder(storage.path_of(out))
     prompts = tokenize_task(model, task, settings)
     paths = []
     for layer in layers:

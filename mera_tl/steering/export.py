@@ -27,6 +27,7 @@ def export_control_vector(
         ValueError: if llama.cpp cannot apply the steering, or the file cannot be written.
         ImportError: if the package `gguf` is missing.
     """
+    path = storage.path_of(path)
     vectors = control_vectors(steering)
     try:
         from gguf import GGUFWriter
@@ -34,7 +35,7 @@ def export_control_vector(
         raise ImportError(
             "Control vectors need the package gguf: pip install 'mera-tl[gguf]'."
         ) from None
-    with storage.replacing(Path(path)) as temporary:
+    with storage.replacing(path) as temporary:
         writer = GGUFWriter(str(temporary), "controlvector")
         writer.add_string("controlvector.model_hint", architecture)
         writer.add_uint32("controlvector.layer_count", max(vectors))
@@ -44,7 +45,7 @@ def export_control_vector(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return Path(path)
+    return path
 
 
 def control_vectors(steering: Steering) -> dict[int, Float[np.ndarray, " d_model"]]:

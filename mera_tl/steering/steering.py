@@ -88,8 +88,10 @@ class Steering:
         if self.positions not in get_args(Positions):
             wanted = ", ".join(get_args(Positions))
             raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
-        if self.first_k is not None and self.first_k < 0:
-            raise ValueError(f"first_k={self.first_k} is no number of generated tokens, 0 or more.")
+        if not isinstance(self.first_k, int | None) or (self.first_k or 0) < 0:
+            raise ValueError(
+                f"first_k={self.first_k!r} is no number of generated tokens; pass one, 0 or more."
+            )
         shape = self.probe.weights.shape[-2:]
         if self.direction is not None and self.direction.shape[-2:] != shape:
             raise ValueError(
