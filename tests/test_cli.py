@@ -439,6 +439,11 @@ def test_no_word_of_a_table_is_cut():
     printed = io.StringIO()
     Console(file=printed, width=80).print(terminal.rich_table(rows))
     assert "f" * 36 in printed.getvalue() and "negative" in printed.getvalue()
+    names = "layer explained_variance l0 dead n_tokens unsteered_accuracy accuracy same_answer"
+    printed = io.StringIO()
+    rows = [dict.fromkeys([*names.split(), "recovered"], 0.5)]
+    Console(file=printed, width=80).print(terminal.rich_table(rows))
+    assert {*names.replace("_", " ").split()} <= {*printed.getvalue().split()}
 
 
 def test_json_is_all_that_a_script_reads(mera, organism):
@@ -537,6 +542,13 @@ def test_a_log_file_has_a_line_per_stage_and_no_control_codes(organism, tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert re.fullmatch(r" +\d+ s  searched: STEER\n", done.stderr)
+
+
+def test_what_every_method_finds_of_the_same_examples_is_said_once(capsys):
+    terminal.start_logging(verbose=True)
+    for name in ("probes.fitting", "probes.fitting", "inference.evaluation"):
+        logging.getLogger(f"mera_tl.{name}").warning("Nothing could be read.")
+    assert capsys.readouterr().err.count("Nothing could be read.") == 2
 
 
 def test_in_a_terminal_no_word_of_a_log_line_is_cut(monkeypatch):

@@ -34,6 +34,7 @@ def start_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Stages("{seconds:>6.0f} s  {message}", style="{"))
     handler.addFilter(_with_seconds)
+    handler.addFilter(_Once())
     logger = logging.getLogger("mera_tl")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
@@ -56,6 +57,20 @@ class _Stages(logging.Formatter):
             break_on_hyphens=False,
         )
         return "\n".join(map(wrap.fill, lines))
+
+
+class _Once(logging.Filter):
+    """What probes say of the same examples, each method fitting its own, is said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        known = record.name.startswith("mera_tl.probes") and said in self._said
+        self._said.add(said)
+        return not known
 
 
 def _with_seconds(record: logging.LogRecord) -> bool:
@@ -118,7 +133,9 @@ def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in names:
         number = all(isinstance(row[name], int | float | None) for row in rows)
         look: Any = {"justify": "right" if number else "left", "overflow": "fold"}
-        table.add_column(name.replace("_", " "), no_wrap=name in whole and not number, **look)
+        # Where a heading must break, it is between its words.
+        heading = name.replace("_", "\n" if number and sum(widths.values()) > WIDTH else " ")
+        table.add_column(heading, no_wrap=name in whole and not number, **look)
     for row in rows:
         table.add_row(*(escape(cell(row[name])) for name in names))
     return table
