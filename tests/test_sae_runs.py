@@ -55,6 +55,10 @@ def test_every_starred_method_runs_in_latents(mera, checkpoints, toy, trained, t
     assert probe["weights"].shape == (3, 64)
     assert probe["weights"][0].any()
     assert not probe["weights"][2].any()
+    # What abstained is explained, too: its probe reads latents, and nothing was moved.
+    abstained = next(r["method"] for r in records if r["decision"] == "ABSTAIN")
+    told = mera("explain", tmp_path / "run", "--method", abstained).out
+    assert "Nothing was moved." in " ".join(told.split())
 
 
 def test_saes_of_a_sibling_say_how_well_they_reconstruct(mera, checkpoints, toy, trained, tmp_path):

@@ -158,6 +158,7 @@ class Explain:
         from mera_tl.methods.methods import find_method
         from mera_tl.report.run_folder import RunFolder
         from mera_tl.steering import trace as ledger
+        from mera_tl.steering.steering import Steering
 
         terminal.require_page(self.out)
         if self.row is not None and self.prompt is not None:
@@ -178,7 +179,10 @@ class Explain:
             others = " or ".join(folder.certificates)
             advice = f"pass --method {others}" if others else "run one that does"
             raise ValueError(f"{name} reads no probe; {advice}.")
-        told = ledger.explain(opened.model, example, hooks, probe=probe, settings=opened.read)
+        read = hooks
+        if not hooks and folder.config.space != "raw":  # where a probe reads, hooks alone tell
+            read = Steering(probe, space=opened.space).reading_hooks()
+        told = ledger.explain(opened.model, example, read, probe=probe, settings=opened.read)
         if treatment.answer is not None:
             told = _answered_otherwise(told, treatment, opened, example)
         if not hooks and treatment.reply is None:
@@ -301,7 +305,8 @@ class Plan:
         if alpha is None or base is None or own:
             without = "".join(f", without --{name.replace('_', '-')}" for name in own)
             raise ValueError(
-                f"Withholding is planned for by --max-risk and --base-risk together{without}."
+                f"Withholding is planned for by --max-risk and --base-risk together{without}; "
+                "for example --max-risk 0.05 --base-risk 0.2."
             )
         if base <= alpha:
             raise ValueError(
