@@ -314,7 +314,7 @@ def test_saved_saes_are_found_again(architecture, tiny, tmp_path, resid):
     assert space.layers == (1,)
     assert torch.equal(space.read(resid, 1), SAESpace({1: sae}).read(resid, 1))
     assert space.keeps_support(1) == SAESpace({1: sae}).keeps_support(1)
-    with pytest.raises(ValueError, match="of layers 1 but none of layer 0"):
+    with pytest.raises(ValueError, match="of layer 1 but none of layer 0"):
         load_saes(tmp_path, (0,), tiny)
 
 

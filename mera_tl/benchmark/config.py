@@ -284,7 +284,7 @@ RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (lambda text: bool(text.strip()), "a text, not blank"),
     **dict.fromkeys(("delta", "power", "max_regressions", "max_risk"), _SHARE),
     **dict.fromkeys(("min_gain", "floor"), (_between(-1.0, 1.0), "a gain between -1 and 1")),
-    "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1"),
+    "gain": (lambda gain: 0 < gain <= 1, "a gain above 0, at most 1, as 0.06 for six points"),
     "base_risk": (lambda risk: 0 < risk < 1, "a share of wrong answers between 0 and 1"),
     "base": (lambda base: 0 <= base < 1, "an accuracy from 0 to below 1"),
     **dict.fromkeys(("strength", "probe_penalty", "sparsity"), _POSITIVE),

@@ -1,5 +1,6 @@
 """Load a steering that a decision saved, for the model it was certified on and no other."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,8 @@ def load_steering(
         )
     if not decision.steerings and "sae" in str(decision.best.steering.get("space")):
         raise ValueError(
-            f"{source} steers in SAE space; pass space=load_saes(...), the SAEs it was made with."
+            f"{source} steers in SAE space, where no command takes it; in Python, pass "
+            "space=load_saes(...), the SAEs it was made with."
         )
     steering = decision.steering
     assert steering is not None
@@ -85,6 +87,11 @@ def _fetch(name: str) -> Path:
     """Fetch the files of a steering from the hub."""
     from huggingface_hub import snapshot_download
 
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # no name that the hub could have
+        raise ValueError(
+            f"There is no folder {name}; pass the one that decision.save(...) wrote, or one in a "
+            "run's certificates/."
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # whatever its network library raises

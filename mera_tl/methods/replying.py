@@ -249,10 +249,12 @@ def fit_reply_directions(
     usable = {kind: each for kind, each in found.items() if bool((each.vectors != 0).any())}
     if not usable:
         notes = "; ".join(note for each in found.values() for note in each.notes)
+        other = instructed and "instruction" not in choices.directions
+        advice = ("use the method" if other else "give the task an") + " `instruction`"
         raise NoDirection(
             f"No direction of {', '.join(choices.directions)} can be had on {task.name} "
-            f"({notes or 'its prompts have no instruction'}); give the task an `instruction`, or "
-            "take examples with right and wrong replies."
+            f"({notes or 'its prompts have no instruction'}); take examples with right "
+            f"and wrong replies, or {advice}."
         )
     return usable
 

@@ -116,8 +116,8 @@ def _layers_of(folder: Path, layers: Layers) -> tuple[int, ...]:
     missing = sorted(set(layers) - set(found))
     if missing:
         raise ValueError(
-            f"{folder} has SAEs of layers {', '.join(map(str, found))} but none of layer "
-            f"{missing[0]}; choose among them, or train one with `mera sae train`."
+            f"{folder} has SAEs of layer{'s' * (len(found) > 1)} {', '.join(map(str, found))} but "
+            f"none of layer {missing[0]}; choose among them, or train one with `mera sae train`."
         )
     return tuple(sorted(set(layers)))
 
