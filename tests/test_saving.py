@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import os
 import shutil
 import warnings
 
@@ -49,6 +50,26 @@ def test_what_is_loaded_steers_as_what_was_saved_bit_for_bit(decided, tmp_path):
     decision.save(folder)  # again, in its place
     assert load_steering(folder).certificate == decision
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_kill_while_a_decision_is_replaced_loses_neither_for_good(decided, tmp_path, monkeypatch):
+    """The old one had gone before the new one came, into a folder that was never looked at."""
+    decision = decided[2]
+    folder, rename = decision.save(tmp_path / "steering"), os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: os._exit(9) if new == folder else rename(old, new)
+    )
+    if not (child := os.fork()):
+        decision.at(min_gain=-0.5).save(folder)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    monkeypatch.undo()
+    assert not folder.exists()  # the instant in which neither is in its place
+    assert Calibration.load(folder) == load_steering(folder).certificate == decision
+    other = decision.at(min_gain=-0.5)
+    other.save(folder)
+    assert Calibration.load(folder) == other
+    assert {path.suffix for path in tmp_path.glob(".*")} == {".tmp"}  # what `sweep` removes
 
 
 def test_a_folder_of_several_certificates_names_those_that_steer(decided, tmp_path):

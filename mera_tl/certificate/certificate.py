@@ -295,11 +295,12 @@ class Calibration:
         Raises:
             ValueError: if a file is missing, damaged or was changed.
         """
-        from mera_tl.certificate.folder import read_folder, read_steering
+        from mera_tl.certificate.folder import place_of, read_folder, read_steering
 
-        content = read_folder(Path(folder))
+        folder = place_of(Path(folder))
+        content = read_folder(folder)
         decision = cls.from_json(content)
-        steering = read_steering(Path(folder), content, space)
+        steering = read_steering(folder, content, space)
         return decision if steering is None else replace(decision, steerings=steering)
 
     def to_json(self) -> dict[str, Any]:

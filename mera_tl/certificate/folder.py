@@ -33,6 +33,7 @@ def write_folder(
         ValueError: if the folder holds other files, or is none.
     """
     storage.require_folder(folder)
+    _settle(folder)
     strangers = {path.name for path in folder.iterdir()} - {*FILES} if folder.exists() else set()
     if strangers:
         raise ValueError(
@@ -44,18 +45,36 @@ def write_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        new, old = parts / "new", parts / "old"
+        new = parts / "new"
         new.mkdir()
         if steering is not None:
             storage.save_tensors(new / "steering.safetensors", tensors_of(steering))
         storage.write_text(new / "README.md", _card(folder.name, content, sentence, steering))
         storage.write_json(new / "steering.json", {**content, "seal": storage.fingerprint(content)})
         if folder.exists():
-            os.replace(folder, old)
+            os.replace(folder, _aside(folder))
         os.replace(new, folder)
     finally:
+        _settle(folder)
         shutil.rmtree(parts)
     return folder
+
+
+def _aside(folder: Path) -> Path:
+    """Return where an earlier decision lies for the instant in which it is replaced."""
+    return folder.parent / f".{folder.name}.old"
+
+
+def _settle(folder: Path) -> None:
+    """Put back what a writer that was stopped had put aside, or remove it where a new one is in."""
+    if _aside(folder).exists() and not folder.exists():
+        os.replace(_aside(folder), folder)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def place_of(folder: Path) -> Path:
+    """Return where a decision lies: in its folder, unless a writer was killed replacing it."""
+    return _aside(folder) if not folder.exists() and _aside(folder).exists() else folder
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

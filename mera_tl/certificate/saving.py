@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mera_tl.certificate.certificate import Calibration
-from mera_tl.certificate.folder import FILES
+from mera_tl.certificate.folder import FILES, place_of
 from mera_tl.models.identity import identity_of
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
@@ -47,7 +47,7 @@ def load_steering(
             f"{source!r:.60} is no folder; pass the one that decision.save(...) wrote. A decision "
             "at hand has its steering: decision.steering."
         )
-    folder = Path(source)
+    folder = place_of(Path(source))
     decision = Calibration.load(folder if folder.exists() else _fetch(str(source)), space=space)
     if decision.abstained:
         raise ValueError(
