@@ -114,6 +114,25 @@ def test_replies_are_drawn_as_a_task_asks_and_what_is_not_applied_is_said(models
     assert "asks for num_beams, which is not applied" in caplog.text
 
 
+def test_an_empty_context_is_replied_to_as_the_token_that_stands_for_it(models):
+    """It was run as padding alone, or not at all."""
+    lm = SteeredLM(models["llama"], steering_of(models["llama"]))
+    told = {"until": [], "max_gen_toks": 6}
+    arguments = [("", told), (PROMPTS[0], told), ("<bos>", told)]
+    empty, _, written = lm.generate_until(requests("generate_until", arguments))
+    assert lm.tok_encode("") == [] and lm.tok_encode("<bos>") == [lm.prefix_token_id]
+    assert empty == written
+
+
+def test_the_harness_keeps_requests_apart_by_model_template_and_steering(models):
+    model, steering = models["llama"], steering_of(models["llama"])
+    same_name = [replace(each, name="model") for each in (model, models["qwen2"])]
+    told = [SteeredLM(each).tokenizer_name for each in same_name]
+    told += [SteeredLM(same_name[0], s).tokenizer_name for s in (steering, steering.at(0.4))]
+    assert len(set(told)) == 4
+    assert SteeredLM(same_name[0], steering.at(0.3)).tokenizer_name == told[2]
+
+
 def test_steering_by_the_answer_needs_its_options(models):
     model, task = models["llama"], make_task(4)
     steering = replace(steering_of(model), direction=torch.randn(2, 3, 32), rule=Adaptive(-3.0))

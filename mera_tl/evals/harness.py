@@ -5,14 +5,18 @@ padding, so numbers change with the batch size. Here every request is read as in
 """
 
 import logging
+from functools import cached_property
 from typing import Any
 
+from mera_tl.certificate.description import describe
 from mera_tl.evals.likelihood import Continuation, log_likelihoods
 from mera_tl.inference.answers import ReadSettings
 from mera_tl.models.chat import undated
+from mera_tl.models.identity import identity_of
 from mera_tl.models.model import Model
 from mera_tl.steering.generation import Sampling, hooks_and_options, reply_to, text_of
 from mera_tl.steering.steering import Steering
+from mera_tl.storage import fingerprint
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -46,6 +50,7 @@ class SteeredLM(TemplateLM):
         super().__init__()
         self.model, self.settings = model, settings or ReadSettings()
         self.tokenizer = model.tokenizer
+        self._steerings = [] if steering is None else [steering]
         self._hooks, self._options = hooks_and_options(model, steering)
 
     @property
@@ -59,10 +64,11 @@ class SteeredLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Name for the harness's cache of requests."""
-        return self.model.name.replace("/", "__")
+    @cached_property
+    def tokenizer_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Name for the harness's cache of requests: folders of one name may hold other models."""
+        told = identity_of(self.model), describe(self._steerings)
+        return f"{self.model.name.replace('/', '__')}-{fingerprint(told)}"
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -124,7 +130,8 @@ class SteeredLM(TemplateLM):
         texts = [""] * len(requests)
         for sampling, numbers in groups.items():
             room = self.model.n_ctx - sampling.max_new_tokens
-            prompts = [self.tok_encode(requests[i].args[0])[-max(1, room) :] for i in numbers]
+            contexts = [self.tok_encode(requests[i].args[0]) for i in numbers]
+            prompts = [(ids or [self.prefix_token_id])[-max(1, room) :] for ids in contexts]
             rows = reply_to(
                 self.model,
                 prompts,
