@@ -18,7 +18,16 @@ from mera_tl.inference import (
     read_batch,
 )
 from mera_tl.models import resid_post
-from mera_tl.steering import Adaptive, Additive, Gated, ResidualSpace, Steering
+from mera_tl.steering import (
+    Adaptive,
+    Additive,
+    Gated,
+    ResidualSpace,
+    Steering,
+    evaluate_many,
+    explain,
+    generate,
+)
 
 
 def random_vectors(n: int, seed: int = 0):
@@ -285,6 +294,30 @@ def test_steering_refuses_what_cannot_fit():
     with pytest.raises(ValueError, match="direction of layer 0 holds NaN"):
         Steering(probe, probe.weights / 0).at(0.5).fwd_hooks()
     assert isinstance(Steering(probe).space, ResidualSpace)
+
+
+def test_a_steering_of_another_width_or_number_of_options_is_one_sentence(models):
+    """It ended in an error of torch's, from somewhere within a pass."""
+    model, task = models["llama"], make_task(4)
+    probe = random_probe(model)
+    wide = replace(probe, weights=torch.randn(model.n_layers, model.d_model + 1))
+    three = Steering(probe, torch.randn(3, model.n_layers, model.d_model))
+    for steering, said in ((Steering(wide), r"reads 33 features .* has 32"), (three, "3 options")):
+        steering = steering.at(0.3)
+        calls = [
+            lambda s=steering: evaluate(model, task, s.fwd_hooks()),
+            lambda s=steering: evaluate_many(model, task, [s, s.at(0.4)]),
+            lambda s=steering: explain(model, task.examples[0], s),
+        ]
+        if not steering.per_answer:  # else it needs the options of a certificate
+            calls.append(lambda s=steering: generate(model, ["good film"], s, max_new_tokens=2))
+        for call in calls:
+            with pytest.raises(ValueError, match=said):
+                call()
+    many = replace(probe, weights=probe.weights.repeat(2, 1, 1), bias=probe.bias.repeat(2, 1))
+    with pytest.raises(ValueError, match="knows 2 answers and the direction 3"):
+        Steering(many, three.direction)
+    evaluate(model, make_task(4, options=("yes", "no", "good")), three.at(0.3).fwd_hooks())
 
 
 @pytest.mark.parametrize("positions", ["all", "last", "generated"])

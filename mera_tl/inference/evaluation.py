@@ -75,6 +75,16 @@ def check_call(model: Any, task: Any, fwd_hooks: Any = ()) -> None:
     check_model(model)
     check_task(task)
     check_hooks(fwd_hooks)
+    check_answers(task.options, [hook for _, hook in fwd_hooks])
+
+
+def check_answers(options: Sequence[str], steered: Sequence[Any]) -> None:
+    """Refuse hooks or steerings that were made for another number of options."""
+    for n in {getattr(each, "n_answers", None) for each in steered} - {None, len(options)}:
+        raise ValueError(
+            f"This steering is made for {n} options, a direction or a probe for each, but there "
+            f"are {len(options)} ({', '.join(options)[:60]}); fit it on activations of this task."
+        )
 
 
 def check_model(model: Any) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mera_tl.inference.answers import ReadSettings, about_to_answer
 from mera_tl.inference.decoding import Decoding, Window, hooked_pass
+from mera_tl.inference.evaluation import check_answers
 from mera_tl.inference.variants import OptionTokens
 from mera_tl.models.hooks import FwdHooks
 from mera_tl.models.hosts import Host, Pass, host_of
@@ -109,6 +110,8 @@ def _check(host: Host, hooks: Sequence[SteerHook], options: OptionTokens | None)
             "This steering depends on the option that the model is about to answer; pass "
             "options=option_tokens(model, task, ReadSettings()) to say which those are."
         )
+    if options is not None:
+        check_answers(options.options, hooks)
 
 
 # --- what the hooks did -------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class SteerHook:
         """Whether the unsteered answer must be known, for the direction or for the probe."""
         return self.step.ndim == 2
 
+    @property
+    def n_answers(self) -> int | None:
+        """How many unsteered answers it knows; None where it depends on none."""
+        return len(self.step) if self.per_answer else None
+
     @cached_property
     def _always_steps(self) -> bool:
         """Whether no answer has an empty direction; asked once, not at every token."""
@@ -109,6 +114,7 @@ class SteerHook:
     ) -> tuple[Float[Tensor, "batch pos d"], Float[Tensor, "batch pos"]]:
         """Return features and the probe's score of some columns."""
         features = self.space.read(resid, self.layer)
+        check_width(features, self.weights, self.layer)
         weights = self._for_rows(self.weights, window).to(resid.device)
         if weights.ndim == 1:  # the same for all rows
             return features, features @ weights + self.bias.to(resid.device)
@@ -210,6 +216,17 @@ class Move(NamedTuple):
             "steerable": inside.sum(-1),
             "max_score": self.score.masked_fill(~inside, -torch.inf).amax(-1),
         }
+
+
+def check_width(
+    features: Float[Tensor, "*rows d"], weights: Float[Tensor, "*some d_probe"], layer: int
+) -> None:
+    """Refuse features of another number than a probe reads."""
+    if features.shape[-1] != weights.shape[-1]:
+        raise ValueError(
+            f"This probe reads {weights.shape[-1]} features of layer {layer}, which has "
+            f"{features.shape[-1]} here; fit a probe on this model, in the space that is steered."
+        )
 
 
 def relative_shift(

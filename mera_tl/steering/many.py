@@ -26,7 +26,14 @@ from mera_tl.inference.answers import (
     tokens_read,
 )
 from mera_tl.inference.decoding import Decoding, hooked_pass
-from mera_tl.inference.evaluation import check_call, gather, n_after, run_batches, tokenize_task
+from mera_tl.inference.evaluation import (
+    check_answers,
+    check_call,
+    gather,
+    n_after,
+    run_batches,
+    tokenize_task,
+)
 from mera_tl.inference.multiple_choice import LOGITS
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.inference.prefix import Prefix
@@ -66,6 +73,7 @@ def evaluate_many(
         raise ValueError(
             f"{steerings!r:.60} is no list of steerings; pass them as [steering, ...]."
         )
+    check_answers(task.options, steerings)
     settings = ReadSettings.of(task, settings)
     options = option_tokens(model, task, settings)
     prompts = tokenize_task(model, task, settings)

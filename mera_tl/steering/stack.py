@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mera_tl.inference.decoding import Window
 from mera_tl.models.model import resid_post
-from mera_tl.steering.hook import Positions, SteerHook, first_column, last_column, relative_shift
+from mera_tl.steering.hook import (
+    Positions,
+    SteerHook,
+    check_width,
+    first_column,
+    last_column,
+    relative_shift,
+)
 from mera_tl.steering.rules import Rule
 from mera_tl.steering.spaces import Space
 from mera_tl.steering.steering import Steering
@@ -134,6 +141,7 @@ class StackedLayer:
     ) -> Float[Tensor, "reader row pos"]:
         """Return every probe's score of every token, the unsteered answers known."""
         features = self.space.read(resid, self.layer)
+        check_width(features, self.weights, self.layer)
         own = self._of_answers(answers)
         weights, bias = (x[:, own].to(features.device) for x in (self.weights, self.bias))
         score = einsum(features, weights, "row pos d, reader row d -> reader row pos")

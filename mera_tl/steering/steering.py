@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from jaxtyping import Float
@@ -99,6 +99,13 @@ class Steering:
                 f"{tuple(shape)}; derive both from the same activations."
             )
 
+        counts = [len(each) for each in (self.probe.weights, self.direction) if _is_many(each)]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"The probe knows {counts[0]} answers and the direction {counts[1]}; derive both "
+                "from the same activations."
+            )
+
     def __repr__(self) -> str:
         which = "along w" if self.direction is None else "along its own direction"
         if self.per_answer:
@@ -135,8 +142,12 @@ class Steering:
     @property
     def per_answer(self) -> bool:
         """Whether it depends on the unsteered answer, by its probe or by its direction."""
-        by_direction = self.direction is not None and self.direction.ndim == 3
-        return self.probe.per_answer or by_direction
+        return self.n_answers is not None
+
+    @property
+    def n_answers(self) -> int | None:
+        """How many unsteered answers it has a direction or a probe for; None if for none."""
+        return next((len(v) for v in (self.direction, self.probe.weights) if _is_many(v)), None)
 
     def at(self, threshold: float) -> "Steering":
         """Return the same steering at `threshold` (the paper's alpha): MERA's rule, or a gate.
@@ -272,3 +283,8 @@ class Steering:
         step = self.rule.step(w, d, unit)
         where = (self.positions, self.first_k)
         return SteerHook(layer, weights, bias, step, self.rule, self.space, *where)
+
+
+def _is_many(values: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether there are vectors for each unsteered answer."""
+    return values is not None and values.ndim == 3

@@ -20,7 +20,7 @@ from torch import Tensor
 from mera_tl import plots
 from mera_tl.inference.answers import Reading, ReadSettings, option_tokens, read_batch
 from mera_tl.inference.decoding import Decoding, Window
-from mera_tl.inference.evaluation import check_hooks, check_model, tokenize_task
+from mera_tl.inference.evaluation import check_call, tokenize_task
 from mera_tl.inference.prefix import Prefix, moves_none_before_the_last
 from mera_tl.models.model import FwdHooks, Model
 from mera_tl.probes.probe import LinearProbe
@@ -161,13 +161,12 @@ def explain(
     Raises:
         ValueError: as `evaluate`, or if there is nothing to read.
     """
-    check_model(model)
     if not isinstance(example, Example):
         raise ValueError(f"{example!r:.60} is not one example; pass one, as task.examples[0].")
     task = Task("The example", (example,), "all")
-    settings = replace(ReadSettings.of(task, settings), progress=False)
     hooks = steering.fwd_hooks() if isinstance(steering, Steering) else steering
-    check_hooks(hooks)
+    check_call(model, task, hooks)
+    settings = replace(ReadSettings.of(task, settings), progress=False)
     readers = [hook for _, hook in hooks if isinstance(hook, SteerHook)]
     if isinstance(steering, Steering):
         probe = probe or steering.probe
