@@ -62,8 +62,8 @@ def load_steering(
         )
     if not decision.steerings and "sae" in str(decision.best.steering.get("space")):
         raise ValueError(
-            f"{source} steers in SAE space, where no command takes it; in Python, pass "
-            "space=load_saes(...), the SAEs it was made with."
+            f"{source} steers in SAE space; pass space=load_saes(...), the SAEs it was made with, "
+            "in Python: no command takes it along."
         )
     steering = decision.steering
     assert steering is not None
