@@ -1,6 +1,7 @@
 """The verdict on a run: certified first, then least harm, then cheapest; calibration only."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,17 @@ def test_test_outcomes_have_no_say(mera, folder, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no records"):
         recommend(tmp_path)
+
+
+def test_a_grid_has_no_one_verdict_and_names_its_runs(folder, tmp_path):
+    """Records of several runs were taken for one run's, by method; one that failed ended it."""
+    shutil.copytree(folder, tmp_path / "one")
+    records = storage.read_records(folder / "records.jsonl")
+    failed = {"method": "flip", "failure": "OSError: disk"}
+    storage.write_records(tmp_path / "records.jsonl", [*records, failed])
+    with pytest.raises(ValueError, match="is a grid of several runs; pass one of .*/one"):
+        recommend(tmp_path)
+    assert recommend(tmp_path / "one") == recommend(folder)  # the control
 
 
 def test_a_promise_is_never_rounded_up():

@@ -104,11 +104,15 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the folder holds none, naming the runs in it if there are any.
     """
-    if records := storage.read_records(folder / "records.jsonl"):
-        return records
     runs = sorted(str(path.parent) for path in folder.glob("*/records.jsonl"))
+    # A grid keeps the records of all its runs, and of those that failed, beside their folders.
+    is_grid = runs and not (folder / "config.json").exists()
+    records = storage.read_records(folder / "records.jsonl")
+    if records and not is_grid:
+        return records
     wanted = f"one of the runs in it: {', '.join(runs)}" if runs else "the folder of a `mera run`"
-    raise ValueError(f"{folder} holds no records.jsonl; pass {wanted}.")
+    what = "is a grid of several runs" if records else "holds no records.jsonl"
+    raise ValueError(f"{folder} {what}; pass {wanted}.")
 
 
 def decided(method: str, decision: str | None) -> str:
