@@ -24,7 +24,7 @@ from mera_tl.certificate import (
 from mera_tl.inference import ReadSettings, collect, evaluate, rows_fitted
 from mera_tl.methods import certify_class_probe, fit_class_probe
 from mera_tl.probes import fit_error_probe
-from mera_tl.steering import Additive, Steering
+from mera_tl.steering import Additive, Steering, fit_direction
 from mera_tl.tasks import Task, load_task
 
 # Mild to strong: the gain rises to six points at the sixth threshold, then over-steering sets in;
@@ -394,6 +394,21 @@ def test_candidates_that_cannot_be_certified_are_refused(spoken):
         calibrate(model, split, [])
     with pytest.raises(ValueError, match="contradicts"):
         calibrate(model, split, steering, terms=Terms(), delta=0.1)
+
+
+def test_what_a_direction_was_fitted_to_is_no_evidence_for_it():
+    """It passed where the probe beside it was fitted to other examples, or by hand."""
+    model, settings = organism(), ReadSettings(progress=False)
+    splits = load_task("yesno_bias").split(0, train=60, calibration=30, test=20)
+    probe = random_probe(model)
+    found = {}
+    for name, task in {"train": splits.train, "calibration": splits.calibration}.items():
+        activations = collect(model, task, settings=settings)
+        vectors = fit_direction(activations, probe, "pattern").vectors
+        found[name] = Steering(probe, vectors, positions="last").at(0.4)
+    with pytest.raises(ValueError, match="direction was fitted to 30 of the 30 calibration"):
+        calibrate(model, splits.calibration, found["calibration"], settings=settings)
+    calibrate(model, splits.calibration, found["train"], settings=settings)  # the control
 
 
 def test_what_a_probe_was_fitted_to_is_no_evidence_for_it():

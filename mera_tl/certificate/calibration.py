@@ -28,6 +28,7 @@ from mera_tl.inference.evaluation import check_call, tokenize_task
 from mera_tl.inference.outcomes import Outcomes
 from mera_tl.models.identity import identity_of
 from mera_tl.models.model import Model
+from mera_tl.steering.directions import origin_of
 from mera_tl.steering.many import evaluate_many
 from mera_tl.steering.rules import Adaptive
 from mera_tl.steering.steering import Steering
@@ -77,6 +78,7 @@ def calibrate(
     descriptions = describe(steerings)
     names_of(descriptions)  # refuses repetitions before anything is run
     origins = [each.probe.manifest for each in steerings]
+    origins += [origin_of(each.direction) for each in steerings]
     n_given = len(task)
     task = evidence_of(task, terms.seed, origins, model=model, settings=settings)
     unsteered = replace(steerings[0], rule=Adaptive())  # without a limit nothing moves
@@ -179,11 +181,11 @@ def evidence_of(
 ) -> Task[CalibrationRole]:
     """Return the examples of a calibration split that are evidence: one of each text.
 
-    `origins` are manifests of the probes that are to be certified. Texts of which only what differs
-    is cut off are one.
+    `origins` say what the probes and directions that are to be certified were fitted to. Texts of
+    which only what differs is cut off are one.
 
     Raises:
-        ValueError: if it is another split, or a probe was fitted to some of it.
+        ValueError: if it is another split, or a part was fitted to some of it.
     """
     if task.role != "calibration":
         raise ValueError(
@@ -194,9 +196,9 @@ def evidence_of(
     for origin in {id(each): each for each in origins}.values():
         if seen := rows & rows_fitted(origin, task):
             raise ValueError(
-                f"The probe was fitted to {len(seen)} of the {len(rows)} calibration examples (row "
-                f"{min(seen)}, ...), so these are no evidence; fit it on task.split(...).train, of "
-                "the same split and seed."
+                f"The probe or direction was fitted to {len(seen)} of the {len(rows)} calibration "
+                f"examples (row {min(seen)}, ...), so these are no evidence; fit it on "
+                "task.split(...).train, of the same split and seed."
             )
     task = task.subset(distinct([example.key for example in task.examples], seed))
     if settings.truncate:

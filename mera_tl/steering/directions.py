@@ -43,7 +43,7 @@ examples (`Statistics`), which add up batch by batch and never build S.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +51,7 @@ import torch
 from einops import einsum, rearrange, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mera_tl.inference.activations import places_read
 
@@ -58,6 +59,9 @@ logger = logging.getLogger(__name__)
 
 MIN_EXAMPLES = 3
 """A mean over fewer examples than this is not compared with another."""
+
+_ORIGINS: MutableMapping[Tensor, Mapping[str, Any]] = WeakIdKeyDictionary()
+"""What vectors were fitted to, for as long as they are: a `Steering` takes the vectors alone."""
 
 CHUNK = 256
 """Examples that are held in float64 at a time."""
@@ -340,7 +344,15 @@ def fit_directions(
             f"None of {len(outcomes)} examples has activations at {probe.position!r}; "
             "fit the probe at position='last'."
         )
-    return {kind: direction(statistics, kind) for kind in kinds}
+    found = {kind: direction(statistics, kind) for kind in kinds}
+    if origin := getattr(activations, "origin", None):
+        _ORIGINS.update({each.vectors: origin for each in found.values()})
+    return found
+
+
+def origin_of(vectors: Tensor | None) -> Mapping[str, Any]:
+    """Return what a direction was fitted to, as `Activations.origin` says it, if that is known."""
+    return {} if vectors is None else _ORIGINS.get(vectors, {})
 
 
 def direction(statistics: Statistics, kind: str) -> Direction:
