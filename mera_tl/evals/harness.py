@@ -65,7 +65,7 @@ class SteeredLM(TemplateLM):
         return self.eot_token_id if bos is None else bos
 
     @cached_property
-    def tokenizer_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def tokenizer_name(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Name for the harness's cache of requests: folders of one name may hold other models."""
         told = identity_of(self.model), describe(self._steerings)
         return f"{self.model.name.replace('/', '__')}-{fingerprint(told)}"
