@@ -84,7 +84,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
         ValueError: if the file is missing, damaged, of another format or was changed.
     """
     path = folder / "steering.json"
-    inside = [p.parent for each in _AROUND for p in sorted(folder.glob(f"{each}/steering.json"))]
+    found = [p.parent for each in _AROUND for p in sorted(folder.glob(f"{each}/steering.json"))]
+    inside = [each for each in found if not each.name.startswith(".")]  # which wait beside
     if inside and not path.exists():
         steer = [str(each) for each in inside if (each / "steering.safetensors").exists()]
         advice = f"; pass one that steers: {', '.join(steer)}" if steer else ", and none steers"
