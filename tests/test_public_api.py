@@ -24,8 +24,11 @@ from mera_tl.inference import ReadSettings
 from mera_tl.live import open_bench
 
 warnings.simplefilter("ignore")
-model = mera_tl.load_model("organism")
-splits = mera_tl.load_task("yesno_bias").split(train=60, calibration=20, test=20)
+one = np.int64(1)  # numbers of NumPy's are numbers
+model = mera_tl.load_model("organism", n_devices=one)
+splits = mera_tl.load_task("yesno_bias").split(one, train=60 * one, calibration=20, test=20)
+mera_tl.Terms(seed=one)
+mera_tl.generate(model, ["a prompt"], max_new_tokens=one)
 activations = mera_tl.collect(model, splits.train)
 probe = mera_tl.fit_error_probe(activations)
 steering = mera_tl.Steering(probe, layers=(1,), positions="last").at(0.3)

@@ -8,6 +8,7 @@ chosen afterwards.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 from mera_tl.certificate.bounds import BOUNDS, check_probability
@@ -58,7 +59,7 @@ class Terms:
     def __post_init__(self) -> None:
         if self.delta != 0 or self.run_delta is None:  # a share of a run's may be nothing
             check_probability("delta", self.delta)
-        if not isinstance(self.seed, int) or self.seed < 0:
+        if not isinstance(self.seed, Integral) or self.seed < 0:
             raise ValueError(f"`seed={self.seed!r}` is no whole number of 0 or more; pass one.")
         for name in ("run_delta", "max_regressions"):
             if (value := getattr(self, name)) is not None:

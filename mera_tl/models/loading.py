@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -185,7 +186,7 @@ def require_devices(device: str, n_devices: int) -> None:
     Raises:
         ValueError: saying which are.
     """
-    if not isinstance(n_devices, int):
+    if not isinstance(n_devices, Integral):
         raise ValueError(f"n_devices={n_devices!r} is no number of devices; pass one, as 1.")
     if device == "meta":  # which is as many as one likes
         return

@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ class Sampling:
     """Draw among the most likely tokens that have this probability together, at least."""
 
     def __post_init__(self) -> None:
-        numbers = isinstance(self.max_new_tokens, int) and isinstance(self.temperature, Real)
+        numbers = isinstance(self.max_new_tokens, Integral) and isinstance(self.temperature, Real)
         if not numbers or self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens!r} and temperature={self.temperature!r} must "

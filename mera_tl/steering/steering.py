@@ -9,7 +9,7 @@ import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from html import escape
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -88,7 +88,7 @@ class Steering:
         if self.positions not in get_args(Positions):
             wanted = ", ".join(get_args(Positions))
             raise ValueError(f"positions={self.positions!r} is none of {wanted}.")
-        if not isinstance(self.first_k, int | None) or (self.first_k or 0) < 0:
+        if not isinstance(self.first_k, Integral | None) or (self.first_k or 0) < 0:
             raise ValueError(
                 f"first_k={self.first_k!r} is no number of generated tokens; pass one, 0 or more."
             )

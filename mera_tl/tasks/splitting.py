@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
+from numbers import Integral
 from typing import Any
 
 SHARES = {"train": 3, "calibration": 1, "test": 1}
@@ -37,8 +38,9 @@ def deal(
     Raises:
         ValueError: if a wish cannot be read, ranges overlap or leave the data, or examples are few.
     """
-    if not isinstance(seed, int):
+    if not isinstance(seed, Integral):
         raise ValueError(f"`seed={seed!r}` is no whole number; pass one, as 0.")
+    seed = int(seed)  # Python's generator takes no number of NumPy's
     wishes = read_wishes(wanted)
     sizes = {role: wish for role, wish in wishes.items() if isinstance(wish, int)}
     ranges = {role: wish for role, wish in wishes.items() if not isinstance(wish, int)}
@@ -73,12 +75,12 @@ def read_wishes(wanted: Mapping[str, int | str | None]) -> dict[str, int | Range
 
 def _read_wish(role: str, value: int | str) -> int | Ranges:
     """Read a count, also one written as text, or "0-599,700-799"."""
-    if not isinstance(value, int | str):
+    if not isinstance(value, Integral | str):
         raise ValueError(
             f"`{role}={value!r}` is no number of examples; give a whole one, as 600, or rows, as "
             '"0-599".'
         )
-    if isinstance(value, int) or re.fullmatch(r"\s*-?\d{1,15}\s*", value, re.ASCII):
+    if isinstance(value, Integral) or re.fullmatch(r"\s*-?\d{1,15}\s*", value, re.ASCII):
         if int(value) < 1:
             raise ValueError(f"`{role}={value}`, but each split needs an example; give 1 or more.")
         return int(value)
