@@ -6,6 +6,7 @@ space writes it back. A `Steering` is a frozen value; `at(threshold)` gives anot
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -197,7 +198,7 @@ class Steering:
                 stacklevel=2,
             )
         hooks = self._hooks()
-        if len(self.idle_layers) == len(hooks):
+        if len(self._idle(hooks)) == len(hooks):
             warnings.warn(
                 f"MERA's rule moves nothing here (layers {', '.join(map(str, self.layer_numbers))})"
                 ": along this direction the probe's score does not fall; pass other layers or "
@@ -222,9 +223,12 @@ class Steering:
     @property
     def idle_layers(self) -> tuple[int, ...]:
         """Steered layers where MERA's rule moves nothing: the score does not fall along `d`."""
+        return self._idle(self._hooks())
+
+    def _idle(self, hooks: Sequence[tuple[str, "SteerHook"]]) -> tuple[int, ...]:
         if not isinstance(self.rule, Adaptive):
             return ()
-        return tuple(hook.layer for _, hook in self._hooks() if not hook.step.any())
+        return tuple(hook.layer for _, hook in hooks if not hook.step.any())
 
     @property
     def limit(self) -> float:
